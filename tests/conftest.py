@@ -1,0 +1,75 @@
+"""Shared by all tests: one thread per process, and the parity folder's command-line option."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two thread pools on two cores stall each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity-dir",
+        default=str(REPO_ROOT.parent / "shared" / "parity"),
+        help="folder of numeric vectors of the published release (see tests/parity/harness.py)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def toy_parts(tmp_path_factory) -> Path:
+    """All that a DiT run reads, tiny: manifest.jsonl and images, autoencoder/, text_encoder/, train.yaml."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    from autoencoder.config import save_config
+    from autoencoder.latents import LatentStats
+    from autoencoder.model import SVGAutoencoder
+    from svg_t2i.text import make_toy_text_encoder
+
+    folder = tmp_path_factory.mktemp("toy_parts")
+    rng, samples = np.random.default_rng(0), []
+    for i, size in enumerate([(64, 64), (96, 48), (64, 64), (48, 96), (64, 64), (70, 70), (64, 64)]):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        samples.append({"path": f"{i}.png", "prompt": f"a picture of {'very ' * (i % 3)}much noise number {i}"})
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    encoder = {"model_name": "dinov3_vits16plus", "weights": "random"}
+    encoder["overrides"] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
+    params = {"embed_dim": 32, "ddconfig": decoder, "dinoconfig": encoder}
+    stats = LatentStats(torch.linspace(-0.1, 0.1, 32), torch.linspace(0.8, 1.2, 32))
+    SVGAutoencoder.from_config({"model": {"params": params}}, stats=stats).save_pretrained(folder / "autoencoder")
+    make_toy_text_encoder([sample["prompt"] for sample in samples], folder / "text_encoder", hidden_size=32, layers=2)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [4, 6, 6], "multiple_of": 32}
+    config = {
+        "model": "tiny",
+        "model_overrides": sizes,
+        "results_dir": str(folder / "unused"),
+        "data": {"path": str(folder / "manifest.jsonl"), "resolution": 64, "num_workers": 0},
+        "train": {"max_steps": 4, "global_batch_size": 4, "micro_batch_size": 4, "precision": "fp32", "log_every": 1},
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "autoencoder": {"config": str(folder / "autoencoder")},
+        "text_encoder": {"path": str(folder / "text_encoder")},
+    }
+    save_config(config, folder / "train.yaml")
+    return folder
