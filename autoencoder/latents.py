@@ -1,0 +1,159 @@
+"""Latent statistics: per-channel mean and standard deviation that bring raw latents to the diffusion model's scale.
+
+    normalised = (latents − mean) / (std + 1e-8)        latents = normalised · std + mean
+
+always in fp32 (the release rounds to bf16 in training only). Shapes: latents (B, D, h, w) or (D, h, w); mean, std (D,).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from autoencoder.config import UserError
+from autoencoder.weights import Float32Buffers, read_file, replacing
+
+EPSILON = 1e-8
+RESIDUAL_CHANNELS = 8  # of the residual branch; the published statistics do not cover them
+
+
+class LatentStats(Float32Buffers):
+    """Mean and deviation of each latent channel; moves with the model but stays fp32, and is in no state dict.
+
+    mean, std: (D,). encoder: fingerprint of the encoder they were measured on, None if unknown (published files).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, encoder: str | None = None) -> None:
+        super().__init__()
+        if mean.ndim != 1 or mean.shape != std.shape:
+            raise UserError(f"latent statistics: mean {tuple(mean.shape)} and std {tuple(std.shape)} must both be (D,)")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise UserError(
+                "latent statistics: every mean must be finite and every std positive; measure them again on more "
+                "images (python -m autoencoder.measure_latents)"
+            )
+        self.encoder = encoder
+        self.register_buffer("mean", mean.detach().float().clone(), persistent=False)
+        self.register_buffer("std", std.detach().float().clone(), persistent=False)
+
+    @property
+    def channels(self) -> int:
+        return self.mean.numel()
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw → about zero mean and unit deviation per channel; fp32."""
+        return (latents.float() - self.mean[:, None, None]) / (self.std[:, None, None] + EPSILON)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Normalised → raw; fp32."""
+        return torch.addcmul(self.mean[:, None, None], latents.float(), self.std[:, None, None])
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name these statistics."""
+        values = torch.cat([self.mean, self.std]).cpu().numpy()
+        return hashlib.sha256(values.tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def load(cls, path: str | Path, channels: int, num_layer: int = -1) -> LatentStats:
+        """Our `.safetensors`, or the published `.pt`: a dictionary of `mean` and `std`, each (layers, D).
+
+        channels: what the autoencoder has. Where it has 8 more than the published file, these repeat the mean over
+        channels of both, as in the release. num_layer: the row taken. UserError for anything that does not fit.
+        """
+        content = read_file(path, "latent statistics")
+        if not all(isinstance(content.get(name), Tensor) for name in ("mean", "std")):
+            raise UserError(f"latent statistics {path}: expected tensors mean and std, found {', '.join(content)}")
+        rows = [_row(content[name], name, num_layer, path) for name in ("mean", "std")]
+        own = Path(path).suffix == ".safetensors"
+        if not own and channels == rows[0].numel() + RESIDUAL_CHANNELS:
+            rows = [torch.cat([row, row.mean().expand(RESIDUAL_CHANNELS)]) for row in rows]
+        if rows[0].numel() != channels:
+            raise UserError(
+                f"latent statistics {path} have {rows[0].numel()} channels, the autoencoder has {channels}: they "
+                "belong to another encoder; measure this one's with python -m autoencoder.measure_latents"
+            )
+        return cls(*rows, encoder=_metadata(path).get("encoder") if own else None)
+
+    def save(self, path: str | Path) -> None:
+        """Write `mean`, `std` and the encoder's fingerprint as `.safetensors`, atomically."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"latent statistics are saved as .safetensors, got {path}")
+        metadata = {"kind": "latent_stats"} | ({"encoder": self.encoder} if self.encoder else {})
+        with replacing(path) as partial:
+            save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, partial, metadata)
+
+
+def _row(tensor: Tensor, name: str, num_layer: int, path: Any) -> Tensor:
+    """(D,) as it is, or row `num_layer` of (layers, D)."""
+    if tensor.ndim == 1:
+        return tensor
+    if tensor.ndim != 2 or not -len(tensor) <= num_layer < len(tensor):
+        raise UserError(
+            f"latent statistics {path}: {name} is {tuple(tensor.shape)}, expected (layers, D) with a layer "
+            f"num_layer={num_layer}; -1 is the last"
+        )
+    return tensor[num_layer]
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    with safe_open(Path(path).expanduser(), framework="pt") as file:
+        return file.metadata() or {}
+
+
+class StatsAccumulator:
+    """Per-channel mean and deviation of a stream in one pass, in fp64 on the latents' device, without syncs.
+
+    Batches are combined by the pairwise update of Chan, Golub & LeVeque (1979), which does not cancel.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0  # positions seen: B·h·w
+        self._mean: Tensor | float = 0.0  # (D,) fp64
+        self._squares: Tensor | float = 0.0  # (D,) fp64: sum of squared deviations from the mean
+
+    def update(self, latents: Tensor) -> None:
+        """Add raw latents (B, D, h, w)."""
+        values = latents.detach().double().transpose(0, 1).flatten(1)  # (D, B·h·w)
+        mean = values.mean(dim=1)
+        self._combine(values.shape[1], mean, (values - mean[:, None]).square().sum(dim=1))
+
+    def merge(self, other: StatsAccumulator) -> None:
+        """Add everything another accumulator has seen (another process's share of the images)."""
+        if other.count:
+            self._combine(other.count, other._mean, other._squares)
+
+    def _combine(self, count: int, mean: Tensor | float, squares: Tensor | float) -> None:
+        total = self.count + count
+        delta = mean - self._mean
+        self._mean = self._mean + delta * (count / total)
+        self._squares = self._squares + squares + delta * delta * (self.count * count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) fp64."""
+        return self._moments()[0]
+
+    @property
+    def std(self) -> Tensor:
+        """(D,) fp64, with Bessel's correction."""
+        return self._moments()[1]
+
+    def result(self, encoder: str | None = None) -> LatentStats:
+        """The statistics so far; `encoder` is the fingerprint of the encoder that made the latents."""
+        return LatentStats(*self._moments(), encoder=encoder)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        if self.count < 2:
+            raise UserError(f"latent statistics need at least 2 latent positions, got {self.count}; give more images")
+        return self._mean, (self._squares / (self.count - 1)).sqrt()

@@ -1,0 +1,105 @@
+"""Tensors from files, weights-only and loaded strictly (every error names keys and remedy); files written whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from autoencoder.config import UserError
+
+
+def read_file(path: str | Path, what: str) -> dict[str, Any]:
+    """The dictionary in a `.safetensors` or torch file, on the CPU. Nothing but tensors and plain values is unpickled.
+
+    `what` names the file's role in messages ("autoencoder checkpoint"). Raises UserError for a missing, broken or
+    unsafe file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{what}: there is no file {path}; check the path (relative to {Path.cwd()}) or download it")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what} {path}: not a torch file, or it holds Python objects besides tensors, which are refused because "
+            "unpickling them can run code. If you trust it, load it once yourself and save its tensors: "
+            'torch.save(torch.load(path, weights_only=False)["state_dict"], new_path)'
+        ) from error
+    except Exception as error:  # on broken files the readers raise whatever they stumble over, KeyError among it
+        raise UserError(f"{what} {path} cannot be read ({error!r}); if it is cut off, copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a plain state dict or of a Lightning checkpoint (its `state_dict` entry), by name."""
+    content = read_file(path, what)
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        found = ", ".join(list(map(str, content))[:8]) or "nothing"
+        raise UserError(f"{what} {path}: neither a state dict nor a Lightning checkpoint with one; it holds: {found}")
+    return dict(state)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
+    """Load `state` into `module`; UserError naming every kind of disagreement, and the module untouched, if any."""
+    expected = module.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": shapes,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{source} does not fit the model: {found}. {remedy}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place when the block ends well: readers never see a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers follow it to another device but not to another precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = self._buffers[name]
+            if moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
