@@ -1,0 +1,76 @@
+"""Attention over packed sequences: the one place in svg_t2i where tokens meet.
+
+All samples of a batch lie one behind the other in a single (T, heads, head_dim) tensor, without padding; `Segments`
+says where each one begins. Shapes: T tokens of all samples, Hq query heads, Hkv key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+VARLEN_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.10
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where each sample's tokens lie in a packed sequence.
+
+    Lengths are host integers, so that nothing has to be read back from the device. The CPU path works on runs of
+    neighbours of equal length: sort the samples by length, and there are as many runs as distinct lengths.
+    """
+
+    lengths: tuple[int, ...]
+    max_length: int
+    runs: tuple[tuple[int, int], ...]  # (samples, tokens per sample), in order of appearance
+    cu_seqlens: Tensor  # (samples + 1,) int32, on the device: cumulative lengths
+    owner: Tensor  # (T,) int32, on the device: index into the batch of the sample that a token belongs to
+
+    @classmethod
+    def build(cls, lengths: Sequence[int], cu_seqlens: Tensor, owner: Tensor) -> Segments:
+        lengths = tuple(int(length) for length in lengths)
+        runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
+        return cls(lengths, max(lengths), runs, cu_seqlens, owner)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """softmax(q kᵀ / √D) v within each sample. q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D), Hq a multiple of Hkv.
+
+    Each key/value head serves Hq / Hkv consecutive query heads. Half precision on CUDA takes the variable-length
+    flash kernel; anything else one dense call per run of equally long samples.
+    """
+    if has_varlen_kernel(q):
+        return _varlen(q, k, v, segments.cu_seqlens, segments.max_length)
+    return attention_by_runs(q, k, v, segments)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    if q.shape[1] == k.shape[1]:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    if VARLEN_KNOWS_GQA:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+
+def has_varlen_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+
+
+@torch.compiler.disable  # the runs differ from batch to batch: as constants of a graph they would force recompiling
+def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """`attention` with one dense call per run of equally long samples; works on every device and dtype."""
+    spans = [samples * length for samples, length in segments.runs]
+    outputs = []
+    for (samples, length), *qkv in zip(segments.runs, *(x.split(spans) for x in (q, k, v)), strict=True):
+        q_run, k_run, v_run = (x.unflatten(0, (samples, length)).transpose(1, 2) for x in qkv)  # (samples, H, L, D)
+        out = F.scaled_dot_product_attention(q_run, k_run, v_run, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
