@@ -1,0 +1,196 @@
+"""The frozen networks of training: images → clean latents, captions → text features.
+
+Their fingerprints are recorded in every checkpoint: a DiT means nothing to other encoders or statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoencoder.config import UserError
+from autoencoder.images import aspect_buckets, to_float
+from autoencoder.latents import LatentStats
+from autoencoder.manifest import Manifest
+from autoencoder.measure_latents import CroppedImages, equal_size_batches, measure
+from autoencoder.model import SVGAutoencoder
+from svg_t2i.data import TrainBatch
+from svg_t2i.model import SVGDiT
+from svg_t2i.packing import TextFeatures
+from svg_t2i.parallel import World, main_first
+from svg_t2i.settings import AutoencoderSource, TrainConfig, locate
+from svg_t2i.text import TextEncoder, make_toy_text_encoder
+
+log = logging.getLogger(__name__)
+
+MEASURED_IMAGES = 1024
+VOCABULARY_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B samples ready for the transformer, on its device."""
+
+    tokens: Tensor  # (T, p·p·C) clean normalised latents, fp32
+    sizes: tuple[tuple[int, int], ...]  # (h, w) of each latent
+    positions: Tensor  # (B,) int64, in the training stream
+    text: TextFeatures
+
+
+class CaptionCache:
+    """Text features by caption: each is encoded once while it stays among the recent ones (up to `max_tokens`).
+
+    A caption's features depend in their last bits on what it is encoded with. Emptying the cache at every checkpoint
+    makes a resumed run repeat the uninterrupted one bit for bit.
+    """
+
+    def __init__(self, encoder: TextEncoder, max_tokens: int):
+        self.encoder, self.max_tokens = encoder, max_tokens
+        self._features: OrderedDict[str, Tensor] = OrderedDict()  # least recently used first
+        self._tokens = 0
+
+    def __call__(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of all captions, in order, on the encoder's device."""
+        distinct = list(dict.fromkeys(captions))
+        found = {caption: self._features[caption] for caption in distinct if caption in self._features}
+        missing = [caption for caption in distinct if caption not in found]
+        if missing:
+            encoded = self.encoder.encode(missing)
+            found |= zip(missing, encoded.features.split(encoded.lengths))
+        if self.max_tokens:
+            self._remember(found)
+        rows = [found[caption] for caption in captions]
+        return TextFeatures(torch.cat(rows), tuple(len(row) for row in rows))
+
+    def _remember(self, used: Mapping[str, Tensor]) -> None:
+        for caption, features in used.items():
+            if caption not in self._features:
+                self._features[caption] = features.clone()  # a view would keep its whole batch alive
+                self._tokens += len(features)
+            self._features.move_to_end(caption)
+        while self._tokens > self.max_tokens:
+            _, dropped = self._features.popitem(last=False)
+            self._tokens -= len(dropped)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._features.clear()
+        self._tokens = 0
+
+
+class FrozenNetworks:
+    """Autoencoder and text encoder: images and captions → what the transformer is trained on."""
+
+    def __init__(self, autoencoder: SVGAutoencoder, text_encoder: TextEncoder, cache_tokens: int, precision: str):
+        self.autoencoder, self.precision = autoencoder, precision
+        self.captions = CaptionCache(text_encoder, cache_tokens)
+
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """Identity of both, recorded in checkpoints."""
+        return {
+            "autoencoder": self.autoencoder.fingerprint(),
+            "text_encoder": self.captions.encoder.fingerprint(),
+        }
+
+    @torch.no_grad()
+    def prepare(self, batch: TrainBatch, transformer: SVGDiT) -> MicroBatch:
+        """Encode one micro-batch from the loader. Latents are normalised in fp32 whatever the precision."""
+        device = next(transformer.parameters()).device
+        batch = batch.to(device)
+        tokens, sizes = [], []
+        for images in batch.images:  # (n, 3, H, W) uint8
+            with mixed_precision(self.precision, device):
+                latents = self.autoencoder.encode(to_float(images))  # (n, C, h, w)
+            group, group_sizes = transformer.pack(self.autoencoder.normalize(latents.float()))
+            tokens.append(group)
+            sizes += group_sizes
+        return MicroBatch(torch.cat(tokens), tuple(sizes), batch.positions, self.captions(batch.captions))
+
+
+def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Autocast to bf16 when `precision` says so. Weights, reductions and losses stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load_autoencoder(source: AutoencoderSource) -> SVGAutoencoder:
+    """The autoencoder that `source` describes, on the CPU.
+
+    Raises:
+        UserError: something is missing or does not fit; or encoder weights for a folder that has its own.
+    """
+    path = locate(source.config)
+    stats = None if source.stats is None else locate(source.stats)
+    if not path.is_dir():
+        weights = (
+            [] if source.encoder_weights is None else [f"model.params.dinoconfig.weights={source.encoder_weights}"]
+        )
+        checkpoint = None if source.checkpoint is None else locate(source.checkpoint)
+        return SVGAutoencoder.from_config(source.config, checkpoint, stats, weights)
+    for name in ("checkpoint", "encoder_weights"):
+        if getattr(source, name) is not None:
+            raise UserError(f"autoencoder.{name} is for a YAML config; the folder {path} brings its own weights")
+    autoencoder = SVGAutoencoder.from_pretrained(path)
+    if stats is not None:
+        autoencoder.set_stats(LatentStats.load(stats, autoencoder.channels))
+    return autoencoder
+
+
+def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
+    """Both networks on this process's device, the text encoder in the run's precision.
+
+    Raises:
+        UserError: as `load_autoencoder` and `TextEncoder.from_pretrained`; or there are no latent statistics.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    text = config.text_encoder
+    with main_first(world):  # one process downloads, the others find the files
+        text_encoder = TextEncoder.from_pretrained(text.path, text.max_length, dtype, world.device)
+        autoencoder = load_autoencoder(config.autoencoder).to(world.device)
+    if autoencoder.stats is None:
+        raise UserError(
+            "autoencoder.stats is not set and the autoencoder brings no latent statistics: give the published file or "
+            "one of python -m autoencoder.measure_latents, or 'measure' to take them from the training images"
+        )
+    return FrozenNetworks(autoencoder, text_encoder, text.cache_tokens, config.train.precision)
+
+
+def fill_in(config: TrainConfig, manifest: Manifest, world: World) -> TrainConfig:
+    """Make what the settings ask to be made, once per results folder, and name the files in the settings returned.
+
+    `autoencoder.stats: measure` takes latent statistics from up to `MEASURED_IMAGES` training images, and
+    `text_encoder.path: random` is a small random text encoder with the manifest's words (for trials without weights).
+    """
+    folder = Path(config.results_dir)
+    with main_first(world):
+        if config.autoencoder.stats == "measure":
+            path = folder / "latent_stats.safetensors"
+            config = replace(config, autoencoder=replace(config.autoencoder, stats=str(path)))
+            if not path.exists():
+                _measure(config, manifest, world.device).save(path)
+        if config.text_encoder.path == "random":
+            path = folder / "text_encoder"
+            config = replace(config, text_encoder=replace(config.text_encoder, path=str(path)))
+            log.warning("text_encoder.path=random: a small random text encoder with a word tokenizer, for trials only")
+            if not path.exists():
+                samples = (manifest[i] for i in range(min(len(manifest), VOCABULARY_SAMPLES)))
+                make_toy_text_encoder((caption for sample in samples for caption in sample.captions), path)
+    return config
+
+
+def _measure(config: TrainConfig, manifest: Manifest, device: torch.device) -> LatentStats:
+    log.info("measuring latent statistics over the training images")
+    autoencoder = load_autoencoder(replace(config.autoencoder, stats=None)).to(device)
+    buckets = aspect_buckets(config.data.resolution, config.data.widest)
+    images = CroppedImages(manifest, buckets, min(len(manifest), MEASURED_IMAGES))
+    return measure(autoencoder, equal_size_batches((images[i] for i in range(len(images))), batch_size=16))

@@ -1,0 +1,176 @@
+"""The settings of a DiT training run, as its YAML file spells them.
+
+Paths may be relative to the working directory or to the repository (`locate`). What can be checked before any weight is
+loaded is checked here; the messages name the field, its value and the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from autoencoder.config import REPO_ROOT, UserError, build, to_dict
+from svg_t2i.flow import timestep_range
+from svg_t2i.model import MODELS, DiTConfig
+
+LATENT_PIXELS = 16  # one latent cell is 16×16 image pixels, whatever the encoder
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and captions: see `svg_t2i.data.T2IDataset`."""
+
+    path: str  # manifest, .jsonl or .json
+    resolution: int = 256
+    max_aspect: float = 4.0
+    single_shape: bool = False  # squares only, whatever max_aspect
+    caption_dropout_prob: float = 0.1
+    system_prompt: str | None = None  # None: the one of the manifest's convention
+    num_workers: int = 4
+
+    @property
+    def widest(self) -> float:
+        """Largest ratio of the sides of a crop."""
+        return 1.0 if self.single_shape else self.max_aspect
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length, batch and bookkeeping of a run."""
+
+    max_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    seed: int = 0
+    log_every: int = 10
+    ckpt_every: int = 1000
+    grad_clip: float = 2.0
+    ema_decay: float = 0.9999
+    max_nonfinite: int = 100  # updates skipped for their non-finite gradient before the run gives up
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "positive; use .inf for no clipping")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW; the rate rises linearly over `warmup_steps` and is constant after."""
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "positive")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Distribution of training timesteps: see `svg_t2i.flow.sample_timesteps`."""
+
+    snr_type: str = "uniform"
+    mu: float = 0.0
+    shift: bool = True  # toward noise, by the token count of a square image of data.resolution
+
+    def __post_init__(self) -> None:
+        timestep_range(self.snr_type)
+
+
+@dataclass(frozen=True)
+class AutoencoderSource:
+    """The frozen autoencoder: see `SVGAutoencoder`. Training uses its encoder and statistics only."""
+
+    config: str  # its YAML, or a folder written by save_pretrained
+    checkpoint: str | None = None
+    stats: str | None = None  # latent statistics, ours or published; "measure" takes them from the training images
+    encoder_weights: str | None = None  # instead of dinoconfig.weights: a .pth, "hub" or "random"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The frozen text encoder: see `TextEncoder`."""
+
+    path: str = "google/gemma-2-2b"  # folder or Hub id; "random" makes a small random one
+    max_length: int = 256
+    cache_tokens: int = 32768  # features of recent captions are kept up to this many tokens; 0 switches it off
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run. Defaults are the release's, but for the EMA decay (see the published stage configs)."""
+
+    model: str
+    results_dir: str
+    data: DataConfig
+    train: LoopConfig
+    autoencoder: AutoencoderSource
+    text_encoder: TextSource = field(default_factory=TextSource)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
+    resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
+    init_from: str | None = None  # folder to take first weights from
+
+    def model_config(self, in_channels: int, cap_feat_dim: int) -> DiTConfig:
+        """Sizes of the DiT for these latents and text features.
+
+        Raises:
+            UserError: unknown model, unknown or wrong override.
+        """
+        if self.model not in MODELS:
+            raise UserError(f"model: unknown name {self.model!r}; known: {', '.join(MODELS)}")
+        sizes = to_dict(MODELS[self.model]) | {"in_channels": in_channels, "cap_feat_dim": cap_feat_dim}
+        return build(DiTConfig, sizes | self.model_overrides, source="model_overrides")
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches per step and rank.
+
+        Raises:
+            UserError: if they do not come out even.
+        """
+        share = world_size * self.train.micro_batch_size
+        if self.train.global_batch_size % share:
+            raise UserError(
+                f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
+                f"{world_size} processes × train.micro_batch_size={self.train.micro_batch_size} = {share}"
+            )
+        return self.train.global_batch_size // share
+
+    @property
+    def shift_tokens(self) -> int | None:
+        """Token count that sets the timestep shift; None without shift."""
+        return (self.data.resolution // LATENT_PIXELS) ** 2 if self.flow.shift else None
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value!r} must be {rule}")
+
+
+def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
+    """Which settings differ between a checkpoint's recorded configuration and the current one, one line each."""
+    old, new = _flatten(before), _flatten(to_dict(now))
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def locate(path: str) -> Path:
+    """`path` as given or, where nothing is there, below the repository."""
+    given = Path(path).expanduser()
+    below = REPO_ROOT / given
+    return below if below.exists() and not given.exists() else given

@@ -1,0 +1,269 @@
+"""The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autoencoder.config import UserError, load_config, to_dict
+from autoencoder.latents import LatentStats
+from svg_t2i.checkpoint import read_transformer
+from svg_t2i.frozen import CaptionCache
+from svg_t2i.packing import TextFeatures
+from svg_t2i.settings import LoopConfig, OptimConfig, TrainConfig, changed_settings
+from svg_t2i.train import main
+from svg_t2i.training import FlowObjective, TrainState, ema_update, learning_rate
+
+
+@pytest.fixture
+def train(toy_parts, tmp_path):
+    """Run the training entry into tmp_path/NAME with overrides; returns that folder."""
+
+    def run(name, *overrides):
+        main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / name}", *overrides])
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder, step, ema=False):
+    return read_transformer(folder / "checkpoints" / f"{step:07d}", ema=ema).state
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+
+def logged_losses(output):
+    """The losses of the console lines."""
+    return [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if line.startswith("step ")]
+
+
+def test_training_changes_the_weights_and_reports(train, capsys):
+    folder = train("run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
+    for field in ("loss", "grad", "lr", "images/s", "data"):
+        assert field in lines[0]
+    raw, averaged = weights(folder, 4), weights(folder, 4, ema=True)
+    assert raw["final_layer.linear.weight"].abs().max() > 1e-4  # starts at zero
+    assert 0 < averaged["final_layer.linear.weight"].abs().max() < raw["final_layer.linear.weight"].abs().max()
+    assert list((folder / "tensorboard").iterdir())
+    assert load_config(TrainConfig, folder / "config.yaml").train.max_steps == 4
+
+
+def test_result_does_not_depend_on_the_micro_batch_size(train, capsys):
+    whole = train("whole")
+    losses = logged_losses(capsys.readouterr().out)
+    for size in (2, 1):
+        split = train(f"split{size}", f"train.micro_batch_size={size}")
+        assert logged_losses(capsys.readouterr().out) == pytest.approx(losses, abs=1e-4)  # as printed
+        assert largest_difference(weights(whole, 4), weights(split, 4)) <= 1e-6
+
+
+def test_result_does_not_depend_on_worker_count(train):
+    assert largest_difference(weights(train("a"), 4), weights(train("b", "data.num_workers=2"), 4)) == 0
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train):
+    straight = train("straight", "train.ckpt_every=2", "text_encoder.cache_tokens=64")
+    broken = train("broken", "train.max_steps=2", "text_encoder.cache_tokens=64")
+    train("broken", "train.max_steps=4", "text_encoder.cache_tokens=64")
+    for ema in (False, True):
+        assert largest_difference(weights(straight, 4, ema), weights(broken, 4, ema)) == 0
+
+
+def test_seed_changes_the_result(train):
+    assert largest_difference(weights(train("a"), 4), weights(train("b", "train.seed=1"), 4)) > 1e-5
+
+
+def test_bf16_follows_fp32(train, capsys):
+    train("fp32")
+    fp32 = logged_losses(capsys.readouterr().out)
+    folder = train("bf16", "train.precision=bf16")
+    bf16 = logged_losses(capsys.readouterr().out)
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 != fp32
+    assert all(weight.dtype == torch.float32 for weight in weights(folder, 4).values())
+
+
+def test_fresh_run_does_not_touch_a_folder_in_use(train):
+    folder = train("run", "train.max_steps=1")
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(UserError, match=r"results_dir=.*not empty; nothing was overwritten.*resume=true"):
+        train("run", "resume=false")
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+def test_finished_run_stays_as_it_is(train, capsys):
+    folder = train("run", "train.max_steps=1")
+    state = weights(folder, 1)
+    train("run", "train.max_steps=1")
+    assert "is done" in capsys.readouterr().out
+    assert largest_difference(weights(folder, 1), state) == 0
+
+
+def test_resume_refuses_other_frozen_networks_and_other_models(train, toy_parts, tmp_path):
+    train("run", "train.max_steps=1")
+    stats = toy_parts / "autoencoder" / "latent_stats.safetensors"
+    other = LatentStats.load(stats, 32)
+    LatentStats(other.mean + 1, other.std, encoder=other.encoder).save(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"autoencoder's stats was \w{16} and is \w{16}"):
+        train("run", "train.max_steps=2", f"autoencoder.stats={tmp_path / 'other.safetensors'}")
+    with pytest.raises(UserError, match=r"another model: dim was 32 and is 64"):
+        train("run", "train.max_steps=2", "model_overrides.dim=64", "model_overrides.axes_dims=[8,12,12]")
+
+
+def test_init_from_takes_fitting_weights_and_names_the_others(train, capsys):
+    source = train("source")
+    capsys.readouterr()
+    folder = train("next", f"init_from={source}", "train.max_steps=1", "optim.lr=1e-12")
+    assert largest_difference(weights(source, 4), weights(folder, 1)) < 1e-9
+    wider = "model_overrides.multiple_of=96"
+    train("wider", f"init_from={source}", wider, "train.max_steps=1")
+    output = capsys.readouterr().out
+    assert "of another shape" in output
+    assert "layers.0.feed_forward.w1.weight" in output
+
+
+def test_measured_statistics_and_random_text_encoder_are_made_once(train, toy_parts):
+    asked = ("autoencoder.stats=measure", "text_encoder.path=random", "train.max_steps=1")
+    folder = train("run", *asked)
+    stats = folder / "latent_stats.safetensors"
+    made = stats.stat().st_mtime_ns
+    recorded = load_config(TrainConfig, folder / "config.yaml")
+    assert recorded.autoencoder.stats == str(stats)
+    assert recorded.text_encoder.path == str(folder / "text_encoder")
+    train("run", *asked, "train.max_steps=2")
+    assert stats.stat().st_mtime_ns == made
+
+
+def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
+    """Step 2 gets an infinite loss: weights stay put, moments stay clean, and the run goes on."""
+    forward, calls = FlowObjective.forward, []
+
+    def spoiled(self, batch):
+        losses, timesteps = forward(self, batch)
+        calls.append(1)
+        return (losses * math.inf if len(calls) == 2 else losses), timesteps
+
+    monkeypatch.setattr(FlowObjective, "forward", spoiled)
+    folder = train("run", "train.ckpt_every=1")
+    assert "1 updates skipped" in capsys.readouterr().out
+    assert largest_difference(weights(folder, 1), weights(folder, 2)) == 0
+    assert largest_difference(weights(folder, 2), weights(folder, 3)) > 0
+    assert all(weight.isfinite().all() for weight in weights(folder, 4).values())
+    calls.clear()
+    with pytest.raises(UserError, match=r"1 updates had non-finite gradients, more than train.max_nonfinite=0"):
+        train("strict", "train.max_nonfinite=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_stepz=3", r"unknown key 'train.max_stepz' \(did you mean 'max_steps'"),
+        ("train.micro_batch_size=3", r"train.global_batch_size=4 must be a multiple of 1 processes"),
+        ("train.grad_clip=0", r"grad_clip=0"),
+        ("train.precision=fp8", r"train.precision = 'fp8'; choose one of fp32, tf32, bf16"),
+        ("flow.snr_type=lognormal", r"snr_type 'lognormal'"),
+        ("model=huge", r"unknown name 'huge'; known: NextDiT"),
+        ("model_overrides.width=3", r"unknown key 'width'"),
+        ("data.path=nowhere.jsonl", r"nowhere.jsonl"),
+        ("data.resolution=100", r"100"),
+        ("init_from=nowhere", r"nowhere: no DiT here"),
+        ("text_encoder.path=no/where/at/all", r"no/where/at/all"),
+        ("autoencoder.encoder_weights=random", r"autoencoder.encoder_weights is for a YAML config"),
+    ],
+)
+def test_mistakes_are_named(train, override, message):
+    with pytest.raises(UserError, match=message):
+        train("run", override)
+
+
+def test_warm_up_is_linear_then_constant():
+    rates = [learning_rate(step, OptimConfig(lr=1.0, warmup_steps=4)) for step in range(6)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(0, OptimConfig(lr=0.5)) == 0.5
+
+
+def test_ema_update_is_the_weighted_mean():
+    weights, ema = [torch.randn(3, 5), torch.randn(7)], [torch.randn(3, 5), torch.randn(7)]
+    expected = [0.95 * e.double() + 0.05 * w.double() for e, w in zip(ema, weights)]
+    ema_update(ema, weights, 0.95)
+    for actual, value in zip(ema, expected):
+        torch.testing.assert_close(actual.double(), value, atol=1e-7, rtol=0)
+
+
+def test_optimizer_matches_plain_adamw():
+    """Moments made in advance, and the skip flag at 0, change nothing about AdamW."""
+    optim = OptimConfig(lr=1e-2, weight_decay=0.1)
+    module = torch.nn.Linear(4, 3)
+    module.config = None
+    plain = copy.deepcopy(module)
+    state = TrainState.start(module, optim)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
+    x = torch.randn(8, 4)
+    for _ in range(5):
+        for model, optimizer in ((module, state.optimizer), (plain, reference)):
+            model(x).square().mean().backward()
+            if optimizer is state.optimizer:
+                optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(module.weight, plain.weight, atol=1e-6, rtol=0)
+    assert {"weight.step", "weight.exp_avg", "bias.exp_avg_sq"} <= state.tensors()["optimizer"].keys()
+
+
+class CountingEncoder:
+    """Encodes a text to as many rows as it has letters, and keeps count."""
+
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, texts):
+        self.encoded += texts
+        return TextFeatures.cat([TextFeatures(torch.full((len(t), 2), float(ord(t[0]))), (len(t),)) for t in texts])
+
+
+def test_caption_cache_encodes_once_and_stays_within_its_bound():
+    encoder = CountingEncoder()
+    cache = CaptionCache(encoder, max_tokens=5)
+    features = cache(["aa", "b", "aa"])
+    assert features.lengths == (2, 1, 2)
+    assert features.features[:, 0].tolist() == [97.0, 97, 98, 97, 97]
+    assert encoder.encoded == ["aa", "b"]
+    cache(["ccc", "aa"])  # "b" has waited longest and goes
+    assert encoder.encoded == ["aa", "b", "ccc"]
+    cache(["aa", "ccc"])
+    assert encoder.encoded == ["aa", "b", "ccc"]
+    cache(["b"])
+    assert encoder.encoded[-1] == "b"
+    cache.clear()
+    cache(["aa"])
+    assert encoder.encoded[-1] == "aa"
+
+
+def test_changed_settings_are_listed(toy_parts):
+    config = load_config(TrainConfig, toy_parts / "train.yaml")
+    before = to_dict(replace(config, optim=OptimConfig(lr=5.0, warmup_steps=2)))
+    assert changed_settings(to_dict(config), config) == []
+    assert changed_settings(before, config) == ["optim.lr: 5.0 → 0.001"]
+
+
+def test_batch_must_divide_among_processes(toy_parts):
+    config = load_config(TrainConfig, toy_parts / "train.yaml", ["train.micro_batch_size=2"])
+    assert (config.micro_batches(1), config.micro_batches(2)) == (2, 1)
+    with pytest.raises(UserError, match=r"global_batch_size=4 must be a multiple of 3 processes × .*=2 = 6"):
+        config.micro_batches(3)
+
+
+def test_every_shipped_config_is_valid(repo_root):
+    for path in sorted((repo_root / "configs" / "svg_t2i").glob("*.yaml")):
+        config = load_config(TrainConfig, path)
+        processes = 8 if path.name.startswith("stage") else 1
+        assert config.micro_batches(processes) >= 1
+        assert config.model_config(384, 2304).dim % 2 == 0
+        assert isinstance(config.train, LoopConfig)
