@@ -12,6 +12,7 @@ Shapes: B batch, z latent channels, C channels, h×w latent cells, N = h·w.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +167,15 @@ class ConvDecoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(latents))  # (B, C, h, w)
-        for level in reversed(self.up):
+        x = self.mid(self.stem(latents))  # (B, C, h, w)
+        for level in self.levels():
             x = level(x)  # ×2 after each level but the finest
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_ch, 16h, 16w)
+
+    def stem(self, latents: Tensor) -> Tensor:
+        """What comes before the middle: (B, z, h, w) → (B, C, h, w)."""
+        return self.conv_in(latents)
+
+    def levels(self) -> Iterator[Level]:
+        """From the coarsest, as they are computed."""
+        return reversed(self.up)

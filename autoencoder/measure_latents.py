@@ -1,113 +1,229 @@
-"""Measure the per-channel mean and deviation of an autoencoder's latents over the images of a manifest, in one pass.
+"""Measure the per-channel mean and deviation of an autoencoder's latents, at one or several resolutions, in one pass.
 
-    python -m autoencoder.measure_latents CONFIG --manifest X.jsonl --resolution 256 --output stats.safetensors
+    python -m autoencoder.measure_latents CONFIG --data IMAGES --resolution 256 512 1024 --output stats.safetensors
+    torchrun --nproc-per-node 8 -m autoencoder.measure_latents CONFIG ...        the same numbers to the last bit
 
-Images are cropped to their aspect buckets as in the training of the diffusion model, from the middle. The file keeps
-the encoder's fingerprint, so that it cannot be used with another encoder.
+IMAGES is a folder or a manifest. Images are cropped to their aspect buckets as in the training of the diffusion model,
+from the middle. The files keep the fingerprint of the encoder and residual branch, so that they cannot be used with
+others. An interrupted run goes on when it is started again with the same arguments, on any number of processes.
+
+    stats.safetensors           every latent position counts the same, whatever its resolution
+    stats-256.safetensors, …    each resolution alone, if there are several
+    stats.png                   mean and deviation of each channel, and their drift between resolutions
+    stats.partial.safetensors   while it runs: what was seen so far
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from autoencoder.config import UserError, run_entry
-from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
+from autoencoder.drift import drift, plot_stats
+from autoencoder.images import to_float
 from autoencoder.latents import LatentStats, StatsAccumulator
-from autoencoder.manifest import ImageSource, Manifest
 from autoencoder.model import SVGAutoencoder
+from autoencoder.parallel import Processes, joined_processes
+from autoencoder.sweep import (
+    Crops,
+    add_image_arguments,
+    add_model_arguments,
+    load_autoencoder,
+    open_crops,
+    sweep,
+    warn_of_batch_statistics,
+)
+from autoencoder.weights import read_file, replacing
+
+logger = logging.getLogger(__name__)
+
+CHUNKS_PER_ROUND = 32  # of each process, between merging and saving
+ALONE = Processes(rank=0, size=1, device=torch.device("cpu"))
 
 
-class CroppedImages(Dataset):
-    """`count` images spread evenly over a source, each cropped to its nearest size: (3, H, W) uint8."""
+class Progress:
+    """What was measured so far, kept in `path` (None: nowhere): one accumulator per resolution, for chunks 0 … done−1.
 
-    def __init__(self, source: ImageSource, sizes: tuple[tuple[int, int], ...], count: int) -> None:
-        self.source, self.sizes = source, sizes
-        self.indices = np.linspace(0, len(source) - 1, count).round().astype(int)
+    identity: all that the numbers depend on; a file of another identity is refused.
+    """
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __init__(self, resolutions: tuple[int, ...], identity: dict[str, Any], path: Path | None) -> None:
+        self.resolutions, self.identity, self.path = resolutions, identity, path
+        self.accumulators = [StatsAccumulator() for _ in resolutions]
+        self.done = 0
+        if path is not None and path.exists():
+            self._load()
 
-    def __getitem__(self, index: int) -> Tensor:
-        image, _ = self.source.load(int(self.indices[index]))
-        return to_uint8_tensor(crop_to_size(image, nearest_bucket(image.size, self.sizes)))
+    def add(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """The states of the next chunk, one per resolution. In this order always, so that rounding is the same."""
+        for accumulator, state in zip(self.accumulators, states, strict=True):
+            accumulator.merge(StatsAccumulator.from_state(state))
+        self.done += 1
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        tensors = {
+            f"{resolution}.{name}": value
+            for resolution, accumulator in zip(self.resolutions, self.accumulators)
+            for name, value in accumulator.state().items()
+        }
+        with replacing(self.path) as partial:
+            save_file(tensors, partial, {"identity": json.dumps(self.identity), "done": str(self.done)})
+
+    def _load(self) -> None:
+        tensors = read_file(self.path, "interrupted measurement")
+        with safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        recorded = json.loads(metadata.get("identity", "{}"))
+        differing = [f"{k}: {recorded.get(k)} ≠ {v}" for k, v in self.identity.items() if recorded.get(k) != v]
+        if differing:
+            raise UserError(
+                f"{self.path} is an interrupted measurement of something else ({'; '.join(differing)}); repeat its "
+                "arguments to go on with it, or delete it"
+            )
+        for number, resolution in enumerate(self.resolutions):
+            state = {name: tensors[f"{resolution}.{name}"] for name in ("count", "mean", "squares")}
+            self.accumulators[number] = StatsAccumulator.from_state(state)
+        self.done = int(metadata["done"])
 
 
-def equal_size_batches(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """(3, H, W) tensors of any sizes → (n, 3, H, W) of one size each, n ≤ batch_size; none is left out."""
-    waiting: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for image in images:
-        group = waiting[image.shape]
-        group.append(image)
-        if len(group) == batch_size:
-            yield torch.stack(waiting.pop(image.shape))
-    yield from (torch.stack(group) for group in waiting.values())
+def measure(
+    autoencoder: SVGAutoencoder,
+    crops: Crops,
+    batch_size: int = 16,
+    processes: Processes = ALONE,
+    num_workers: int = 0,
+    partial: Path | None = None,
+) -> list[StatsAccumulator]:
+    """Moments of the raw latents at each of the crops' resolutions; [] on all processes but the main one.
 
-
-def measure(autoencoder: SVGAutoencoder, batches: Iterable[Tensor], report_every: float = 10.0) -> LatentStats:
-    """Statistics of the raw latents of uint8 batches (n, 3, H, W), on the autoencoder's device; prints its progress."""
-    device = next(autoencoder.parameters()).device
-    accumulator, images, reported = StatsAccumulator(), 0, time.monotonic()
-    for batch in batches:
-        accumulator.update(autoencoder.encode(to_float(batch.to(device, non_blocking=True))))
-        images += len(batch)
-        if time.monotonic() - reported > report_every:
+    partial: file to keep the progress in and to go on from; it is left there.
+    """
+    identity = {
+        "encoder": autoencoder.latent_fingerprint(),
+        "data": crops.source.name,
+        "images in the data": len(crops.source),
+        "images measured": len(crops),
+        "crops": [list(map(list, sizes)) for sizes in crops.sizes],
+        "batch_size": batch_size,
+        "precision": str(next(autoencoder.parameters()).dtype),
+    }
+    progress = Progress(crops.resolutions, identity, partial if processes.is_main else None)
+    first = processes.share(progress.done)
+    if first and processes.is_main:
+        print(f"going on after {min(first * batch_size, len(crops))} of {len(crops)} images: {partial}", flush=True)
+    own = _chunk_states(autoencoder, sweep(crops, batch_size, processes.rank, processes.size, num_workers, first))
+    chunks = -(-len(crops) // batch_size)
+    per_round, reported = CHUNKS_PER_ROUND * processes.size, time.monotonic()
+    for _ in range(first, chunks, per_round):
+        gathered = processes.gather(list(islice(own, CHUNKS_PER_ROUND)))
+        for _, states in sorted((entry for entries in gathered for entry in entries), key=lambda entry: entry[0]):
+            progress.add(states)
+        progress.save()
+        if processes.is_main and time.monotonic() - reported > 10:
             reported = time.monotonic()
-            print(f"{images} images, {accumulator.count} latent positions", flush=True)
-    return accumulator.result(encoder=autoencoder.encoder.fingerprint())
+            print(f"{min(progress.done * batch_size, len(crops))} of {len(crops)} images", flush=True)
+    return progress.accumulators if processes.is_main else []
+
+
+@torch.no_grad()
+def _chunk_states(autoencoder: SVGAutoencoder, chunks: Any) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
+    """(chunk number, moments of its latents at each resolution)."""
+    device = next(autoencoder.parameters()).device
+    for chunk in chunks:
+        accumulators = [StatsAccumulator() for _ in chunk.groups]
+        for accumulator, groups in zip(accumulators, chunk.groups):
+            for group in groups:
+                accumulator.update(autoencoder.encode(to_float(group.images.to(device, non_blocking=True))))
+        yield chunk.number, [accumulator.state() for accumulator in accumulators]
+
+
+def pooled(accumulators: list[StatsAccumulator]) -> StatsAccumulator:
+    """All of them together; every latent position counts the same."""
+    total = StatsAccumulator()
+    for accumulator in accumulators:
+        total.merge(accumulator)
+    return total
+
+
+# ---- the entry -----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m autoencoder.measure_latents", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="autoencoder YAML file")
+    add_model_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="changes of the config, key.sub=value")
-    parser.add_argument("--manifest", required=True, help="JSONL or JSON list of images; captions are not needed")
-    parser.add_argument("--resolution", type=int, required=True, help="the crops have about this squared pixels")
+    add_image_arguments(parser, max_aspect=4.0)
     parser.add_argument("--output", type=Path, required=True, help="file to write, .safetensors")
-    parser.add_argument("--checkpoint", help="autoencoder checkpoint, instead of the config's ckpt_path")
-    parser.add_argument("--max-aspect", type=float, default=4.0, help="longest crop; 1 for squares only")
-    parser.add_argument("--max-images", type=int, help="measure this many, spread evenly over the manifest")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--num-workers", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compare", nargs="+", default=[], help="statistics files to compare the measured ones with")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     arguments = parser.parse_intermixed_args(argv)
-    for name in ("batch_size", "max_images"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if arguments.output.suffix != ".safetensors":
         raise UserError(f"--output {arguments.output}: give it the ending .safetensors")
     if arguments.output.exists() and not arguments.overwrite:
         raise UserError(f"--output {arguments.output} exists; choose another name or add --overwrite")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {arguments.device} cannot be used here ({error}); try --device cpu") from error
     return arguments
 
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    sizes = aspect_buckets(arguments.resolution, arguments.max_aspect)
-    source = Manifest.open(Path(arguments.manifest), require_captions=False)
-    autoencoder = SVGAutoencoder.from_config(arguments.config, arguments.checkpoint, overrides=arguments.overrides)
-    dataset = CroppedImages(source, sizes, min(len(source), arguments.max_images or len(source)))
-    loader = DataLoader(dataset, batch_size=None, num_workers=arguments.num_workers)
-    stats = measure(autoencoder.to(arguments.device), equal_size_batches(loader, arguments.batch_size))
-    stats.save(arguments.output)
+    crops = open_crops(arguments)
+    partial = arguments.output.with_suffix(".partial.safetensors")
+    with joined_processes(arguments.device) as processes:
+        autoencoder = load_autoencoder(arguments, processes.device)
+        others = {path: _published_or_own(path, autoencoder) for path in arguments.compare}
+        if processes.is_main:
+            warn_of_batch_statistics(autoencoder, arguments.batch_size)
+        accumulators = measure(autoencoder, crops, arguments.batch_size, processes, arguments.num_workers, partial)
+        if processes.is_main:
+            write(arguments.output, accumulators, crops, autoencoder.latent_fingerprint(), others)
+            partial.unlink(missing_ok=True)
+
+
+def write(
+    output: Path, accumulators: list[StatsAccumulator], crops: Crops, encoder: str, others: dict[str, LatentStats]
+) -> None:
+    """All files of the drawing at the top, and a report on the console."""
+    stats = pooled(accumulators).result(encoder)
+    notes = {"data": crops.source.name, "images": str(len(crops))}
+    lines = {"all" if len(accumulators) > 1 else f"{crops.resolutions[0]} px": stats}
+    if len(accumulators) > 1:
+        for resolution, accumulator in zip(crops.resolutions, accumulators):
+            one = accumulator.result(encoder)
+            path = output.with_name(f"{output.stem}-{resolution}.safetensors")
+            one.save(path, notes | {"resolution": str(resolution)})
+            lines[f"{resolution} px"] = one
+            print(f"{path}: seen through the pooled statistics, {drift(stats, one)}")
+    for path, other in others.items():
+        found = drift(other, stats)
+        lines[Path(path).name] = other
+        if found.notable:
+            logger.warning("%s does not fit these images: seen through it, %s", path, found)
+        else:
+            print(f"{path} fits these images: seen through it, {found}")
+    plot_stats(lines, next(iter(lines)), output.with_suffix(".png"))
+    stats.save(output, notes | {"resolution": " ".join(map(str, crops.resolutions))})
     print(
-        f"{arguments.output}: {len(dataset)} images, {stats.channels} channels, "
-        f"mean of std {stats.std.mean():.4f}, encoder {stats.encoder}, statistics {stats.fingerprint()}"
+        f"{output}: {len(crops)} images, {stats.channels} channels, mean of std {stats.std.mean():.4f}, "
+        f"encoder {stats.encoder}, statistics {stats.fingerprint()}"
     )
+
+
+def _published_or_own(path: str, autoencoder: SVGAutoencoder) -> LatentStats:
+    """A file to compare with. Where a published one lacks the residual channels, as the release makes them up."""
+    made_up = autoencoder.channels - autoencoder.encoder.channels
+    return LatentStats.load(path, autoencoder.channels, autoencoder.config.num_layer, made_up)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from autoencoder.config import UserError
-from autoencoder.images import aspect_buckets, to_float
+from autoencoder.images import to_float
 from autoencoder.latents import LatentStats
 from autoencoder.manifest import Manifest
-from autoencoder.measure_latents import CroppedImages, equal_size_batches, measure
+from autoencoder.measure_latents import measure
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sweep import Crops
 from svg_t2i.data import TrainBatch
 from svg_t2i.model import SVGDiT
 from svg_t2i.packing import TextFeatures
@@ -191,6 +192,5 @@ def fill_in(config: TrainConfig, manifest: Manifest, world: World) -> TrainConfi
 def _measure(config: TrainConfig, manifest: Manifest, device: torch.device) -> LatentStats:
     log.info("measuring latent statistics over the training images")
     autoencoder = load_autoencoder(replace(config.autoencoder, stats=None)).to(device)
-    buckets = aspect_buckets(config.data.resolution, config.data.widest)
-    images = CroppedImages(manifest, buckets, min(len(manifest), MEASURED_IMAGES))
-    return measure(autoencoder, equal_size_batches((images[i] for i in range(len(images))), batch_size=16))
+    images = Crops(manifest, [config.data.resolution], config.data.widest, MEASURED_IMAGES)
+    return measure(autoencoder, images)[0].result(autoencoder.latent_fingerprint())

@@ -1,4 +1,4 @@
-"""Measuring statistics over a manifest: against a direct computation, and the entry's refusals."""
+"""Measuring statistics: against a direct computation, interrupted and resumed, and the entry's refusals."""
 
 import json
 
@@ -8,10 +8,11 @@ import torch
 import yaml
 from PIL import Image
 
+from autoencoder import measure_latents, sweep
 from autoencoder.config import UserError
 from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
 from autoencoder.latents import LatentStats
-from autoencoder.measure_latents import equal_size_batches, main
+from autoencoder.measure_latents import main
 from autoencoder.model import SVGAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
@@ -79,11 +80,84 @@ def test_overrides_reach_the_config(folder):
     assert LatentStats.load(folder / "s.safetensors", 96).channels == 96
 
 
-def test_batches_hold_every_image_once_and_one_size_each():
-    images = [torch.full((3, 16 * (1 + i % 2), 16), i) for i in range(7)]
-    batches = list(equal_size_batches(images, 3))
-    assert sorted(value for batch in batches for value in batch[:, 0, 0, 0].tolist()) == list(range(7))
-    assert max(map(len, batches)) == 3
+def test_several_resolutions_are_measured_alone_and_pooled(folder, capsys):
+    main(arguments(folder, "--resolution", "64", "128", "--max-aspect", "1", "--batch-size", "2"))
+    model = SVGAutoencoder.from_config(folder / "ae.yaml")
+    values = {}
+    for side in (64, 128):
+        images = (Image.open(folder / f"{index}.png") for index in range(5))
+        crops = torch.stack([to_uint8_tensor(crop_to_size(image, (side, side), None)) for image in images])
+        values[side] = model.encode(to_float(crops)).transpose(0, 1).flatten(1).double().numpy()
+    values["all"] = np.concatenate([values[64], values[128]], axis=1)
+    for key, name in ((64, "s-64"), (128, "s-128"), ("all", "s")):
+        stats = LatentStats.load(folder / f"{name}.safetensors", D)
+        np.testing.assert_allclose(stats.mean.numpy(), values[key].mean(axis=1), atol=1e-5)
+        np.testing.assert_allclose(stats.std.numpy(), values[key].std(axis=1, ddof=1), rtol=1e-4)
+    assert Image.open(folder / "s.png").size[0] > 500
+    assert "s-64.safetensors: seen through the pooled statistics" in capsys.readouterr().out
+
+
+def test_compared_files_that_do_not_fit_are_warned_of_with_numbers(folder, caplog, capsys):
+    main(arguments(folder))
+    stats = LatentStats.load(folder / "s.safetensors", D)
+    LatentStats(stats.mean + 0.5 * stats.std, stats.std / 2).save(folder / "other.safetensors")
+    compared = [str(folder / name) for name in ("s.safetensors", "other.safetensors")]
+    main(arguments(folder, "--compare", *compared, "--output", str(folder / "t.safetensors")))
+    assert "s.safetensors fits these images" in capsys.readouterr().out
+    (warning,) = caplog.messages
+    assert "other.safetensors does not fit" in warning
+    assert "means of 1.000 rms" in warning  # (m − (m + s/2)) / (s/2)
+    assert "from 2.00 to 2.00 instead of 1" in warning
+
+
+def interrupted(monkeypatch, folder, after, *more):
+    """Run `main` until the image number `after` is to be read."""
+    load, calls = sweep.load_image, []
+
+    def load_image(path):
+        calls.append(path)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return load(path)
+
+    monkeypatch.setattr(sweep, "load_image", load_image)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(folder, *more))
+    monkeypatch.setattr(sweep, "load_image", load)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(folder, monkeypatch, capsys):
+    monkeypatch.setattr(measure_latents, "CHUNKS_PER_ROUND", 1)
+    more = ["--batch-size", "2", "--resolution", "64", "128"]
+    main(arguments(folder, *more, "--output", str(folder / "whole.safetensors")))
+    interrupted(monkeypatch, folder, 3, *more)
+    assert (folder / "s.partial.safetensors").exists()
+    with pytest.raises(UserError, match="batch_size: 2 ≠ 1.*delete it"):
+        main(arguments(folder, *more, "--batch-size", "1"))
+    main(arguments(folder, *more))
+    assert "going on after 2 of 5 images" in capsys.readouterr().out
+    assert not (folder / "s.partial.safetensors").exists()
+    for suffix in ("", "-64", "-128"):
+        one, other = (LatentStats.load(folder / f"{name}{suffix}.safetensors", D) for name in ("whole", "s"))
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.std, other.std)
+
+
+def test_a_folder_is_measured_and_broken_images_count_nothing(folder, caplog):
+    images = folder / "images" / "some"
+    images.mkdir(parents=True)
+    for index in (1, 3):
+        (folder / f"{index}.png").rename(images / f"{index}.png")
+    (images / "2.png").write_bytes((images / "1.png").read_bytes()[:300])
+    main(arguments(folder, "--data", str(folder / "images"), "--output", str(folder / "t.safetensors")))
+    (warning,) = caplog.messages
+    assert "left out" in warning
+    assert "2.png" in warning
+    (images / "2.png").unlink()
+    main(arguments(folder, "--data", str(folder / "images"), "--output", str(folder / "u.safetensors")))
+    one, other = (LatentStats.load(folder / f"{name}.safetensors", D) for name in "tu")
+    torch.testing.assert_close(one.mean, other.mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(one.std, other.std, rtol=1e-6, atol=0)
 
 
 def test_refusals_come_before_the_work(folder):
@@ -95,6 +169,13 @@ def test_refusals_come_before_the_work(folder):
         main(arguments(folder, "--device", "nowhere"))
     with pytest.raises(UserError, match="ending .safetensors"):
         main(arguments(folder, "--output", "stats.pt"))
+    with pytest.raises(UserError, match="names a resolution twice"):
+        main(arguments(folder, "--resolution", "64", "64"))
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no image"):
+        main(arguments(folder, "--data", str(folder / "empty")))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        main(arguments(folder, "--data", str(folder / "nowhere")))
     (folder / "s.safetensors").write_text("precious")
     with pytest.raises(UserError, match="exists.*--overwrite"):
         main(arguments(folder))

@@ -1,0 +1,193 @@
+"""The evaluation entry: its numbers against scikit-image, its files, what it counts, its refusals and warnings."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+
+from autoencoder import evaluate_reconstruction
+from autoencoder.config import UserError
+from autoencoder.evaluate_reconstruction import add_rows, main
+from autoencoder.evaluation import Networks
+from autoencoder.images import crop_square, to_float, to_pil, to_uint8_tensor
+from autoencoder.latents import LatentStats
+from autoencoder.model import SVGAutoencoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+D, COUNT = 48, 7
+
+
+class TinyFeatures(nn.Module):
+    num_features = 6
+
+    def forward(self, images):
+        return images[:, :, 3, 2:4].float().flatten(1) / 255
+
+
+class Distance(nn.Module):
+    def forward(self, x, y):
+        return (x - y).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """The metrics' networks that the entry gets: small ones, as no test downloads the real ones."""
+    found = Networks(lpips=Distance(), inception=TinyFeatures())
+    monkeypatch.setattr(evaluate_reconstruction.Networks, "build", lambda device: found)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, networks):
+    """A config with a random encoder, and images of several sizes in photos/."""
+    dino = {"weights": "random", "overrides": {"embed_dim": D, "depth": 1, "num_heads": 3}}
+    dd = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 0, "z_channels": D}
+    params = {"dinoconfig": dino, "ddconfig": dd}
+    (tmp_path / "ae.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
+    state = SVGAutoencoder.from_config(tmp_path / "ae.yaml").state_dict()
+    torch.save({"state_dict": state}, tmp_path / "ae.ckpt")  # the decoder's weights are random, and kept here
+    rng = np.random.default_rng(3)
+    (tmp_path / "photos").mkdir()
+    for index in range(COUNT):
+        shape = (50 + 7 * index, 90 - 5 * index, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "photos" / f"{index}.png")
+    return tmp_path
+
+
+def arguments(folder, *more):
+    given = [folder / "ae.yaml", "--checkpoint", folder / "ae.ckpt", "--data", folder / "photos"]
+    given += ["--resolution", 48, 32, "--device", "cpu", "--output", folder / "out"]
+    return [str(value) for value in (*given, *more)]
+
+
+def evaluated(folder, *more):
+    main(arguments(folder, "--overwrite", *more))
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_the_numbers_are_those_of_the_images(folder):
+    report = evaluated(folder, "--batch-size", "3")
+    model = SVGAutoencoder.from_config(folder / "ae.yaml", folder / "ae.ckpt")
+    expected, shifts = [], []
+    for index in range(COUNT):
+        crop = crop_square(Image.open(folder / "photos" / f"{index}.png"), 48)
+        with torch.no_grad():
+            recon = to_pil(model.decode(model.encode(to_float(to_uint8_tensor(crop)[None])))[0])
+        expected.append(peak_signal_noise_ratio(np.array(crop), np.array(recon), data_range=255))
+        shifts.append((np.array(recon, dtype=float) - np.array(crop)).mean(axis=(0, 1)))
+    first, second = report["results"]
+    assert (first["resolution"], second["resolution"], first["images"]) == (48, 32, COUNT)
+    assert first["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+    np.testing.assert_allclose(first["colour_shift"], np.mean(shifts, axis=0), atol=0.02)
+    assert first["unavailable"] == {}
+    assert first["psnr"] != second["psnr"]
+    rows = list(csv.DictReader((folder / "out" / "images.csv").open()))
+    assert [float(row["psnr"]) for row in rows[:COUNT]] == pytest.approx(expected, abs=1e-3)
+    assert rows[0]["path"].endswith("photos/0.png")
+    assert len(rows) == 2 * COUNT
+
+
+def test_nothing_depends_on_the_batch_size(folder):
+    whole, *others = (evaluated(folder, "--batch-size", str(n))["results"] for n in (COUNT, 1, 3))
+    for other in others:
+        for one, two in zip(whole, other):
+            assert two["images"] == COUNT
+            for name in ("rfid", "psnr", "ssim", "lpips"):  # up to the networks' own rounding
+                assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def test_a_metric_without_its_network_is_null_with_a_reason(folder, networks, caplog):
+    networks.inception, networks.missing["rfid"] = None, "no weights to be had"
+    report = evaluated(folder)
+    for result in report["results"]:
+        assert result["rfid"] is None
+        assert result["unavailable"] == {"rfid": "no weights to be had"}
+        assert min(result["psnr"], result["lpips"]) > 0
+    assert "rfid is not available: no weights to be had" in caplog.messages
+    table = (folder / "out" / "table.md").read_text().splitlines()
+    assert "n/a" in table[2]
+    assert list(csv.DictReader((folder / "out" / "metrics.csv").open()))[0]["rfid"] == ""
+
+
+def test_rows_are_added_to_a_table_and_replaced_in_it(folder, tmp_path):
+    table = tmp_path / "table.md"
+    evaluated(folder, "--table", str(table), "--name", "a|b")
+    evaluated(folder, "--table", str(table), "--name", "second")
+    evaluated(folder, "--table", str(table), "--name", "a|b", "--resolution", "32", "--max-images", "3")
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.read_text().splitlines()]
+    data = f"{tmp_path.name}/photos"
+    assert cells[2:] == [
+        ["a/b", data, "48", "7"],
+        ["second", data, "48", "7"],
+        ["second", data, "32", "7"],
+        ["a/b", data, "32", "3"],
+    ]
+    (tmp_path / "other.md").write_text("# my notes\n")
+    with pytest.raises(UserError, match="other.md is not a table"):
+        add_rows(tmp_path / "other.md", [["a"] * 8])
+    assert (tmp_path / "other.md").read_text() == "# my notes\n"
+
+
+def test_a_broken_image_counts_nothing(folder, caplog):
+    whole = evaluated(folder)
+    (folder / "photos" / "3x.png").write_bytes((folder / "photos" / "3.png").read_bytes()[:500])
+    report = evaluated(folder)
+    assert report["unreadable"] == 1
+    assert any("left out" in message and "3x.png" in message for message in caplog.messages)
+    assert [r["images"] for r in report["results"]] == [COUNT, COUNT]
+    assert report["results"][0]["psnr"] == pytest.approx(whole["results"][0]["psnr"], abs=1e-3)
+
+
+def test_statistics_that_do_not_fit_are_warned_of_with_numbers(folder, caplog):
+    stats = LatentStats(torch.full((D,), 5.0), torch.full((D,), 0.5))
+    stats.save(folder / "stats.safetensors")
+    report = evaluated(folder, "--stats", str(folder / "stats.safetensors"))
+    warnings = [message for message in caplog.messages if "do not fit" in message]
+    assert len(warnings) == 2
+    assert "images of 48 px: normalised latents have means of" in warnings[0]
+    assert report["results"][0]["normalised_latents"]["shift_rms"] == pytest.approx(10, rel=0.3)
+
+
+def test_exact_reproductions_have_no_mean_psnr(folder, monkeypatch):
+    monkeypatch.setattr("autoencoder.evaluation.decode", lambda decoder, latents: torch.zeros(7, 3, 48, 48))
+    grey = Image.new("RGB", (48, 48), (128, 128, 128))  # 0 in [-1, 1] rounds to 128
+    for index in range(COUNT):
+        grey.save(folder / "photos" / f"{index}.png")
+    (result,) = evaluated(folder, "--resolution", "48")["results"]
+    assert result["psnr"] is None
+    assert "7 images are reproduced exactly" in result["unavailable"]["psnr"]
+    assert result["ssim"] == pytest.approx(1)
+
+
+def test_values_that_are_not_finite_are_no_result(folder):
+    checkpoint = torch.load(folder / "ae.ckpt", weights_only=True)
+    checkpoint["state_dict"]["decoder.conv_out.bias"][1] = torch.nan
+    torch.save(checkpoint, folder / "ae.ckpt")
+    with pytest.raises(UserError, match=r"7 of 7 reconstructions at 48 px .*not finite \(the first: .*0.png\)"):
+        main(arguments(folder))
+    assert not (folder / "out").exists()
+
+
+def test_refusals(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no image"):
+        main(arguments(folder, "--data", str(tmp_path / "empty")))
+    with pytest.raises(UserError, match="multiple of 16"):
+        main(arguments(folder, "--resolution", "40"))
+    with pytest.raises(UserError, match="--batch-size 0"):
+        main(arguments(folder, "--batch-size", "0"))
+    with pytest.raises(UserError, match="there is no such device"):
+        main(arguments(folder, "--device", "abacus"))
+    main(arguments(folder))
+    with pytest.raises(UserError, match="has results.*--overwrite"):
+        main(arguments(folder))
+    for index in range(COUNT):
+        (folder / "photos" / f"{index}.png").write_text("nothing")
+    with pytest.raises(UserError, match="none of the 7 images is readable"):
+        main(arguments(folder, "--overwrite"))
