@@ -11,9 +11,10 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "autoencoder": [
         {"config"},
-        {"images", "weights"},
+        {"images", "weights", "order"},
+        {"spans"},
         {"manifest"},
-        {"encoders", "decoder", "residual", "latents"},
+        {"encoders", "decoder", "residual", "latents", "tar_shards"},
         {"hy_decoder"},
         {"model"},
         {"losses"},
@@ -22,11 +23,13 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "parallel"},
+        {"attention", "flow", "parallel", "batching", "draws"},
         {"packing"},
         {"model", "solvers", "guidance"},
         {"text", "settings"},
+        {"feature_cache"},
         {"data", "checkpoint"},
+        {"loader"},
         {"frozen"},
         {"training", "pipeline"},
         {"train", "sample", "benchmark", "cache_features", "app"},
@@ -39,6 +42,7 @@ ONLY_IN = {
     "timm": {"autoencoder.encoders", "autoencoder.residual"},
     "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
     "omegaconf": {"autoencoder.config"},
+    "fsspec": {"autoencoder.tar_shards"},
     "torch.distributed": {
         "autoencoder.training",
         "svg_t2i.parallel",
