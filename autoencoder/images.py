@@ -16,7 +16,7 @@ import random
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +46,32 @@ class ImageError(UserError):
     """An image that cannot be used: missing, unreadable, truncated, oversized or of an unsupported mode."""
 
 
-def load_image(source: Path | str | bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(
+    source: Path | str | bytes,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    shrink: Callable[[Size], Size] | None = None,
+    name: str | None = None,
+) -> Image.Image:
     """Decode an image file (or its bytes) to RGB. The size is checked before any pixel is decoded.
 
     The EXIF orientation is not applied, as in the published training data.
 
+    shrink: image size → the size it must still cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (the scaled
+        inverse DCT of libjpeg: several times faster, and close to the box-halving of `crop_to_size`).
+    name: what messages call it; the file's name by default.
+
     Raises:
         ImageError: names the file and what is wrong with it.
     """
-    name = "image data" if isinstance(source, bytes) else str(source)
+    name = name or ("image data" if isinstance(source, bytes) else str(source))
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's soft size limit (ours follows) and remarks about metadata
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image.size, max_pixels)
+                if shrink is not None:
+                    image.draft(None, shrink(image.size))
                 image.load()
                 return to_rgb(image)
     except ImageError as error:

@@ -1,20 +1,21 @@
-"""Where images and captions come from: manifests, ImageNet-style folders, and the order they are visited in.
+"""Where images and captions come from: manifests and ImageNet-style folders.
 
 A manifest is a JSONL file, or a JSON list, of entries in one of the two published conventions:
 
     {"path": "images/0001.png", "prompt": "a red bird"}
     {"image_path": "images/0001.png", "super_high_quality_caption": ["a red bird", "a bird on a wire"]}
 
-Paths are relative to the manifest's folder unless absolute; a caption may be a list of alternatives. Only the byte
-positions of the entries are kept in memory (16 bytes each), so that a manifest of millions of lines opens in seconds
-and costs little in every worker process.
+Paths are relative to the manifest's folder unless absolute; a caption may be a list of alternatives. "width" and
+"height", where given, let training balance its batches without opening the image. Entries are parsed on access; their
+byte positions are in memory for small files and memory-mapped for large ones (see `autoencoder.spans`), so that a
+manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
 
-Nothing here depends on the number of workers or ranks: the order is a function of (seed, epoch), and the randomness
-of a sample (crop, caption, dropout, noise) a function of (seed, position in that order), see `sample_rng`.
+In which order samples are visited is decided in `autoencoder.order`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -22,23 +23,26 @@ import operator
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Sampler
 
 from autoencoder.config import UserError
-from autoencoder.images import load_image
+from autoencoder.images import Size, load_image
+from autoencoder.order import ResumableSampler as ResumableSampler
+from autoencoder.order import sample_rng as sample_rng
+from autoencoder.spans import MAPPED_BYTES, Spans, line_spans
 
 logger = logging.getLogger(__name__)
 
 MAX_ERRORS = 16
-VALIDATED_ENTRIES = 200_000  # parsed when a manifest is opened (seconds); later ones are checked on access
+VALIDATED_ENTRIES = 200_000  # a manifest of so many is parsed when it is opened (seconds), of a larger one the first …
+FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"}
 
 CaptionKind = Literal["base", "align"]
@@ -56,6 +60,7 @@ class Sample:
     path: Path
     captions: tuple[str, ...]
     caption_kind: CaptionKind
+    size: Size | None = None  # (width, height) in pixels, if the source tells without opening the image
 
 
 class ImageSource(Sequence[Sample]):
@@ -72,8 +77,10 @@ class ImageSource(Sequence[Sample]):
         self.max_errors = max_errors
         self.failures: dict[int, str] = {}
 
-    def load(self, index: int) -> tuple[Image.Image, Sample]:
+    def load(self, index: int, shrink: Callable[[Size], Size] | None = None) -> tuple[Image.Image, Sample]:
         """The RGB image and sample at `index`, or at the next index (cyclically) that is usable.
+
+        shrink: as in `load_image`.
 
         Raises:
             UserError: when more than `max_errors` entries, or all of them, have turned out unusable.
@@ -83,17 +90,66 @@ class ImageSource(Sequence[Sample]):
             if candidate in self.failures:
                 continue
             try:
-                sample = self[candidate]
-                return load_image(sample.path), sample
+                source, sample = self.read(candidate)
+                return load_image(source, shrink=shrink, name=str(sample.path)), sample
             except UserError as error:
                 self._count_failure(candidate, error)
         raise UserError(f"{self.name}: none of the {len(self)} images is usable; the first: {self.failures[first]}")
+
+    def read(self, index: int) -> tuple[Path | bytes, Sample]:
+        """The image at `index`, as a file or as the content of one, and its sample."""
+        sample = self[index]
+        return sample.path, sample
+
+    def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
+        """What is known without reading the image: its size, and how many bytes of UTF-8 the captions have."""
+        sample = self[index]
+        return sample.size, tuple(len(caption.encode(errors="replace")) for caption in sample.captions)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when samples are added, removed, reordered or described otherwise.
+
+        A look at 64 entries from first to last, not at the images, nor at the folder's name.
+        """
+        digest = hashlib.sha256(str(len(self)).encode())
+        for index in np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int).tolist():
+            digest.update(self._identity(index))
+        return digest.hexdigest()[:16]
+
+    def _identity(self, index: int) -> bytes:
+        """What names one sample among others."""
+        return os.fsencode(self[index].path.name)
 
     def _count_failure(self, index: int, error: UserError) -> None:
         self.failures[index] = str(error)
         if len(self.failures) > self.max_errors:
             raise _too_many(self.name, "images", list(self.failures.values()), self.max_errors) from error
         logger.warning("skipped %s (%d of at most %d)", error, len(self.failures), self.max_errors)
+
+
+class JoinedSources(ImageSource):
+    """Several sources as one, in their order. Each counts its own failures."""
+
+    def __init__(self, sources: Sequence[ImageSource]):
+        super().__init__(", ".join(source.name for source in sources), sources[0].max_errors)
+        self.sources = tuple(sources)
+        self.ends = list(itertools.accumulate(map(len, sources)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        source, index = self._find(index)
+        return source[index]
+
+    def load(self, index: int, shrink: Callable[[Size], Size] | None = None) -> tuple[Image.Image, Sample]:
+        source, index = self._find(index)
+        return source.load(index, shrink)
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        index = range(len(self))[operator.index(index)]
+        number = bisect_right(self.ends, index)
+        return self.sources[number], index - (self.ends[number - 1] if number else 0)
 
 
 def _too_many(name: str, what: str, reasons: list[str], max_errors: int) -> UserError:
@@ -107,32 +163,40 @@ def _too_many(name: str, what: str, reasons: list[str], max_errors: int) -> User
 class Manifest(ImageSource):
     """The samples of a JSONL file or JSON list. Entries are read and parsed on access; make one with `open`."""
 
-    def __init__(self, path: Path, spans: np.ndarray, require_captions: bool, max_errors: int):
+    def __init__(self, path: Path, spans: Spans, require_captions: bool, max_errors: int):
         super().__init__(str(path), max_errors)
         self.path = path
         self.require_captions = require_captions
-        self.spans = spans  # (N, 2) int64, first byte and end of each entry
+        self.spans = spans  # (first byte, end) of each entry
+        self.left_out: tuple[int, ...] = ()  # the broken ones among them, ascending
 
     @classmethod
-    def open(cls, path: Path | str, require_captions: bool = True, max_errors: int = MAX_ERRORS) -> Manifest:
-        """Find the entries of a manifest and check the first 200,000 of them.
+    def open(
+        cls,
+        path: Path | str,
+        require_captions: bool = True,
+        max_errors: int = MAX_ERRORS,
+        index_folder: Path | None = None,
+    ) -> Manifest:
+        """Find the entries of a manifest and check them: all up to 200,000, of more the first 20,000.
 
         Up to `max_errors` broken entries are left out, each with a warning that names file and line. Missing image
-        files are found when they are loaded.
+        files are found when they are loaded. The index of a large file is kept in `index_folder`, see
+        `autoencoder.spans`.
 
         Raises:
             UserError: the file is missing, not a manifest, empty, or has more broken entries than that.
         """
         path = Path(path)
         try:
-            spans = _list_spans(path) if _is_json_list(path) else _line_spans(path)
+            spans = Spans(_list_spans(path)) if _is_json_list(path) else line_spans(path, index_folder)
         except OSError as error:
             raise UserError(f"manifest {path} cannot be read: {error.strerror}") from error
         manifest = cls(path, spans, require_captions, max_errors)
-        errors = manifest._broken_entries(VALIDATED_ENTRIES)
+        errors = manifest._broken_entries(len(spans) if len(spans) <= VALIDATED_ENTRIES else FIRST_ENTRIES)
         if len(errors) > max_errors:
             raise _too_many(manifest.name, "entries", list(errors.values()), max_errors)
-        manifest.spans = np.delete(spans, list(errors), axis=0)
+        manifest.left_out = tuple(errors)
         if not len(manifest):
             found = f"no usable entry; {next(iter(errors.values()))}" if errors else "no entries"
             remedy = 'give it lines such as {"path": "a.png", "prompt": "a cat"}'
@@ -142,35 +206,54 @@ class Manifest(ImageSource):
         return manifest
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self.spans) - len(self.left_out)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`; a `UserError` names file and line of a broken entry."""
         with self.path.open("rb") as file:
-            return self._read(file, operator.index(index))
+            return self._read(file, self._entry(index))
 
-    def _read(self, file: BinaryIO, index: int) -> Sample:
-        start, end = self.spans[index].tolist()
+    def _entry(self, index: int) -> int:
+        """Which entry of the file is sample `index`."""
+        entry = range(len(self))[operator.index(index)]  # IndexError, negative indices
+        for broken in self.left_out:
+            entry += broken <= entry
+        return entry
+
+    def _read(self, file: BinaryIO, entry: int) -> Sample:
+        start, end = self.spans[entry]
         file.seek(start)
         try:
             return parse_entry(file.read(end - start), self.path.parent, self.require_captions)
         except ValueError as error:
-            file.seek(0)
-            line = file.read(start).count(b"\n") + 1
-            raise UserError(f"{self.path}:{line}: {error}") from None
+            raise UserError(f"{self.path}:{_line_number(file, start)}: {error}") from None
+
+    def _identity(self, index: int) -> bytes:
+        start, end = self.spans[self._entry(index)]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start).strip()
 
     def _broken_entries(self, limit: int) -> dict[int, str]:
         """index → message of the broken ones among the first `limit` entries; stops beyond `max_errors` of them."""
         errors: dict[int, str] = {}
         with self.path.open("rb") as file:
-            for index in range(min(limit, len(self))):
+            for entry in range(limit):
                 try:
-                    self._read(file, index)
+                    self._read(file, entry)
                 except UserError as error:
-                    errors[index] = str(error)
+                    errors[entry] = str(error)
                     if len(errors) > self.max_errors:
                         break
         return errors
+
+
+def _line_number(file: BinaryIO, start: int) -> int | str:
+    """The line that holds byte `start`, or just that byte where counting would take long."""
+    if start > MAPPED_BYTES:
+        return f"byte {start}"
+    file.seek(0)
+    return file.read(start).count(b"\n") + 1
 
 
 def parse_entry(entry: bytes, folder: Path, require_captions: bool) -> Sample:
@@ -192,10 +275,19 @@ def parse_entry(entry: bytes, folder: Path, require_captions: bool) -> Sample:
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"field {image_field!r} must be a file name, got {path!r}")
     caption_field, kind = CONVENTIONS[image_field]
-    return Sample(folder / path, _captions(fields, caption_field, image_field, require_captions), kind)
+    captions = parse_captions(fields, caption_field, image_field, require_captions)
+    return Sample(folder / path, captions, kind, image_size(fields))
 
 
-def _captions(fields: dict[str, Any], name: str, image_field: str, required: bool) -> tuple[str, ...]:
+def image_size(fields: dict[str, Any]) -> Size | None:
+    """The fields width and height, if there are such."""
+    width, height = fields.get("width"), fields.get("height")
+    known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
+    return (width, height) if known else None
+
+
+def parse_captions(fields: dict[str, Any], name: str, image_field: str, required: bool) -> tuple[str, ...]:
+    """The text, or list of texts, in field `name`. ValueError if it is neither, or missing and required."""
     value = fields.get(name)
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
@@ -212,17 +304,6 @@ def _is_json_list(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _line_spans(path: Path) -> np.ndarray:
-    """(N, 2) first byte and end of the lines that are not blank."""
-    spans, start = array("q"), 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.isspace():
-                spans.extend((start, start + len(line)))
-            start += len(line)
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
 def _list_spans(path: Path) -> np.ndarray:
@@ -287,62 +368,3 @@ class ImageFolder(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(self.folder / os.fsdecode(self.names[operator.index(index)]), (), "base")
-
-
-# --- order ------------------------------------------------------------------------------------------------------
-
-
-def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The generator of one sample, independent of all others: a function of the seed and its position in training."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(position,)))
-
-
-class ResumableSampler(Sampler[int]):
-    """One rank's share of an endless stream of epochs, from `resume_step` to `total_steps`.
-
-    The stream is one permutation per epoch, drawn with seed + epoch, after the other. Position p of the stream goes
-    to rank p mod world_size, so that no sample is lost at the end of an epoch and every rank gets
-    total_steps·global_batch_size // world_size of them; resuming skips what was consumed.
-
-    Args:
-        length: samples per epoch.
-        global_batch_size: samples per step of all ranks together.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        rank: int,
-        world_size: int,
-        global_batch_size: int,
-        total_steps: int,
-        resume_step: int,
-        seed: int,
-    ):
-        super().__init__()
-        if length < 1 or global_batch_size < 1:
-            raise UserError(f"nothing to sample: {length} samples, global batch size {global_batch_size}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} must be one of 0 .. world_size - 1 = {world_size - 1}")
-        if not 0 <= resume_step <= total_steps:
-            raise UserError(f"resume step {resume_step} must lie in 0 .. total steps = {total_steps}")
-        self.length, self.rank, self.world_size, self.seed = length, rank, world_size, seed
-        self.first = resume_step * global_batch_size // world_size  # counted within this rank
-        self.end = total_steps * global_batch_size // world_size
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def __iter__(self) -> Iterator[int]:
-        return (index for _, index in self.iter_positions())
-
-    def iter_positions(self) -> Iterator[tuple[int, int]]:
-        """(position in the stream, sample index): the position is what `sample_rng` is keyed by."""
-        current_epoch, permutation = -1, np.empty(0, dtype=np.int64)
-        for turn in range(self.first, self.end):
-            position = self.rank + turn * self.world_size
-            epoch, offset = divmod(position, self.length)
-            if epoch != current_epoch:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                current_epoch, permutation = epoch, torch.randperm(self.length, generator=generator).numpy()
-            yield position, int(permutation[offset])

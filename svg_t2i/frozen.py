@@ -18,11 +18,12 @@ from torch import Tensor
 from autoencoder.config import UserError
 from autoencoder.images import to_float
 from autoencoder.latents import LatentStats
-from autoencoder.manifest import Manifest
+from autoencoder.manifest import ImageSource
 from autoencoder.measure_latents import measure
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sweep import Crops
 from svg_t2i.data import TrainBatch
+from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.model import SVGDiT
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import World, main_first
@@ -42,6 +43,7 @@ class MicroBatch:
     tokens: Tensor  # (T, p·p·C) clean normalised latents, fp32
     sizes: tuple[tuple[int, int], ...]  # (h, w) of each latent
     positions: Tensor  # (B,) int64, in the training stream
+    resolutions: Tensor  # (B,) int64, nominal side of each image in pixels: sets its timestep shift
     text: TextFeatures
 
 
@@ -102,10 +104,12 @@ class FrozenNetworks:
         }
 
     @torch.no_grad()
-    def prepare(self, batch: TrainBatch, transformer: SVGDiT) -> MicroBatch:
+    def prepare(self, batch: TrainBatch | FeatureBatch, transformer: SVGDiT) -> MicroBatch:
         """Encode one micro-batch from the loader. Latents are normalised in fp32 whatever the precision."""
         device = next(transformer.parameters()).device
         batch = batch.to(device)
+        if isinstance(batch, FeatureBatch):
+            return MicroBatch(*transformer.pack(batch.unpacked()), batch.positions, batch.resolutions, batch.text)
         tokens, sizes = [], []
         for images in batch.images:  # (n, 3, H, W) uint8
             with mixed_precision(self.precision, device):
@@ -113,7 +117,8 @@ class FrozenNetworks:
             group, group_sizes = transformer.pack(self.autoencoder.normalize(latents.float()))
             tokens.append(group)
             sizes += group_sizes
-        return MicroBatch(torch.cat(tokens), tuple(sizes), batch.positions, self.captions(batch.captions))
+        text = self.captions(batch.captions)
+        return MicroBatch(torch.cat(tokens), tuple(sizes), batch.positions, batch.resolutions, text)
 
 
 def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
@@ -166,7 +171,7 @@ def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
     return FrozenNetworks(autoencoder, text_encoder, text.cache_tokens, config.train.precision)
 
 
-def fill_in(config: TrainConfig, manifest: Manifest, world: World) -> TrainConfig:
+def fill_in(config: TrainConfig, manifest: ImageSource, world: World) -> TrainConfig:
     """Make what the settings ask to be made, once per results folder, and name the files in the settings returned.
 
     `autoencoder.stats: measure` takes latent statistics from up to `MEASURED_IMAGES` training images, and
@@ -189,7 +194,7 @@ def fill_in(config: TrainConfig, manifest: Manifest, world: World) -> TrainConfi
     return config
 
 
-def _measure(config: TrainConfig, manifest: Manifest, device: torch.device) -> LatentStats:
+def _measure(config: TrainConfig, manifest: ImageSource, device: torch.device) -> LatentStats:
     log.info("measuring latent statistics over the training images")
     autoencoder = load_autoencoder(replace(config.autoencoder, stats=None)).to(device)
     images = Crops(manifest, [config.data.resolution], config.data.widest, MEASURED_IMAGES)

@@ -20,12 +20,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.config import UserError, load_config, run_entry, save_config, to_dict
-from autoencoder.manifest import Manifest
+from autoencoder.manifest import ImageSource, JoinedSources
 from svg_t2i import checkpoint
-from svg_t2i.data import T2IDataset, TrainLoader, build_loader
+from svg_t2i.data import make_datasets, open_caches, open_sources
 from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen
+from svg_t2i.loader import TrainLoader, build_loader
 from svg_t2i.model import SVGDiT
-from svg_t2i.parallel import World, from_main, start_world, wrap
+from svg_t2i.parallel import World, from_main, main_first, start_world, wrap
 from svg_t2i.settings import TrainConfig, changed_settings, locate
 from svg_t2i.training import FlowObjective, Meter, TrainState, learning_rate, train_step
 
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> None:
     overrides = arguments.overrides + ([f"init_from={arguments.init_from}"] if arguments.init_from else [])
     config = load_config(TrainConfig, arguments.config, overrides)
     with start_world() as world:
-        config.micro_batches(world.size)  # complains before anything is loaded
+        if config.data.micro_batch_tokens is None:
+            config.micro_batches(world.size)  # complains before anything is loaded
         start_logging(world)
         run(config, world)
 
@@ -68,7 +70,9 @@ def run(config: TrainConfig, world: World) -> None:
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     newest = from_main(open_results(config) if world.is_main else None, world)
-    manifest = Manifest.open(locate(config.data.path))
+    with main_first(world):  # the others find the indexes
+        sources = open_sources(config.data)
+    manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)
     frozen = load_frozen(config, world)
     state = start_state(config, frozen, newest, world)
@@ -78,7 +82,7 @@ def run(config: TrainConfig, world: World) -> None:
     if state.step >= config.train.max_steps:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return
-    loader = make_loader(config, manifest, state.step, world)
+    loader = make_loader(config, sources, frozen, state.step, world)
     train(config, state, frozen, loader, world)
 
 
@@ -137,26 +141,26 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
     return state
 
 
-def make_loader(config: TrainConfig, manifest: Manifest, first_step: int, world: World) -> TrainLoader:
-    """This rank's micro-batches from step `first_step` on."""
-    data = config.data
-    dataset = T2IDataset(
-        manifest,
-        data.resolution,
-        data.widest,
-        caption_dropout_prob=data.caption_dropout_prob,
-        system_prompt=data.system_prompt,
-        seed=config.train.seed,
-    )
+def make_loader(
+    config: TrainConfig, sources: list[ImageSource], frozen: FrozenNetworks, first_step: int, world: World
+) -> TrainLoader:
+    """This rank's micro-batches from step `first_step` on, from images or from feature caches."""
+    data, text = config.data, config.text_encoder
+    datasets = make_datasets(data, sources, config.train.seed, text.max_length)
+    if data.all_sources[0].feature_cache is not None:
+        datasets = open_caches(data, datasets, frozen.fingerprints)
     return build_loader(
-        dataset,
+        datasets,
+        weights=[source.weight for source in data.all_sources],
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
+        micro_batch_tokens=data.micro_batch_tokens,
         total_steps=config.train.max_steps,
         resume_step=first_step,
         rank=world.rank,
         world_size=world.size,
         num_workers=data.num_workers,
+        prefetch=data.prefetch,
     )
 
 
@@ -211,7 +215,9 @@ def stop_if_diverged(values: dict[str, Any], meter: Meter, config: TrainConfig) 
         )
 
 
-def describe(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, manifest: Manifest, world: World) -> None:
+def describe(
+    config: TrainConfig, state: TrainState, frozen: FrozenNetworks, manifest: ImageSource, world: World
+) -> None:
     """Two lines on what is about to happen."""
     size = sum(weight.numel() for weight in state.transformer.parameters())
     log.info(
@@ -219,10 +225,15 @@ def describe(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, man
         config.model, size / 1e6, world.size, world.device.type, config.train.precision,
         frozen.autoencoder.channels, frozen.captions.encoder.hidden_size,
     )  # fmt: skip
+    budget = config.data.micro_batch_tokens
+    if budget is None:
+        micro = f"{config.micro_batches(world.size)} micro-batches × {config.train.micro_batch_size}"
+    else:
+        micro = f"micro-batches of at most {budget} tokens"
     log.info(
-        "%d samples; batch %d = %d processes × %d micro-batches × %d; steps %d to %d; results in %s",
-        len(manifest), config.train.global_batch_size, world.size, config.micro_batches(world.size),
-        config.train.micro_batch_size, state.step, config.train.max_steps, config.results_dir,
+        "%d samples; batch %d on %d processes in %s; steps %d to %d; results in %s",
+        len(manifest), config.train.global_batch_size, world.size, micro,
+        state.step, config.train.max_steps, config.results_dir,
     )  # fmt: skip
 
 

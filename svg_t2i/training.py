@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from svg_t2i.data import TrainBatch
+from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.flow import LossBins, draw_timesteps, flow_loss, interpolate, random_keys, random_normal
 from svg_t2i.frozen import FrozenNetworks, MicroBatch, mixed_precision
 from svg_t2i.model import SVGDiT
 from svg_t2i.parallel import World, gradient_sync, reduce_sum
-from svg_t2i.settings import OptimConfig, TrainConfig
+from svg_t2i.settings import LATENT_PIXELS, OptimConfig, TrainConfig
 
 
 class FlowObjective(nn.Module):
@@ -37,7 +38,7 @@ class FlowObjective(nn.Module):
     def __init__(self, transformer: SVGDiT, config: TrainConfig):
         super().__init__()
         self.transformer = transformer
-        self.flow, self.shift_tokens = config.flow, config.shift_tokens
+        self.flow = config.flow
         self.seed, self.precision = config.train.seed, config.train.precision
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,8 @@ class FlowObjective(nn.Module):
         patch = self.transformer.config.patch_size
         lengths = tuple(h * w // patch**2 for h, w in batch.sizes)
         keys = random_keys(self.seed, batch.positions)
-        timesteps = draw_timesteps(keys, self.flow.snr_type, self.flow.mu, self.shift_tokens)
+        shift_tokens = (batch.resolutions // LATENT_PIXELS) ** 2 if self.flow.shift else None
+        timesteps = draw_timesteps(keys, self.flow.snr_type, self.flow.mu, shift_tokens)
         noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
         noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
         with mixed_precision(self.precision, noisy.device):
@@ -105,22 +107,22 @@ def ema_update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -
 def train_step(
     state: TrainState,
     objective: nn.Module,
-    batches: Iterator[TrainBatch],
+    steps: Iterator[list[TrainBatch | FeatureBatch]],
     frozen: FrozenNetworks,
     config: TrainConfig,
     world: World,
     meter: Meter,
 ) -> None:
     """One update from the next micro-batches of this rank. `objective` is the wrapped `FlowObjective`."""
-    count = config.micro_batches(world.size)
     weights = state.optimizer.param_groups[0]["params"]
     state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config.optim)
 
-    for i in range(count):
-        batch = frozen.prepare(next(batches), state.transformer)
-        with gradient_sync(objective, enabled=i == count - 1):
+    micro_batches = next(steps)
+    for i, micro_batch in enumerate(micro_batches, start=1):
+        batch = frozen.prepare(micro_batch, state.transformer)
+        with gradient_sync(objective, enabled=i == len(micro_batches)):
             losses, timesteps = objective(batch)
-            (losses.mean() / count).backward()
+            (losses.sum() * world.size / config.train.global_batch_size).backward()
         meter.add_losses(losses.detach(), timesteps, batch)
 
     grad_norm = clip_grad_norm_(weights, config.train.grad_clip, foreach=True)

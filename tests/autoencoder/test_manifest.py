@@ -180,7 +180,8 @@ def test_missing_manifest(tmp_path):
 
 
 def test_late_entries_are_checked_on_access(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(manifest_module, "VALIDATED_ENTRIES", 2)
+    monkeypatch.setattr(manifest_module, "VALIDATED_ENTRIES", 3)
+    monkeypatch.setattr(manifest_module, "FIRST_ENTRIES", 2)
     write_image(tmp_path / "1.png")
     manifest = Manifest.open(write_lines(tmp_path / "m.jsonl", item(1), item(1), "oops", item(1, prompt="last")))
     with pytest.raises(UserError, match=r"m\.jsonl:3: not valid JSON"):

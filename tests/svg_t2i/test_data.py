@@ -1,6 +1,7 @@
-"""The training stream: the same samples, crops and captions whatever the workers, ranks and interruptions."""
+"""Samples and batches: the same crops and captions whatever the workers, ranks and interruptions."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -12,7 +13,9 @@ from PIL import Image
 
 from autoencoder.config import UserError
 from autoencoder.manifest import ImageFolder, Manifest, ResumableSampler
-from svg_t2i.data import T2IDataset, build_loader, collate
+from svg_t2i.data import T2IDataset
+from svg_t2i.draws import Augmentation
+from svg_t2i.loader import build_loader
 from svg_t2i.text import SYSTEM_PROMPTS
 
 SIZES = [(200, 200), (300, 150), (90, 260), (140, 128), (512, 200)]  # (width, height)
@@ -38,13 +41,13 @@ def manifest_path(tmp_path_factory):
 
 @pytest.fixture
 def dataset(manifest_path):
-    return T2IDataset(Manifest.open(manifest_path), resolution=128, seed=5)
+    return T2IDataset(Manifest.open(manifest_path), resolution=128, augmentation=Augmentation(seed=5))
 
 
-def samples_of(batches):
+def samples_of(steps):
     """position → (image bytes, size, caption) over all batches."""
     found = {}
-    for batch in batches:
+    for batch in itertools.chain(*steps):
         images = [image for group in batch.images for image in group]
         for image, caption, position in zip(images, batch.captions, batch.positions.tolist(), strict=True):
             assert position not in found
@@ -54,6 +57,8 @@ def samples_of(batches):
 
 def assert_same_batches(actual, expected):
     actual, expected = list(actual), list(expected)
+    assert list(map(len, actual)) == list(map(len, expected))
+    actual, expected = list(itertools.chain(*actual)), list(itertools.chain(*expected))
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         assert a.captions == b.captions
@@ -66,7 +71,7 @@ STREAM = {"global_batch_size": 6, "micro_batch_size": 3, "total_steps": 5}
 
 def test_batches_do_not_depend_on_workers(dataset):
     alone = list(build_loader(dataset, **STREAM))
-    assert len(alone) == 10
+    assert list(map(len, alone)) == [2] * 5
     assert_same_batches(build_loader(dataset, **STREAM, num_workers=2), alone)
 
 
@@ -74,8 +79,8 @@ def test_resuming_continues_the_interrupted_run(dataset):
     whole = list(build_loader(dataset, **STREAM))
     for step in (1, 3, 5):
         resumed = build_loader(dataset, **STREAM, resume_step=step, num_workers=step % 2)
-        assert len(resumed) == 2 * (5 - step)
-        assert_same_batches(resumed, whole[2 * step :])
+        assert len(resumed) == 5 - step
+        assert_same_batches(resumed, whole[step:])
 
 
 def test_samples_do_not_depend_on_ranks_and_micro_batches(dataset):
@@ -94,12 +99,12 @@ def test_order_is_the_samplers(dataset):
     captions = {position: caption for position, (_, _, caption) in samples_of(batches).items()}
     for position, index in enumerate(ResumableSampler(COUNT, 0, 1, 6, 5, 0, seed=5)):
         assert captions[position] == "" or captions[position].endswith(f" {index}")
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(itertools.chain(*batches)):
         assert sorted(batch.positions.tolist()) == list(range(3 * number, 3 * number + 3))
 
 
 def test_randomness_is_keyed_by_seed_and_position(dataset):
-    squares, other = (T2IDataset(dataset.manifest, 64, max_aspect=1.0, seed=seed) for seed in (5, 6))
+    squares, other = (T2IDataset(dataset.manifest, 64, 1.0, augmentation=Augmentation(seed=seed)) for seed in (5, 6))
     wide = 4  # 512 x 200: a hundred places to cut a square from
     first = squares[7, wide]
     assert len({squares[position, wide].image.numpy().tobytes() for position in range(4)}) == 4
@@ -109,7 +114,7 @@ def test_randomness_is_keyed_by_seed_and_position(dataset):
 
 
 def test_the_dropout_rate_changes_no_crop_and_no_other_caption(dataset):
-    never, always = (T2IDataset(dataset.manifest, 128, caption_dropout_prob=p, seed=5) for p in (0.0, 1.0))
+    never, always = (T2IDataset(dataset.manifest, 128, augmentation=Augmentation(p, seed=5)) for p in (0.0, 1.0))
     for position in range(40):
         item, kept = dataset[position, position % COUNT], never[position, position % COUNT]
         assert torch.equal(item.image, kept.image)
@@ -118,7 +123,7 @@ def test_the_dropout_rate_changes_no_crop_and_no_other_caption(dataset):
 
 
 def test_shares_of_dropped_and_alternative_captions(manifest_path):
-    dataset = T2IDataset(Manifest.open(manifest_path), 64, 1.0, caption_dropout_prob=0.3, system_prompt="empty")
+    dataset = T2IDataset(Manifest.open(manifest_path), 64, 1.0, "empty", Augmentation(0.3))
     drawn = Counter(dataset[position, 3].caption for position in range(600))
     assert set(drawn) == {"", "first 3", "second 3"}
     deviation = (600 * 0.3 * 0.7) ** 0.5
@@ -128,10 +133,10 @@ def test_shares_of_dropped_and_alternative_captions(manifest_path):
 
 def test_system_prompts(manifest_path):
     manifest = Manifest.open(manifest_path)
-    published = T2IDataset(manifest, 64, 1.0, caption_dropout_prob=0)
+    published = T2IDataset(manifest, 64, 1.0, None, Augmentation(0))
     assert published[0, 1].caption.startswith(SYSTEM_PROMPTS["base"])
     assert published[0, 2].caption.startswith(SYSTEM_PROMPTS["align"])
-    real = T2IDataset(manifest, 64, 1.0, caption_dropout_prob=0, system_prompt="real")
+    real = T2IDataset(manifest, 64, 1.0, "real", Augmentation(0))
     assert real[0, 1].caption.startswith(SYSTEM_PROMPTS["real"])
     with pytest.raises(UserError, match="'none' does not exist"):
         T2IDataset(manifest, 64, system_prompt="none")
@@ -139,7 +144,7 @@ def test_system_prompts(manifest_path):
 
 def test_groups_hold_equal_sizes(dataset):
     items = [dataset[position, index] for position, index in enumerate([0, 1, 5, 2, 6, 0])]
-    batch = collate(items)
+    batch = dataset.collate(items)
     assert len(batch) == 6
     assert [tuple(group.shape[2:]) for group in batch.images] == [(128, 128), (80, 192), (192, 64)]
     assert [len(group) for group in batch.images] == [3, 2, 1]
@@ -153,15 +158,16 @@ def test_groups_hold_equal_sizes(dataset):
 
 def test_squares_only(manifest_path):
     dataset = T2IDataset(Manifest.open(manifest_path), 64, max_aspect=1.0)
-    for batch in build_loader(dataset, global_batch_size=5, micro_batch_size=5, total_steps=2):
+    for (batch,) in build_loader(dataset, global_batch_size=5, micro_batch_size=5, total_steps=2):
         assert [tuple(group.shape) for group in batch.images] == [(5, 3, 64, 64)]
 
 
 def test_batch_moves_and_the_dataset_pickles(dataset):
-    batch = collate([dataset[0, 0], dataset[1, 1]])
+    batch = dataset.collate([dataset[0, 0], dataset[1, 1]])
     moved = batch.to("meta")
-    assert {tensor.device.type for tensor in (*moved.images, moved.positions)} == {"meta"}
-    assert dataclasses.replace(moved, images=batch.images, positions=batch.positions) == batch
+    assert {tensor.device.type for tensor in (*moved.images, moved.positions, moved.resolutions)} == {"meta"}
+    tensors = {name: getattr(batch, name) for name in ("images", "positions", "resolutions")}
+    assert dataclasses.replace(moved, **tensors) == batch
     copy = pickle.loads(pickle.dumps(dataset))  # worker processes may be spawned instead of forked
     assert torch.equal(copy[3, 3].image, dataset[3, 3].image)
 
@@ -193,11 +199,13 @@ def broken_manifest(manifest_path, tmp_path):
 
 def test_an_unreadable_image_is_replaced_by_its_neighbour(broken_manifest):
     stream = {"global_batch_size": 4, "micro_batch_size": 2, "total_steps": 3}
-    dataset = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, caption_dropout_prob=0)
-    found = samples_of(build_loader(dataset, **stream))
+    dataset = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, augmentation=Augmentation(0))
+    loader = build_loader(dataset, **stream)
+    found = samples_of(loader)
+    assert loader.replaced == 3
     indices = Counter(caption[-1] for _, _, caption in found.values())
     assert indices == {"1": 6, "2": 3, "3": 3}  # three epochs, 0 replaced by 1
-    fresh = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, caption_dropout_prob=0)
+    fresh = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, augmentation=Augmentation(0))
     assert samples_of(build_loader(fresh, **stream, num_workers=2)) == found
 
 
@@ -223,7 +231,7 @@ def test_arguments(dataset):
     with pytest.raises(UserError, match="resolution 100 .*multiple of 16"):
         T2IDataset(dataset.manifest, resolution=100)
     with pytest.raises(UserError, match="caption_dropout_prob=1.5"):
-        T2IDataset(dataset.manifest, 64, caption_dropout_prob=1.5)
+        Augmentation(caption_dropout_prob=1.5)
     for world_size, micro in ((1, 4), (2, 6), (1, 0)):
         with pytest.raises(UserError, match=f"global_batch_size=6 must be a multiple .*={micro} times {world_size}"):
             build_loader(dataset, global_batch_size=6, micro_batch_size=micro, total_steps=1, world_size=world_size)

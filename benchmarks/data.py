@@ -1,0 +1,112 @@
+"""Time what a large data source costs: opening it, looking up its order, reading its samples, decoding its JPEGs.
+
+    python benchmarks/data.py [--lines 2000000 --jpegs 64 --folder DIR]
+
+A manifest of `--lines` lines like those of web data sets is written to a temporary folder (some 200 bytes a line).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from autoencoder.manifest import Manifest
+from autoencoder.order import SampleOrder
+from svg_t2i.data import T2IDataset
+from svg_t2i.loader import build_loader
+
+OPEN = """
+import resource, sys, time
+import autoencoder.manifest as m
+started = time.perf_counter()
+manifest = m.Manifest.open(sys.argv[1])
+seconds = time.perf_counter() - started
+manifest[len(manifest) - 1]
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def write_manifest(path: Path, lines: int) -> None:
+    rng = np.random.default_rng(0)
+    words = ["sunset", "a", "portrait of", "the old", "harbour", "in", "watercolour", "with", "two", "cats"]
+    with path.open("w") as file:
+        for block in range(0, lines, 10_000):
+            lengths = rng.integers(5, 40, 10_000)
+            for i in range(min(10_000, lines - block)):
+                caption = " ".join(words[(i * 7 + j * 3) % 10] for j in range(lengths[i]))
+                entry = {"path": f"{block:09d}/{i:05d}.jpg", "prompt": caption, "width": 1024, "height": 768}
+                file.write(json.dumps(entry) + "\n")
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def opening(path: Path, label: str) -> None:
+    """In a process of its own, whose memory is measured."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", OPEN, str(path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+    print(f"{label:<34}{float(output[0]):8.2f} s   {float(output[1]):6.0f} MiB at most, torch included")
+
+
+def jpegs(folder: Path, count: int) -> Path:
+    """Photograph-like images of 3 megapixels."""
+    rng, lines = np.random.default_rng(0), []
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        small.resize((2048, 1536), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        lines.append(json.dumps({"path": f"{i}.jpg", "prompt": f"picture {i}", "width": 2048, "height": 1536}))
+    (folder / "jpegs.jsonl").write_text("\n".join(lines))
+    return folder / "jpegs.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=2_000_000)
+    parser.add_argument("--jpegs", type=int, default=64)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        path = folder / "large.jsonl"
+        write_manifest(path, arguments.lines)
+        print(f"manifest of {arguments.lines} lines, {path.stat().st_size / 2**20:.0f} MiB")
+        opening(path, "open, index made")
+        index = next((folder / ".index").iterdir())
+        opening(path, f"open, index there ({index.stat().st_size / 2**20:.0f} MiB)")
+
+        manifest = Manifest.open(path)
+        order = SampleOrder([10**9], seed=0)
+        positions = np.arange(10**12, 10**12 + 100_000)
+        rate = len(positions) / seconds(lambda: order.locate(positions))
+        print(f"order of a billion samples: {rate / 1e6:.2f} M positions/s at position 10^12")
+        chosen = np.random.default_rng(1).integers(0, len(manifest), 20_000).tolist()
+        rate = len(chosen) / seconds(lambda: [manifest[index] for index in chosen])
+        print(f"entries at random: {rate:.0f} /s")
+        stream = {"global_batch_size": 1536, "micro_batch_size": 24, "total_steps": 4, "micro_batch_tokens": 16384}
+        planner = build_loader(T2IDataset(manifest, 256), **stream, world_size=64)._work.stream
+        planned = seconds(lambda: [planner[step] for step in range(4)]) / 4
+        print(f"dealing a step of 1536 samples by tokens to 64 processes: {1000 * planned:.0f} ms")
+
+        pictures = Manifest.open(jpegs(folder, arguments.jpegs))
+        for draft in (False, True):
+            dataset = T2IDataset(pictures, 256, jpeg_draft=draft)
+            rate = arguments.jpegs / seconds(lambda d=dataset: [d[i, i] for i in range(arguments.jpegs)])
+            print(f"2048×1536 JPEG to 256 px, jpeg_draft={draft}: {rate:.0f} images/s on one core")
+
+
+if __name__ == "__main__":
+    main()

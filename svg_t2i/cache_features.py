@@ -1,0 +1,258 @@
+"""Compute the features of all images and captions once, for training to read instead of encoding them at every visit.
+
+    python -m svg_t2i.cache_features --config configs/svg_t2i/stage1_256.yaml \
+        data.feature_cache=/fast/stage1_256 data.crops_per_image=1
+    torchrun --nproc_per_node 8 -m svg_t2i.cache_features --config …
+
+Afterwards train with the same config and overrides. Every source of the config needs its own `feature_cache`. Interrupt
+and start again at will, on any number of processes: shards that are there are kept. `svg_t2i.feature_cache` draws the
+folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from autoencoder.config import UserError, load_config, run_entry
+from autoencoder.images import to_float
+from autoencoder.manifest import JoinedSources
+from svg_t2i import feature_cache
+from svg_t2i.data import T2IDataset, cache_fingerprint, make_datasets, open_sources
+from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision
+from svg_t2i.loader import plain_user_errors, read_ahead
+from svg_t2i.packing import TextFeatures
+from svg_t2i.parallel import World, main_first, reduce_sum, start_world
+from svg_t2i.settings import LATENT_PIXELS, TrainConfig, locate
+
+log = logging.getLogger("svg_t2i")
+
+SHARD_BYTES = 1 << 30  # about, of one shard
+LOOKED_AT = 128  # samples whose captions are tokenised to estimate sizes
+LATENT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m svg_t2i.cache_features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the training that will read the cache")
+    parser.add_argument("--batch-size", type=int, default=32, help="images, and captions, encoded at once")
+    parser.add_argument("--shard-size", type=int, help="samples per file; by default as many as make 1 GiB")
+    parser.add_argument(
+        "--latent-dtype",
+        choices=LATENT_TYPES,
+        default="float32",
+        help="float32 is exact, float16 half as large (error 0.05%%); text keeps the text encoder's own type",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes of the config")
+    arguments = parser.parse_intermixed_args(argv)
+    for name in ("batch_size", "shard_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    config = load_config(TrainConfig, arguments.config, arguments.overrides)
+    if config.data.all_sources[0].feature_cache is None:
+        raise UserError("data.feature_cache is not set: name the folder to fill; training will read it from there")
+    if config.data.crops_per_image is None:
+        raise UserError(
+            "data.crops_per_image is not set: a cache holds a fixed number of crops of each image; 1 is the centre, "
+            "more cost as much space again"
+        )
+    with start_world() as world:
+        logging.basicConfig(
+            level=logging.INFO if world.is_main else logging.WARNING,
+            format="%(message)s",
+            stream=sys.stdout,
+            force=True,
+        )
+        fill_caches(config, world, arguments.batch_size, arguments.shard_size, LATENT_TYPES[arguments.latent_dtype])
+
+
+def fill_caches(
+    config: TrainConfig, world: World, batch_size: int, shard_size: int | None, latent_dtype: torch.dtype
+) -> None:
+    """This process's share of the features of all sources of `config`."""
+    with main_first(world):
+        sources = open_sources(config.data)
+    config = fill_in(config, JoinedSources(sources), world)
+    frozen = load_frozen(config, world)
+    datasets = make_datasets(config.data, sources, config.train.seed, config.text_encoder.max_length)
+    for settings, dataset in zip(config.data.all_sources, datasets, strict=True):
+        folder = locate(settings.feature_cache)
+        writer = CacheWriter(folder, dataset, frozen, world, batch_size, latent_dtype)
+        with main_first(world):
+            writer.start(shard_size)
+        writer.run(config.data.num_workers, config.data.prefetch)
+        reduce_sum(torch.zeros((), device=world.device), world)  # until all have finished
+        log.info("%s is complete", folder)
+
+
+class CacheWriter:
+    """Fills one cache folder together with the other processes: shard s is written by rank s mod world size."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dataset: T2IDataset,
+        frozen: FrozenNetworks,
+        world: World,
+        batch_size: int,
+        latent_dtype: torch.dtype,
+    ):
+        self.folder, self.dataset, self.frozen, self.world = folder, dataset, frozen, world
+        self.batch_size, self.latent_dtype = batch_size, latent_dtype
+        self.text_encoder = frozen.captions.encoder
+
+    def start(self, shard_size: int | None) -> None:
+        """Begin a cache or check one that was begun, and print how large it is going to be.
+
+        Raises:
+            UserError: the folder holds another cache, or the disk is too small.
+        """
+        fingerprint = cache_fingerprint(self.dataset, self.frozen.fingerprints)
+        latents, text = self._bytes_per_sample()
+        meta = feature_cache.read_meta(self.folder)
+        if meta is None:
+            fitting = max(1, int(SHARD_BYTES / (latents + text)))
+            feature_cache.write_meta(self.folder, fingerprint, shard_size or min(fitting, len(self.dataset)))
+            meta = feature_cache.read_meta(self.folder)
+        feature_cache.check_fingerprint(self.folder, meta, fingerprint)
+        files = feature_cache.cache_files(self.folder, meta)
+        missing = [path for path in files[1:] if not path.is_file()]
+        if self.world.is_main:
+            self._announce(latents, text, len(missing) / len(files[1:]), meta["shard_size"])
+        if not files[0].is_file():
+            feature_cache.write_unconditional(self.folder, self.text_encoder.encode([""]).features.cpu())
+
+    def run(self, num_workers: int, prefetch: int) -> None:
+        """Write this rank's shards that are not there."""
+        meta = feature_cache.read_meta(self.folder)
+        shards = feature_cache.cache_files(self.folder, meta)[1:]
+        mine = range(self.world.rank, len(shards), self.world.size)
+        mine = [number for number in mine if not shards[number].is_file()]
+        size, count = meta["shard_size"], len(self.dataset)
+        ranges = [range(number * size, min((number + 1) * size, count)) for number in mine]
+        loaded = iter(read_ahead(_Samples(self.dataset), list(chain(*ranges)), num_workers, prefetch * 8))
+        started, replaced = time.perf_counter(), 0
+        with plain_user_errors():
+            for done, (number, indices) in enumerate(zip(mine, ranges), start=1):
+                replaced += self._write(shards[number], islice(loaded, len(indices)))
+                seconds = time.perf_counter() - started
+                log.info(
+                    "%s: %d of %d shards here, %.1f images/s, %.0f min left",
+                    self.folder, done, len(mine), sum(map(len, ranges[:done])) / seconds,
+                    seconds / done * (len(mine) - done) / 60,
+                )  # fmt: skip
+        if replaced:
+            log.warning("%s: %d unusable samples hold the features of the ones after them", self.folder, replaced)
+
+    def _write(self, path: Path, samples: Iterator[_Loaded]) -> int:
+        """Encode and write one shard; how many samples were replaced."""
+        latents, text, lengths, replaced = [], [], [], 0
+        while chunk := list(islice(samples, 4 * self.batch_size)):
+            latents += self._encode_crops([crops for crops, _, _ in chunk])
+            text += self._encode_texts([texts for _, texts, _ in chunk])
+            lengths += [list(map(len, texts)) for _, texts, _ in chunk]
+            replaced += sum(stand_in for _, _, stand_in in chunk)
+        feature_cache.write_shard(path, latents, text, lengths)
+        return replaced
+
+    @torch.no_grad()
+    def _encode_crops(self, samples: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Normalised latents (C, h, w) of each crop of each sample, encoded in batches of equal size."""
+        by_size: dict[torch.Size, list[tuple[int, int]]] = {}
+        for i, crops in enumerate(samples):
+            for j, crop in enumerate(crops):
+                by_size.setdefault(crop.shape, []).append((i, j))
+        latents: list[list[Tensor]] = [[torch.empty(0)] * len(crops) for crops in samples]
+        for places in by_size.values():
+            for first in range(0, len(places), self.batch_size):
+                batch = places[first : first + self.batch_size]
+                images = torch.stack([samples[i][j] for i, j in batch]).to(self.world.device)
+                with mixed_precision(self.frozen.precision, images.device):
+                    raw = self.frozen.autoencoder.encode(to_float(images))
+                encoded = self.frozen.autoencoder.normalize(raw.float()).to(self.latent_dtype).cpu()
+                for (i, j), latent in zip(batch, encoded, strict=True):
+                    latents[i][j] = latent
+        return latents
+
+    def _encode_texts(self, samples: Sequence[Sequence[str]]) -> list[TextFeatures]:
+        """Features of the captions of each sample. Texts of similar length are encoded together."""
+        texts = sorted({text for texts in samples for text in texts}, key=lambda text: (len(text), text))
+        features: dict[str, Tensor] = {}
+        for first in range(0, len(texts), self.batch_size):
+            batch = texts[first : first + self.batch_size]
+            encoded = self.text_encoder.encode(batch)
+            features |= zip(batch, encoded.features.cpu().split(encoded.lengths))
+        rows = [[features[text] for text in texts] for texts in samples]
+        return [TextFeatures(torch.cat(texts), tuple(map(len, texts))) for texts in rows]
+
+    def _bytes_per_sample(self) -> tuple[float, float]:
+        """About, of latents and of text."""
+        spread = np.linspace(0, len(self.dataset) - 1, min(len(self.dataset), LOOKED_AT)).astype(int).tolist()
+        tokens = []
+        for index in spread:
+            with suppress(UserError):  # encoding will replace the sample and report it
+                texts = self.dataset.texts(self.dataset.manifest[index])
+                tokens.append(sum(map(len, self.text_encoder.tokenize(texts))))
+        cells = (self.dataset.resolution // LATENT_PIXELS) ** 2 * self.dataset.augmentation.crops_per_image
+        text_type = self.text_encoder.model.dtype
+        return (
+            cells * self.frozen.autoencoder.channels * self.latent_dtype.itemsize,
+            float(np.mean(tokens or [0])) * self.text_encoder.hidden_size * text_type.itemsize,
+        )
+
+    def _announce(self, latents: float, text: float, missing: float, shard_size: int) -> None:
+        """Print sizes. UserError if they exceed the free space."""
+        count, gib = len(self.dataset), 1 << 30
+        free = shutil.disk_usage(self.folder).free
+        needed = count * (latents + text) * missing
+        log.info(
+            "%s: %d samples × %d crops; latents %.2f GiB + text about %.2f GiB = %.2f GiB in shards of %d samples; "
+            "%.0f%% of it to be made, %.2f GiB free",
+            self.folder, count, self.dataset.augmentation.crops_per_image, count * latents / gib, count * text / gib,
+            count * (latents + text) / gib, shard_size, 100 * missing, free / gib,
+        )  # fmt: skip
+        if needed > free:
+            raise UserError(
+                f"data.feature_cache={self.folder}: {needed / gib:.1f} GiB needed, {free / gib:.1f} GiB free; choose "
+                "another disk, --latent-dtype float16, or fewer data.crops_per_image"
+            )
+
+
+_Loaded = tuple[list[Tensor], list[str], bool]  # crops, texts, whether the sample stands in for another
+
+
+class _Samples(Dataset):
+    """All fixed crops and all texts of a sample."""
+
+    def __init__(self, dataset: T2IDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> _Loaded:
+        image, texts = self.dataset.load(index)
+        return self.dataset.fixed_crops(index, image), texts, index in self.dataset.manifest.failures
+
+
+if __name__ == "__main__":
+    run_entry(main)
