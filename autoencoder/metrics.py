@@ -42,7 +42,7 @@ def psnr(images: Tensor, recons: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, recons: Tensor) -> Tensor:
-    """uint8 (n, 3, H, W) each → (n,), mean over channels and positions."""
+    """uint8 (n, 3, H, W) each → (n,), mean over channels and all positions; images are mirrored beyond their edges."""
     pair = recons.float(), images.float()
     return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1)
 

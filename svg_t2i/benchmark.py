@@ -7,7 +7,7 @@
     python -m svg_t2i.benchmark shapes  --checkpoint outputs/quickstart/transformer
     python -m svg_t2i.benchmark sweep   --checkpoint results/run --over guidance_scale=1,2,4,8 --manifest val.jsonl
 
-Results are in benchmarks/VERB, or `--output`. Started by `torchrun --nproc_per_node N -m svg_t2i.benchmark …`, N
+Results are in outputs/benchmark/VERB, or `--output`. Started by `torchrun --nproc_per_node N -m svg_t2i.benchmark …`, N
 processes share the work and make the same images as one. A run that was interrupted goes on when started again.
 
     OUTPUT/settings.json    everything that the images depend on; a folder with other settings is refused
@@ -295,7 +295,7 @@ def add_verb(
     """A verb that samples: arguments as those of svg_t2i.sample."""
     verb = verbs.add_parser(name, help=summary, description=summary)
     verb.set_defaults(run=run)
-    verb.add_argument("--output", type=Path, default=Path("benchmarks") / name, help="%(default)s")
+    verb.add_argument("--output", type=Path, default=Path("outputs/benchmark") / name, help="%(default)s")
     model = verb.add_argument_group("model")
     model.add_argument("--checkpoint", help="results folder, checkpoint folder, or saved pipeline")
     model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")

@@ -49,7 +49,8 @@ class CLIPScorer:
         inputs = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
-        return self._unit(self.model.get_text_features(**inputs))
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # no token types, which CLIP has not
+        return self._unit(self.model.get_text_features(**tokens))
 
     @staticmethod
     def _unit(output: Tensor | object) -> Tensor:

@@ -89,15 +89,9 @@ def write_rows(rows: Sequence[Mapping[str, object]], path: Path) -> None:
 
 
 def plot(rows: Sequence[Mapping[str, str]], axes: Sequence[Axis], path: Path) -> None:
-    """A panel a metric: the first axis to the right, a line for every value of the second.
+    """A panel a metric: the first axis to the right, a line for every value of the second."""
+    from matplotlib.figure import Figure  # half a second, and only plots need it
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: no display, no global state
-    except ImportError as error:
-        raise UserError(f"{path} needs matplotlib: pip install matplotlib; the numbers are in the CSV") from error
     names = {axis.name for axis in axes}
     metrics = list(dict.fromkeys(name for row in rows for name in row if name not in names))
     columns = min(3, len(metrics))
