@@ -8,6 +8,7 @@ always in fp32 (the release rounds to bf16 in training only). Shapes: latents (B
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from autoencoder.config import UserError
 from autoencoder.weights import Float32Buffers, read_file, replacing
 
 EPSILON = 1e-8
-RESIDUAL_CHANNELS = 8  # of the residual branch; the published statistics do not cover them
 
 
 class LatentStats(Float32Buffers):
@@ -63,32 +63,34 @@ class LatentStats(Float32Buffers):
         return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
     @classmethod
-    def load(cls, path: str | Path, channels: int, num_layer: int = -1) -> LatentStats:
+    def load(cls, path: str | Path, channels: int, num_layer: int = -1, made_up: int = 0) -> LatentStats:
         """Our `.safetensors`, or the published `.pt`: a dictionary of `mean` and `std`, each (layers, D).
 
-        channels: what the autoencoder has. Where it has 8 more than the published file, these repeat the mean over
-        channels of both, as in the release. num_layer: the row taken. UserError for anything that does not fit.
+        channels: what the autoencoder has. num_layer: the row taken. made_up: how many channels at the end a published
+        file may lack; as in the release, each gets the mean over channels of both. UserError for what does not fit.
         """
         content = read_file(path, "latent statistics")
         if not all(isinstance(content.get(name), Tensor) for name in ("mean", "std")):
             raise UserError(f"latent statistics {path}: expected tensors mean and std, found {', '.join(content)}")
         rows = [_row(content[name], name, num_layer, path) for name in ("mean", "std")]
         own = Path(path).suffix == ".safetensors"
-        if not own and channels == rows[0].numel() + RESIDUAL_CHANNELS:
-            rows = [torch.cat([row, row.mean().expand(RESIDUAL_CHANNELS)]) for row in rows]
+        if not own and made_up and channels == rows[0].numel() + made_up:
+            rows = [torch.cat([row, row.mean().expand(made_up)]) for row in rows]
         if rows[0].numel() != channels:
+            lacking = ". If they lack the residual branch's only, extra_vit_config.published_stats: true makes these up"
+            remedy = lacking if not own and rows[0].numel() < channels else ""
             raise UserError(
                 f"latent statistics {path} have {rows[0].numel()} channels, the autoencoder has {channels}: they "
-                "belong to another encoder; measure this one's with python -m autoencoder.measure_latents"
+                f"belong to another encoder; measure this one's with python -m autoencoder.measure_latents{remedy}"
             )
         return cls(*rows, encoder=_metadata(path).get("encoder") if own else None)
 
-    def save(self, path: str | Path) -> None:
-        """Write `mean`, `std` and the encoder's fingerprint as `.safetensors`, atomically."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write `mean`, `std` and the encoder's fingerprint as `.safetensors`, atomically; `notes` as metadata."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"latent statistics are saved as .safetensors, got {path}")
-        metadata = {"kind": "latent_stats"} | ({"encoder": self.encoder} if self.encoder else {})
+        metadata = {**(notes or {}), "kind": "latent_stats"} | ({"encoder": self.encoder} if self.encoder else {})
         with replacing(path) as partial:
             save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, partial, metadata)
 
@@ -138,6 +140,19 @@ class StatsAccumulator:
         self._mean = self._mean + delta * (count / total)
         self._squares = self._squares + squares + delta * delta * (self.count * count / total)
         self.count = total
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was seen, on the CPU: for another process, or a file."""
+        values = {"count": self.count, "mean": self._mean, "squares": self._squares}
+        return {name: torch.as_tensor(value, device="cpu") for name, value in values.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> StatsAccumulator:
+        """The accumulator whose `state` this is."""
+        accumulator = cls()
+        accumulator.count = int(state["count"])
+        accumulator._mean, accumulator._squares = state["mean"], state["squares"]
+        return accumulator
 
     @property
     def mean(self) -> Tensor:

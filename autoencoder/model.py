@@ -1,7 +1,8 @@
 """The SVG autoencoder: frozen encoder, decoder and latent statistics in one object that owns the latent contract.
 
     images       (B, 3, 16h, 16w) float in [-1, 1]
-    latents      (B, D, h, w) raw: the encoder's normalised patch tokens, as the decoder reads them
+    latents      (B, D, h, w) raw, as the decoder reads them: the encoder's normalised patch tokens, and in the "R"
+                 variants the 8 channels of the residual branch after them
     normalised   (B, D, h, w) fp32, about zero mean and unit deviation per channel: what the diffusion model sees
 
 `encode` and `decode` speak raw latents, `normalize` and `denormalize` change between the two. Training and sampling
@@ -9,7 +10,7 @@ use the same fp32 statistics, which are measured for one encoder and checked aga
 
     folder/                     written by save_pretrained, read by from_pretrained
     ├── config.json             ModelConfig and fingerprints
-    ├── model.safetensors       encoder.* and decoder.*, names of the published checkpoints
+    ├── model.safetensors       encoder.*, extra_vit.* (R) and decoder.*, names and shapes of the published checkpoints
     └── latent_stats.safetensors   mean, std (if there are statistics)
 """
 
@@ -21,80 +22,111 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoder.config import REPO_ROOT, ConfigError, UserError, build, find_config, read_config, to_dict
 from autoencoder.decoder import ConvDecoder, DecoderConfig
 from autoencoder.encoders import EncoderConfig, build_encoder
+from autoencoder.hy_decoder import HyDecoder, HyDecoderConfig
 from autoencoder.latents import LatentStats
-from autoencoder.weights import load_strictly, read_state_dict, replacing
+from autoencoder.residual import DROPPED as RESIDUAL_DROPPED
+from autoencoder.residual import ResidualConfig, ResidualViT
+from autoencoder.weights import fingerprint, load_strictly, read_state_dict, replacing
 
 CONFIG_FILE, WEIGHTS_FILE, STATS_FILE = "config.json", "model.safetensors", "latent_stats.safetensors"
 FORMAT_VERSION = 1
-DROPPED = ("loss.", "norm_vit.")  # all that a load may leave out: training losses, and a norm that nothing uses
+# All that a load may leave out: training losses, a norm that nothing uses, and what the residual branch does not need
+DROPPED = ("loss.", "norm_vit.", *(f"extra_vit.{name}" for name in RESIDUAL_DROPPED))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """`model.params` of the published YAML files.
 
-    ckpt_path: autoencoder checkpoint, relative to the working directory, the YAML file or the repository.
-    embed_dim: D, checked. num_layer: row of the published statistics. lossconfig and is_train concern training only.
+    ckpt_path: autoencoder checkpoint, relative to the working directory, the YAML file, the repository or its svg_t2i.
+    ddconfig, hyconfig: one of the two decoders. extra_vit_config: the residual branch of the "R" variants.
+    num_layer: row of the published statistics. lossconfig and is_train concern training only. embed_dim is accepted and
+    changes nothing: in the release it sizes a norm (`norm_vit`) that is never applied.
     """
 
     ckpt_path: str | None = None
     embed_dim: int | None = None
     lossconfig: dict[str, Any] | None = None
-    ddconfig: DecoderConfig | None = field(default_factory=DecoderConfig)
-    hyconfig: dict[str, Any] | None = None
+    ddconfig: DecoderConfig | None = None
+    hyconfig: HyDecoderConfig | None = None
     dinoconfig: EncoderConfig = field(default_factory=EncoderConfig)
-    extra_vit_config: dict[str, Any] | None = None
+    extra_vit_config: ResidualConfig | None = None
     is_train: bool = True
     num_layer: int = -1
 
     def __post_init__(self) -> None:
-        for name in ("extra_vit_config", "hyconfig"):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"model.params.{name}: this part of the published family arrives with the residual autoencoder; "
-                    "use a configuration of configs/autoencoder/pure"
-                )
-        if self.ddconfig is None:
-            raise UserError("model.params.ddconfig: the decoder's settings are missing")
+        given = [name for name in ("ddconfig", "hyconfig") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"model.params: an autoencoder has one decoder, given are {' and '.join(given) or 'none'}; describe it "
+                "in ddconfig or in hyconfig and set the other to null"
+            )
+
+    @property
+    def decoder(self) -> tuple[str, DecoderConfig | HyDecoderConfig]:
+        """The decoder's settings, and the name of their section."""
+        return ("ddconfig", self.ddconfig) if self.ddconfig is not None else ("hyconfig", self.hyconfig)
 
 
 class SVGAutoencoder(nn.Module):
-    """Encoder, decoder and statistics. UserError where their channels or scales disagree.
+    """Encoder, residual branch or none, decoder and statistics. UserError where their channels or scales disagree.
 
-    Its state dict has the published names: `encoder.` (official DINOv3) and `decoder.`; statistics are kept apart.
+    Its state dict has the published names: `encoder.` (official DINOv3), `extra_vit.` and `decoder.`; statistics are
+    kept apart. It is made in eval mode; only training turns on gradients through, and noise in, the residual branch.
     """
 
     def __init__(self, config: ModelConfig, stats: LatentStats | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config.dinoconfig)
-        self.decoder = ConvDecoder(config.ddconfig)
+        self.extra_vit = None if config.extra_vit_config is None else ResidualViT(config.extra_vit_config)
+        self.decoder = HyDecoder(config.hyconfig) if config.ddconfig is None else ConvDecoder(config.ddconfig)
         self.stats: LatentStats | None = None
         self._check_sizes()
+        self.eval()
         if stats is not None:
             self.set_stats(stats)
 
     @property
     def channels(self) -> int:
         """D, the number of latent channels."""
-        return self.encoder.channels
+        return self.encoder.channels + (0 if self.extra_vit is None else self.extra_vit.config.output_dim)
 
     @property
     def patch_size(self) -> int:
         """Pixels per latent cell and side."""
         return self.encoder.patch_size
 
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What training changes: the decoder, and the residual branch unless it is frozen."""
+        parts = [self.decoder] if self.extra_vit is None else [self.decoder, self.extra_vit]
+        return [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+
+    def draws_in_training(self) -> bool:
+        """Whether training mode makes encoding or decoding random: dropout, or masked residual channels."""
+        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        return dropout or (self.extra_vit is not None and self.extra_vit.config.mask_ratio > 0)
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → raw latents (B, D, H/16, W/16), without gradients."""
+        """Images (B, 3, H, W) in [-1, 1] → raw latents (B, D, H/16, W/16).
+
+        Gradients reach the residual branch where it is in training mode, and never the encoder.
+        """
         if not images.is_floating_point():
             raise UserError(f"encode wants float images in [-1, 1], got {images.dtype}; use images.to_float")
-        return self.encoder(images)
+        features = self.encoder(images)  # (B, D or D - 8, h, w)
+        if self.extra_vit is None:
+            return features
+        with torch.set_grad_enabled(self.extra_vit.training and torch.is_grad_enabled()):
+            residual = self.extra_vit(self.encoder.normalize_images(images), features)  # (B, 8, h, w)
+            return torch.cat([features, residual], dim=1).contiguous(memory_format=torch.channels_last)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents (B, D, h, w) → images (B, 3, 16h, 16w), nominally in [-1, 1] but not clipped."""
@@ -108,10 +140,19 @@ class SVGAutoencoder(nn.Module):
         """Normalised → raw latents, fp32. UserError without statistics."""
         return self._require_stats().denormalize(latents)
 
+    def latent_fingerprint(self) -> str:
+        """16 hex digits that name what makes the raw latents: the encoder, and the residual branch if there is one."""
+        if self.extra_vit is None:
+            return self.encoder.fingerprint()
+        config = self.extra_vit.config
+        identity = [self.encoder.fingerprint(), config.vit_type, config.overrides, config.published_grid]
+        identity += [config.outnorm if config.use_outnorm else None]
+        return fingerprint(identity, self.extra_vit.state_dict())
+
     def fingerprint(self) -> dict[str, Any]:
         """What a diffusion model trained on these latents depends on; compare with `require_fingerprint`."""
         stats = None if self.stats is None else self.stats.fingerprint()
-        return {"encoder": self.encoder.fingerprint(), "stats": stats, "channels": self.channels}
+        return {"encoder": self.latent_fingerprint(), "stats": stats, "channels": self.channels}
 
     def require_fingerprint(self, recorded: Mapping[str, Any], source: str) -> None:
         """UserError unless `recorded`, the fingerprint kept in `source`, is this autoencoder's."""
@@ -127,17 +168,17 @@ class SVGAutoencoder(nn.Module):
         """Attach statistics; UserError if they were measured on another encoder."""
         if stats.channels != self.channels:
             raise UserError(f"latent statistics have {stats.channels} channels, the autoencoder has {self.channels}")
-        if stats.encoder is not None and stats.encoder != self.encoder.fingerprint():
+        if stats.encoder is not None and stats.encoder != self.latent_fingerprint():
             raise UserError(
                 f"latent statistics were measured on another encoder (fingerprint {stats.encoder}, this one has "
-                f"{self.encoder.fingerprint()}); measure them anew with python -m autoencoder.measure_latents"
+                f"{self.latent_fingerprint()}); measure them anew with python -m autoencoder.measure_latents"
             )
         self.stats = stats.to(self.decoder.last_layer.device)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load a published or own checkpoint (.ckpt, .pth, .safetensors; Lightning or plain) weights-only, strictly.
 
-        Only `loss.*` and `norm_vit.*` are left out. UserError naming keys and remedy otherwise.
+        Only what DROPPED names is left out. UserError naming keys and remedy otherwise.
         """
         self._load_state(read_state_dict(path, "autoencoder checkpoint"), path)
 
@@ -148,7 +189,7 @@ class SVGAutoencoder(nn.Module):
         config = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint(), "params": to_dict(params)}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.stats is not None:
-            stats = LatentStats(self.stats.mean, self.stats.std, encoder=self.encoder.fingerprint())
+            stats = LatentStats(self.stats.mean, self.stats.std, encoder=self.latent_fingerprint())
             stats.save(folder / STATS_FILE)
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file(state, path, {"kind": "svg_autoencoder"})
@@ -217,16 +258,35 @@ class SVGAutoencoder(nn.Module):
     def _attach(self, stats: str | Path | LatentStats | None) -> None:
         """`set_stats` of statistics, a file of them, or nothing."""
         if stats is not None and not isinstance(stats, LatentStats):
-            stats = LatentStats.load(stats, self.channels, self.config.num_layer)
+            residual = self.config.extra_vit_config
+            made_up = residual.output_dim if residual is not None and residual.published_stats else 0
+            stats = LatentStats.load(stats, self.channels, self.config.num_layer, made_up)
         if stats is not None:
             self.set_stats(stats)
 
     def _load_state(self, state: Mapping[str, Tensor], path: str | Path) -> None:
-        if any(name.startswith("extra_vit.") for name in state):
-            raise UserError(f"autoencoder checkpoint {path} has a residual branch (extra_vit.*), which arrives later")
+        self._check_variant(state, path)
         kept = {name: tensor for name, tensor in state.items() if not name.startswith(DROPPED)}
-        remedy = "Use the YAML file that belongs to it (dinoconfig.model_name, ddconfig, embed_dim)"
+        remedy = "Use the YAML file that belongs to it (dinoconfig.model_name, ddconfig or hyconfig, extra_vit_config)"
         load_strictly(self, kept, f"autoencoder checkpoint {path}", remedy)
+
+    def _check_variant(self, state: Mapping[str, Tensor], path: str | Path) -> None:
+        """UserError where the checkpoint is of another kind of autoencoder than the config describes."""
+        residual = any(name.startswith("extra_vit.") for name in state)
+        if residual != (self.extra_vit is not None):
+            found, wanted = ("a", "none") if residual else ("no", "one")
+            raise UserError(
+                f"autoencoder checkpoint {path} has {found} residual branch (extra_vit.*), the configuration has "
+                f"{wanted}: {'describe it in' if residual else 'set to null'} model.params.extra_vit_config, as the "
+                f"files svg_autoencoder_{'R' if residual else 'P'}_* in configs/autoencoder/pre-trained do"
+            )
+        kernel, (section, _) = state.get("decoder.conv_in.weight"), self.config.decoder
+        stored = "hyconfig" if kernel is not None and kernel.ndim == 5 else "ddconfig"
+        if kernel is not None and stored != section:
+            raise UserError(
+                f"autoencoder checkpoint {path} has the decoder of a {stored}, but model.params describes one in "
+                f"{section}; compare configs/autoencoder/residual"
+            )
 
     def _require_stats(self) -> LatentStats:
         if self.stats is None:
@@ -237,16 +297,23 @@ class SVGAutoencoder(nn.Module):
         return self.stats
 
     def _check_sizes(self) -> None:
-        config, channels = self.config, self.encoder.channels
-        if config.ddconfig.z_channels != channels or config.embed_dim not in (None, channels):
+        section, decoder = self.config.decoder
+        if decoder.z_channels != self.channels:
+            residual = "" if self.extra_vit is None else f" and the residual branch {self.extra_vit.config.output_dim}"
             raise UserError(
-                f"model.params: the encoder {config.dinoconfig.model_name} gives {channels} channels, but "
-                f"ddconfig.z_channels is {config.ddconfig.z_channels} and embed_dim {config.embed_dim}; make them equal"
+                f"model.params: the encoder {self.config.dinoconfig.model_name} gives {self.encoder.channels} "
+                f"channels{residual}, but {section}.z_channels is {decoder.z_channels}; set it to {self.channels}"
             )
         if self.decoder.scale != self.encoder.patch_size:
+            levels = "ch_mult" if section == "ddconfig" else "block_out_channels"
             raise UserError(
-                f"model.params.ddconfig.ch_mult {tuple(config.ddconfig.ch_mult)} scales by {self.decoder.scale}, the "
-                f"encoder's patches have {self.encoder.patch_size} px; give it 5 entries for 16"
+                f"model.params.{section}: {levels} {tuple(getattr(decoder, levels))} scales by {self.decoder.scale}, "
+                f"the encoder's patches have {self.encoder.patch_size} px; give it 5 entries for 16"
+            )
+        if self.extra_vit is not None and self.extra_vit.patch_size != self.encoder.patch_size:
+            raise UserError(
+                f"model.params.extra_vit_config: its patches have {self.extra_vit.patch_size} px, the encoder's "
+                f"{self.encoder.patch_size}; make them equal"
             )
 
 
@@ -259,6 +326,7 @@ def _params(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 
 
 def _locate(path: str, base: Path) -> Path:
-    """A checkpoint path as given, beside the YAML file, or from the repository's root."""
+    """A checkpoint path as given, beside the YAML file, from the repository's root, or in its svg_t2i."""
     given = Path(path).expanduser()
-    return next((found for found in (given, base / given, REPO_ROOT / given) if found.is_file()), given)
+    candidates = (given, base / given, REPO_ROOT / given, REPO_ROOT / "svg_t2i" / given)
+    return next((candidate for candidate in candidates if candidate.is_file()), given)

@@ -1,7 +1,12 @@
-"""Tensors from files, weights-only and loaded strictly (every error names keys and remedy); files written whole."""
+"""Tensors from files, weights-only and loaded strictly (every error names keys and remedy); files written whole.
+
+And names for weights, so that what belongs together can be checked: `fingerprint`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -45,9 +50,9 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a plain state dict or of a Lightning checkpoint (its `state_dict` entry), by name."""
+    """The tensors of a plain state dict, or of the entry `state_dict` (Lightning) or `model` (MAE), by name."""
     content = read_file(path, what)
-    state = content.get("state_dict", content)
+    state = content.get("state_dict", content.get("model", content))
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = ", ".join(list(map(str, content))[:8]) or "nothing"
         raise UserError(f"{what} {path}: neither a state dict nor a Lightning checkpoint with one; it holds: {found}")
@@ -71,6 +76,15 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, r
         found = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{source} does not fit the model: {found}. {remedy}")
     module.load_state_dict(dict(state), strict=True)
+
+
+def fingerprint(identity: Any, state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that name weights and the architecture (`identity`, put into JSON); the same in fp32 and bf16."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
     else:
         with start_world() as world:
+            if world.size == 1 and arguments.device is not None:
+                world = replace(world, device=torch.device(arguments.device))
             arguments.run(arguments, world)
 
 
@@ -192,7 +194,7 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
             text_encoder=arguments.text_encoder,
             use_ema=not arguments.raw_weights,
             dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
-            device=world.device if world.size > 1 else arguments.device or world.device,
+            device=world.device,
         )
 
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None and name != "run"}
@@ -248,7 +250,7 @@ def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
     """The sampling settings of the command line."""
-    width, height = arguments.resolution
+    width, height = arguments.resolution or (1024, 1024)
     names = [field.name for field in fields(SamplingConfig) if field.name not in ("width", "height")]
     return SamplingConfig(width, height, **{name: getattr(arguments, name) for name in names})
 
@@ -264,9 +266,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     folder = add_verb(verbs, "folder", run_folder, "make images of any prompts, or take some, and measure them", 1)
     folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl), also a manifest")
-    folder.add_argument("--images", type=Path, help="measure these images instead of making some")
+    folder.add_argument("--images", type=Path, help="measure these images, in the size of the first, and make none")
     folder.add_argument("--reference", type=Path, help="real images: a folder or a manifest")
-    folder.add_argument("--metrics", nargs="+", choices=METRICS[:3], default=["mmd"])
+    folder.add_argument("--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="none: only make images")
     folder.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id (%(default)s)")
 
     shapes = add_verb(verbs, "shapes", run_shapes, "colour, place, shape, two objects, counting", images=2)
@@ -306,7 +308,7 @@ def add_verb(
     model.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default=None, help="default: bf16 on a GPU")
     model.add_argument("--device", default=None, help="default: cuda when there is one")
     how = verb.add_argument_group("sampling")
-    how.add_argument("--resolution", type=parse_resolution, default=(1024, 1024), metavar="WxH")
+    how.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: 1024x1024")
     how.add_argument("--solver", choices=sorted(SOLVERS), default="dpm")
     how.add_argument("--num_inference_steps", type=int, default=50)
     how.add_argument("--guidance_scale", type=float, default=4.0)

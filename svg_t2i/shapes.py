@@ -65,7 +65,7 @@ class Scene:
 
     @property
     def task(self) -> str:
-        """"single", "two_objects" or "counting"."""
+        """ "single", "two_objects" or "counting"."""
         return "counting" if self.number else "two_objects" if len(self.things) == 2 else "single"
 
     @property
@@ -96,9 +96,7 @@ def all_scenes(kind: str) -> list[Scene]:
     if kind == "counting":
         return [Scene((draw.Thing(*look, "centre", "small"),), n) for n in NUMBERS for look in looks]
     pairs = itertools.product(OPPOSITE, looks, looks)
-    return [
-        Scene((draw.Thing(*one, a, "small"), draw.Thing(*other, b, "small"))) for (a, b), one, other in pairs
-    ]
+    return [Scene((draw.Thing(*one, a, "small"), draw.Thing(*other, b, "small"))) for (a, b), one, other in pairs]
 
 
 def benchmark_scenes() -> list[Scene]:

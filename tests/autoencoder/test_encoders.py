@@ -1,12 +1,12 @@
-"""The frozen encoder against transformers' DINOv3, its key mapping, and what it refuses."""
+"""The frozen encoder: its latents, layers, weights and what it refuses (see test_published_keys for its oracles)."""
 
 import pytest
-import timm
 import torch
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from torch.nn import functional as F
 
+from autoencoder import encoders
 from autoencoder.config import ConfigError, UserError
-from autoencoder.encoders import EncoderConfig, FrozenEncoder, build_encoder, from_official, to_official
+from autoencoder.encoders import EncoderConfig, FrozenEncoder, build_encoder
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -31,65 +31,6 @@ def encoder():
 @pytest.fixture(scope="module")
 def images():
     return torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(2)) * 2 - 1
-
-
-def transformers_twin(state: dict[str, torch.Tensor], gated: bool) -> DINOv3ViTModel:
-    config = DINOv3ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=len(state["blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"]),
-        use_gated_mlp=gated,
-        hidden_act="silu" if gated else "gelu",
-        num_register_tokens=4,
-        query_bias=True,
-        key_bias=False,
-        value_bias=True,
-    )
-    twin = DINOv3ViTModel(config).eval()
-    mapped = {
-        "embeddings.cls_token": state["cls_token"],
-        "embeddings.mask_token": state["mask_token"][None],
-        "embeddings.register_tokens": state["storage_tokens"],
-        "embeddings.patch_embeddings.weight": state["patch_embed.proj.weight"],
-        "embeddings.patch_embeddings.bias": state["patch_embed.proj.bias"],
-        "norm.weight": state["norm.weight"],
-        "norm.bias": state["norm.bias"],
-    }
-    renamed = {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
-    renamed |= {"attn.proj.": "attention.o_proj.", "mlp.w1.": "mlp.gate_proj.", "mlp.w2.": "mlp.up_proj."}
-    renamed |= {"mlp.w3.": "mlp.down_proj.", "mlp.fc1.": "mlp.up_proj.", "mlp.fc2.": "mlp.down_proj."}
-    layers = next(name for name in twin.state_dict() if "norm1.weight" in name).split("0.norm1")[0]
-    for name, tensor in state.items():
-        if not name.startswith("blocks."):
-            continue
-        _, index, rest = name.split(".", 2)
-        if rest.startswith("attn.qkv.") and not rest.endswith("mask"):
-            kind = rest.rsplit(".")[-1]
-            for part, piece in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
-                if (part, kind) != ("k_proj", "bias"):
-                    mapped[f"{layers}{index}.attention.{part}.{kind}"] = piece
-        elif not rest.startswith("attn.qkv."):
-            for old, new in renamed.items():
-                rest = rest.replace(old, new)
-            mapped[f"{layers}{index}.{rest}"] = tensor
-    missing, unexpected = twin.load_state_dict(mapped, strict=False)
-    assert not unexpected
-    assert all("inv_freq" in name for name in missing)
-    rope = next(module for module in twin.modules() if hasattr(module, "inv_freq"))
-    rope.inv_freq = 1 / state["rope_embed.periods"]
-    return twin
-
-
-@pytest.mark.parametrize("name", ["dinov3_vits16plus", "dinov3_vits16"])
-def test_equals_transformers(name, images):
-    encoder = tiny_encoder(name)
-    twin = transformers_twin(encoder.state_dict(), gated=name.endswith("plus"))
-    tokens = encoder.forward_tokens(images)
-    with torch.no_grad():
-        expected = twin(images).last_hidden_state  # class, registers, patches
-    actual = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], dim=1)
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_latents_are_the_patch_tokens_of_imagenet_normalised_images(encoder, images):
@@ -130,8 +71,6 @@ def test_state_dict_names_survive_a_parent_and_a_round_trip(encoder, images):
     twin.load_state_dict(state, strict=True)
     assert torch.equal(twin["encoder"](images), encoder(images))
     assert twin["encoder"].fingerprint() == encoder.fingerprint()
-    own = {name: torch.randn(3) for name in ("backbone.reg_token", "backbone.norm.bias", "backbone.rope.periods")}
-    assert from_official(to_official(own)) == own
 
 
 def test_key_bias_is_dropped_and_a_never_loaded_mask_is_refused(encoder, images):
@@ -198,34 +137,99 @@ def test_plain_timm_model_without_biases_refuses_official_weights(encoder, tmp_p
         build_encoder(config)
 
 
-def test_hub_weights_come_through_timm_with_rounded_periods(monkeypatch, images):
-    real = timm.create_model
+def test_layers_are_normalised_and_averaged(images):
+    deep = tiny_encoder(depth=4)
+    state = deep.state_dict()
 
-    def create(name, pretrained=False, **arguments):
-        torch.manual_seed(11)
-        model = real(name, **arguments)
-        if pretrained:
-            torch.nn.init.ones_(model.blocks[0].gamma_1)
-        return model
+    def latents(**choice):
+        encoder = FrozenEncoder(EncoderConfig(overrides=TINY | {"depth": 4}, **choice))
+        encoder.load_state_dict(state)
+        return encoder(images)
 
-    monkeypatch.setattr(timm, "create_model", create)
-    encoder = build_encoder(EncoderConfig(weights="hub", overrides=TINY))
-    assert encoder(images).shape == (2, 48, 3, 5)
-    state = encoder.state_dict()
-    assert state["blocks.0.ls1.gamma"].eq(1).all()
-    assert torch.equal(state["rope_embed.periods"], state["rope_embed.periods"].bfloat16().float())
+    cut = FrozenEncoder(EncoderConfig(overrides=TINY))  # 2 blocks
+    cut.load_state_dict({name: value for name, value in state.items() if not name.startswith(("blocks.2", "blocks.3"))})
+    assert torch.equal(latents(layer=1), cut(images))
+    assert torch.equal(latents(layer=-3), cut(images))
+    assert torch.equal(latents(), latents(layer=3))
+    last_two = latents(average_last=2)
+    torch.testing.assert_close(last_two, (latents(layer=2) + latents(layer=3)) / 2, atol=1e-5, rtol=1e-5)
+    first_two = latents(layer=1, average_last=2)
+    torch.testing.assert_close(first_two, (latents(layer=0) + latents(layer=1)) / 2, atol=1e-5, rtol=1e-5)
+    assert (last_two - first_two).abs().max() > 0.1
+
+
+def test_fingerprint_names_the_layers(encoder):
+    def name(**choice):
+        other = FrozenEncoder(EncoderConfig(overrides=TINY, **choice))
+        other.load_state_dict(encoder.state_dict())
+        return other.fingerprint()
+
+    assert name(layer=1) == name(layer=-1) == name(average_last=1) == encoder.fingerprint()
+    assert len({name(), name(layer=0), name(average_last=2)}) == 3
+
+
+@pytest.mark.parametrize(("name", "cells"), [("dinov2_vits14", 14), ("siglip2_base_patch16_256", 16)])
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_a_cell_is_16_pixels_whatever_the_patches(name, cells):
+    encoder = build_encoder(EncoderConfig(name, "random", overrides=TINY))
+    images = torch.rand(1, 3, 64, 32) * 2 - 1
+    assert encoder.patch_size == 16
+    assert encoder(images).shape == (1, 48, 4, 2)
+    assert encoder.bfloat16()(images).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="divisible by 16"):
+        encoder(images[:, :, :56, :28])
+    size = [4 * cells, 2 * cells]
+    seen = []
+    encoder.float().backbone.patch_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(torch.sign(images))  # ±1: a bicubic filter overshoots
+    assert list(seen[0].shape[2:]) == size
+    within = encoder.normalize_images(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    assert (seen[0] >= within[:1] - 1e-6).all()
+    assert (seen[0] <= within[1:] + 1e-6).all()
+    resized = F.interpolate(torch.sign(images), size, mode="bicubic", antialias=True)
+    assert (cells == 16) == bool(resized.abs().max() <= 1)
+
+
+def test_without_weights_nothing_is_initialised(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("random numbers were drawn")
+
+    for draw in ("normal_", "uniform_"):
+        original = getattr(torch.Tensor, draw)
+
+        def checked(tensor, *arguments, original=original, **named):
+            return original(tensor, *arguments, **named) if tensor.is_meta else fail()
+
+        monkeypatch.setattr(torch.Tensor, draw, checked)
+    encoder = FrozenEncoder(EncoderConfig(overrides=TINY))
+    assert not any(tensor.is_meta for tensor in [*encoder.parameters(), *encoder.buffers()])
+    left = {name for name, _ in encoder.backbone.named_buffers() if not name.endswith(".attn.k_bias")}
+    assert left == {"rope.periods", "mask_token"}  # which hold their values; k biases are zero
+    assert not any(value.any() for name, value in encoder.backbone.named_buffers() if name.endswith("k_bias"))
+    for name in ("dinov2_vitb14_reg", "siglip2_base_patch16_256", "mae_vitb16"):
+        assert not list(FrozenEncoder(EncoderConfig(name, overrides=TINY)).backbone.buffers())
+
+
+@pytest.mark.parametrize("name", ["dinov3_vits16plus", "mae_vitb16"])
+def test_hub_weights_are_asked_for_by_name(name, monkeypatch, images):
+    config = EncoderConfig(name, overrides=TINY)
+    original, asked = FrozenEncoder(config, initialize=True), []
+    state = original.backbone.state_dict()  # timm's names, and without what timm computes
+    state = {key: value for key, value in state.items() if key not in ("rope.periods", "mask_token")}
+    monkeypatch.setattr(encoders, "load_state_dict_from_hf", lambda source: asked.append(source) or dict(state))
+    for weights in ("hub", "hf-hub:someone/copy"):
+        loaded = build_encoder(EncoderConfig(name, weights, overrides=TINY))
+        assert torch.equal(loaded(images), original(images))
+    default = {"dinov3_vits16plus": "timm/vit_small_plus_patch16_dinov3_qkvb.lvd1689m"}
+    assert asked == [default.get(name, "timm/vit_base_patch16_224.mae"), "someone/copy"]
 
 
 def test_failed_download_says_what_to_do(monkeypatch):
-    real = timm.create_model
+    def offline(source):
+        raise ConnectionError("no route")
 
-    def offline(name, pretrained=False, **arguments):
-        if pretrained:
-            raise ConnectionError("no route")
-        return real(name, **arguments)
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="could not be downloaded.*official .pth"):
+    monkeypatch.setattr(encoders, "load_state_dict_from_hf", offline)
+    with pytest.raises(UserError, match="timm/some could not be downloaded.*no route.*official file"):
         build_encoder(EncoderConfig(weights="hf-hub:timm/some", overrides=TINY))
 
 
@@ -238,6 +242,12 @@ def test_bad_input(encoder, tmp_path):
         build_encoder(EncoderConfig(overrides=TINY))(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ConfigError, match="'dinov3_vits17'.*dinov3_vits16plus"):
         FrozenEncoder(EncoderConfig("dinov3_vits17"))
+    with pytest.raises(ConfigError, match="no known encoder"):
+        FrozenEncoder(EncoderConfig("vit_base_patch16_224"))  # not one that the table's families know
+    with pytest.raises(ConfigError, match="dinoconfig.layer: 2 is out of range of the 2 of dinov3_vits16plus"):
+        FrozenEncoder(EncoderConfig(overrides=TINY, layer=2))
+    with pytest.raises(ConfigError, match="dinoconfig.average_last: 2 must be at least 1 and at most 1"):
+        FrozenEncoder(EncoderConfig(overrides=TINY, layer=0, average_last=2))
     with pytest.raises(ConfigError, match="no_such_argument"):
         FrozenEncoder(EncoderConfig(overrides={"no_such_argument": 1}))
     with pytest.raises(ConfigError, match="num_heads"):

@@ -115,7 +115,9 @@ def test_published_file_rows_and_extra_channels(tmp_path):
     torch.save({"mean": mean, "std": std}, path)
     assert torch.equal(LatentStats.load(path, D).mean, mean[-1])
     assert torch.equal(LatentStats.load(path, D, num_layer=1).std, std[1])
-    extended = LatentStats.load(path, D + 8)
+    with pytest.raises(UserError, match="6 channels, the autoencoder has 14.*published_stats: true"):
+        LatentStats.load(path, D + 8)
+    extended = LatentStats.load(path, D + 8, made_up=8)
     assert torch.equal(extended.mean[:D], mean[-1])
     torch.testing.assert_close(extended.mean[D:], mean[-1].mean().repeat(8))
     torch.testing.assert_close(extended.std[D:], std[-1].mean().repeat(8))
@@ -129,7 +131,7 @@ def test_files_that_do_not_fit_are_refused(stats, tmp_path):
     with pytest.raises(UserError, match="6 channels, the autoencoder has 7.*measure_latents"):
         LatentStats.load(tmp_path / "stats.safetensors", 7)
     with pytest.raises(UserError, match="another encoder"):  # our own files are never extended
-        LatentStats.load(tmp_path / "stats.safetensors", D + 8)
+        LatentStats.load(tmp_path / "stats.safetensors", D + 8, made_up=8)
     with pytest.raises(UserError, match="there is no file"):
         LatentStats.load(tmp_path / "absent.pt", D)
     torch.save({"average": torch.ones(D)}, tmp_path / "odd.pt")

@@ -11,10 +11,12 @@ from autoencoder.latents import LatentStats
 
 def check(vectors):
     path = vectors.directory / vectors.config["file"]
+    width = torch.load(path, weights_only=True)["mean"].shape[-1]
     cases = sorted(key.split(".")[1] for key in vectors.tensors if key.startswith("in.") and key.endswith(".latent"))
     for case in cases:
         latents, normalized = vectors.tensors[f"in.{case}.latent"], vectors.tensors[f"in.{case}.normalised"]
-        stats = LatentStats.load(path, channels=latents.shape[1], num_layer=vectors.config["num_layer"])
+        channels = latents.shape[1]
+        stats = LatentStats.load(path, channels, vectors.config["num_layer"], made_up=channels - width)
         rounded = LatentStats(stats.mean.bfloat16(), stats.std.bfloat16())
         vectors.compare(f"out.{case}.mean", stats.mean)
         vectors.compare(f"out.{case}.std", stats.std)
