@@ -82,21 +82,25 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
     references = None if arguments.reference is None else open_images(arguments.reference)
     if arguments.images is None:
         pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), world)
-        captions = [text for text in texts[: arguments.limit] for _ in range(arguments.num_images_per_prompt)]
+        numbers = [i for i in range(len(texts))[: arguments.limit] for _ in range(arguments.num_images_per_prompt)]
+        captions = [texts[i] for i in numbers]
+        own = numbers if references and len(references) == len(texts) and same_file(arguments) else None
         autoencoder, size = pipeline.autoencoder, sampling_of(arguments).size
     else:
         paths, captions = open_images(arguments.images), texts
         if captions and len(captions) != len(paths):
             raise UserError(f"{arguments.images} has {len(paths)} images, --prompts {len(captions)} captions")
+        own = None if references is None else match_names(paths, references)
         size = arguments.resolution or tuple(side // 16 * 16 for side in load_image(paths[0]).size)
         autoencoder = None
         if arguments.autoencoder is not None:
             source = AutoencoderSource(arguments.autoencoder, arguments.autoencoder_checkpoint)
             autoencoder = load_autoencoder(source).to(world.device)
+    # Only images that are there can be meant to look like the real ones, of whose captions new ones are just made.
+    pairs = None if own is None or arguments.images is None else ImageFiles([references[i] for i in own], size)
     report = measure(
         ImageFiles(paths, size), arguments.metrics, captions=captions, autoencoder=autoencoder, clip=arguments.clip,
-        references=None if references is None else ImageFiles(references, size),
-        counterparts=None if references is None else counterparts(paths, references, size),
+        references=None if references is None else ImageFiles(references, size), own=own, counterparts=pairs,
         batch_size=arguments.batch_size, world=world,
     )  # fmt: skip
     counts = {"images": len(paths), "references": len(references or ())}
@@ -228,12 +232,15 @@ def open_images(path: Path) -> list[Path]:
     return [source[i].path for i in range(len(source))]
 
 
-def counterparts(paths: list[Path], references: list[Path], size: tuple[int, int]) -> ImageFiles | None:
-    """The references of the same names as the images, if every image has one."""
-    by_name = {path.stem: path for path in references}
-    if not all(path.stem in by_name for path in paths):
-        return None
-    return ImageFiles([by_name[path.stem] for path in paths], size)
+def match_names(paths: list[Path], references: list[Path]) -> list[int] | None:
+    """Which reference has the name of each image, if every image has one."""
+    by_name = {path.stem: i for i, path in enumerate(references)}
+    return [by_name[path.stem] for path in paths] if all(path.stem in by_name for path in paths) else None
+
+
+def same_file(arguments: argparse.Namespace) -> bool:
+    """Whether captions and real images come from one manifest."""
+    return Path(arguments.prompts).resolve() == arguments.reference.resolve()
 
 
 def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,35 +18,40 @@ def median_distance(features: Tensor) -> float:
     return torch.pdist(features[:CHUNK].double()).median().item()
 
 
-def mmd(x: Tensor, y: Tensor, bandwidth: float) -> float:
+def mmd(x: Tensor, y: Tensor, bandwidth: float, own: Sequence[int] | None = None) -> float:
     """Squared maximum mean discrepancy of (N, D) and (M, D) under the kernel exp(−‖a − b‖² / 2σ²), unbiased.
 
-    Equation 4 of Jayasumana et al. 2024, Rethinking FID: Towards a Better Evaluation Metric for Image Generation
-    (arXiv 2401.09603): pairs of a row with itself are left out, so the expectation is 0 for equal distributions and
-    single values may be slightly negative. Unlike FID it needs no normality and few images.
+    The distance of Jayasumana et al. 2024, Rethinking FID: Towards a Better Evaluation Metric for Image Generation
+    (arXiv 2401.09603, eq. 4): three means of the kernel, over the pairs within x, within y and across. Only pairs of
+    independent rows count, so the expectation is 0 for equal distributions and values may be slightly negative.
 
     Args:
         bandwidth: σ > 0, in units of the features.
+        own: the row of y that each row of x belongs to, such as the real image of its caption. Such rows, and rows of
+            x with the same one, are not independent: their pairs are left out. None: all rows are.
 
     Raises:
-        ValueError: fewer than two rows, or a bandwidth that is not positive.
+        ValueError: a bandwidth that is not positive, or fewer than two independent rows.
     """
-    if min(len(x), len(y)) < 2 or not bandwidth > 0:
+    y_groups = torch.arange(len(y))
+    x_groups = len(y) + torch.arange(len(x)) if own is None else torch.as_tensor(own)
+    if min(len(x_groups.unique()), len(y)) < 2 or not bandwidth > 0:
         raise ValueError(f"mmd needs two rows and a positive bandwidth; got {len(x)}, {len(y)} rows, {bandwidth}")
-    x, y = x.double(), y.double()
-    within_x = (_kernel_sum(x, x, bandwidth) - len(x)) / (len(x) * (len(x) - 1))
-    within_y = (_kernel_sum(y, y, bandwidth) - len(y)) / (len(y) * (len(y) - 1))
-    across = _kernel_sum(x, y, bandwidth) / (len(x) * len(y))
-    return (within_x + within_y - 2 * across).item()
+    one, other = (x.double(), x_groups), (y.double(), y_groups)
+    within = _kernel_mean(*one, *one, bandwidth) + _kernel_mean(*other, *other, bandwidth)
+    return (within - 2 * _kernel_mean(*one, *other, bandwidth)).item()
 
 
-def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
+def _kernel_mean(x: Tensor, x_groups: Tensor, y: Tensor, y_groups: Tensor, bandwidth: float) -> Tensor:
+    """Mean over the pairs of different groups."""
     squares = y.square().sum(dim=1)
-    total = x.new_zeros(())
-    for rows in x.split(CHUNK):
+    total, count = x.new_zeros(()), 0
+    for rows, groups in zip(x.split(CHUNK), x_groups.split(CHUNK)):
         distances = (rows.square().sum(dim=1, keepdim=True) + squares - 2 * rows @ y.T).clamp(min=0)  # (chunk, M)
-        total += torch.exp(-distances / (2 * bandwidth**2)).sum()
-    return total
+        apart = groups[:, None] != y_groups
+        total += (torch.exp(-distances / (2 * bandwidth**2)) * apart).sum()
+        count += int(apart.sum())
+    return total / count
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:

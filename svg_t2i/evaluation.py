@@ -93,8 +93,8 @@ def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World 
         images = render(pipeline, jobs, settings.sampling, settings.batch_size, world)
         metrics = [name for name in settings.metrics if name != "shapes"]
         report = measure(
-            images, metrics, references=references, captions=captions, autoencoder=pipeline.autoencoder,
-            clip=settings.clip, batch_size=settings.batch_size, world=world,
+            images, metrics, references=references, own=range(len(jobs)), captions=captions,
+            autoencoder=pipeline.autoencoder, clip=settings.clip, batch_size=settings.batch_size, world=world,
         )  # fmt: skip
     if "shapes" in settings.metrics:
         scores = evaluate_shapes(pipeline, settings, world)
@@ -174,6 +174,7 @@ def measure(
     metrics: Sequence[str],
     *,
     references: Sequence[Tensor] | None = None,
+    own: Sequence[int] | None = None,
     captions: Sequence[str] | None = None,
     autoencoder: SVGAutoencoder | None = None,
     clip: str | None = None,
@@ -186,6 +187,7 @@ def measure(
     Args:
         metrics: of "mmd" (needs references and an autoencoder), "fid" (references), "clip_score" (captions, clip).
         references: real images of the same size.
+        own: which reference has the caption of each image, if they share captions; see `svg_t2i.distances.mmd`.
         captions: one per image.
         counterparts: real image i is what image i should look like; adds psnr and ssim.
     """
@@ -196,7 +198,7 @@ def measure(
         bandwidth = median_distance(real)
         if not bandwidth > 0:
             raise Unavailable("the encoder gives most real images the same features")
-        return 1000 * mmd(made, real, bandwidth)
+        return 1000 * mmd(made, real, bandwidth, own)
 
     def distance_in_inception() -> float:
         with main_first(world):

@@ -99,7 +99,7 @@ def test_folder_measures_what_is_there(toy_parts, tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["psnr"] == {"unavailable": "every image equals its counterpart"}
     assert metrics["ssim"] == pytest.approx(1)
-    assert metrics["mmd"] < 0  # unbiased: below zero for the very same images
+    assert metrics["mmd"] == pytest.approx(0, abs=1e-6)
 
 
 def test_shapes(saved, tmp_path, monkeypatch):

@@ -11,17 +11,21 @@ from svg_t2i import distances
 from svg_t2i.distances import frechet_distance, median_distance, mmd
 
 
-def kernel_mean(x, y, bandwidth, skip_self):
-    pairs = [(a, b) for (i, a), (j, b) in itertools.product(enumerate(x), enumerate(y)) if not (skip_self and i == j)]
+def kernel_mean(x, y, bandwidth, skip):
+    pairs = [(a, b) for (i, a), (j, b) in itertools.product(enumerate(x), enumerate(y)) if not skip(i, j)]
     return np.mean([np.exp(-((a - b) ** 2).sum() / (2 * bandwidth**2)) for a, b in pairs])
 
 
 def test_mmd_is_the_double_sum(monkeypatch):
     monkeypatch.setattr(distances, "CHUNK", 4)  # several blocks
     x, y = torch.randn(9, 5), torch.randn(7, 5) + 0.5
-    expected = kernel_mean(x.numpy(), x.numpy(), 1.3, True) + kernel_mean(y.numpy(), y.numpy(), 1.3, True)
-    expected -= 2 * kernel_mean(x.numpy(), y.numpy(), 1.3, False)
-    assert mmd(x, y, 1.3) == pytest.approx(expected, abs=1e-6)
+    a, b = x.numpy(), y.numpy()
+    expected = kernel_mean(a, a, 1.3, int.__eq__) + kernel_mean(b, b, 1.3, int.__eq__)
+    assert mmd(x, y, 1.3) == pytest.approx(expected - 2 * kernel_mean(a, b, 1.3, lambda i, j: False), abs=1e-6)
+    own = [0, 0, 0, 4, 4, 4, 6, 6, 6]  # three images of each of three captions
+    expected = kernel_mean(a, a, 1.3, lambda i, j: own[i] == own[j]) + kernel_mean(b, b, 1.3, int.__eq__)
+    expected -= 2 * kernel_mean(a, b, 1.3, lambda i, j: own[i] == j)
+    assert mmd(x, y, 1.3, own) == pytest.approx(expected, abs=1e-6)
 
 
 def test_mmd_is_unbiased():
@@ -30,6 +34,10 @@ def test_mmd_is_unbiased():
     equal = [mmd(torch.randn(6, 1), torch.randn(6, 1), bandwidth) for _ in range(1500)]
     assert np.mean(equal) == pytest.approx(0, abs=3 * np.std(equal) / len(equal) ** 0.5)
     assert min(equal) < 0
+    pairs = [(x, x + 0.1 * torch.randn(6, 1)) for x in torch.randn(1500, 6, 1)]  # equal up to little: 1.00 and 1.005
+    shared = [mmd(x, y, bandwidth, range(6)) for x, y in pairs]
+    assert np.mean(shared) == pytest.approx(0, abs=3 * np.std(shared) / len(shared) ** 0.5 + 1e-3)
+    assert np.mean([mmd(x, y, bandwidth) for x, y in pairs]) < -0.05  # what leaving out the shared pairs is for
     apart = [mmd(torch.randn(6, 1) + shift, torch.randn(6, 1), bandwidth) for _ in range(1500)]
     # E k(a, b) for a − b ~ N(m, 2): sqrt(σ²/(σ²+2)) · exp(−m²/(2(σ²+2)))
     scale = (bandwidth**2 / (bandwidth**2 + 2)) ** 0.5
