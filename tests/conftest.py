@@ -73,3 +73,20 @@ def toy_parts(tmp_path_factory) -> Path:
     }
     save_config(config, folder / "train.yaml")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_pipeline(toy_parts):
+    """A tiny random pipeline over the toy parts, whose transformer predicts something other than zero."""
+    from autoencoder.model import SVGAutoencoder
+    from svg_t2i.model import DiTConfig, SVGDiT
+    from svg_t2i.pipeline import SVGT2IPipeline
+    from svg_t2i.text import TextEncoder
+
+    torch.manual_seed(3)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}
+    transformer = SVGDiT(DiTConfig(in_channels=32, cap_feat_dim=32, **sizes))
+    for parameter in transformer.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    autoencoder = SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
+    return SVGT2IPipeline(autoencoder, transformer, TextEncoder.from_pretrained(toy_parts / "text_encoder"))

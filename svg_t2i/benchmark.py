@@ -1,0 +1,350 @@
+"""Evaluate a model: images for GenEval and DPG-Bench, built-in metrics, sweeps of sampling settings.
+
+    python -m svg_t2i.benchmark geneval --checkpoint results/run --prompts geneval/prompts/evaluation_metadata.jsonl
+    python -m svg_t2i.benchmark dpg     --checkpoint results/run --prompts ELLA/dpg_bench/prompts
+    python -m svg_t2i.benchmark summarise --geneval results.jsonl --dpg dpg-bench_results.txt
+    python -m svg_t2i.benchmark folder  --checkpoint results/run --prompts val.jsonl --reference val.jsonl
+    python -m svg_t2i.benchmark shapes  --checkpoint outputs/quickstart/transformer
+    python -m svg_t2i.benchmark sweep   --checkpoint results/run --over guidance_scale=1,2,4,8 --manifest val.jsonl
+
+Results are in outputs/benchmark/VERB, or `--output`. Started by `torchrun --nproc_per_node N -m svg_t2i.benchmark …`, N
+processes share the work and make the same images as one. A run that was interrupted goes on when started again.
+
+    OUTPUT/settings.json    everything that the images depend on; a folder with other settings is refused
+    OUTPUT/images/          as drawn in svg_t2i/suites.py
+    OUTPUT/metrics.json     folder and shapes: numbers, or the reasons why there are none
+    OUTPUT/sweep.csv, .png  sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoencoder.config import UserError, run_entry
+from autoencoder.images import image_grid, load_image, save_png
+from autoencoder.manifest import ImageFolder, Manifest
+from svg_t2i import suites, sweep
+from svg_t2i.evaluation import ImageFiles, describe_report, evaluate, measure
+from svg_t2i.evaluation_config import METRICS, EvaluationConfig, SamplingConfig
+from svg_t2i.frozen import load_autoencoder
+from svg_t2i.generation import claim, digest_prompts, generate, write_json
+from svg_t2i.parallel import World, from_main, start_world
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sample import parse_resolution, read_prompts
+from svg_t2i.settings import AutoencoderSource
+from svg_t2i.shapes import benchmark_scenes, score_scenes, write_data_set
+from svg_t2i.solvers import SOLVERS
+from svg_t2i.suites import Prompt, SuiteName
+from svg_t2i.text import SYSTEM_PROMPTS
+
+MAX_GRID_IMAGES = 96
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if arguments.verb == "summarise":
+        print(summarise(arguments))
+    elif arguments.verb == "shapes" and arguments.draw is not None:
+        print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
+    else:
+        with start_world() as world:
+            if world.size == 1 and arguments.device is not None:
+                world = replace(world, device=torch.device(arguments.device))
+            arguments.run(arguments, world)
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------
+
+
+def run_suite(arguments: argparse.Namespace, world: World) -> None:
+    """geneval, dpg: images in the tool's layout."""
+    reader = suites.read_geneval if arguments.verb == "geneval" else suites.read_dpg
+    prompts, sampling = reader(arguments.prompts), sampling_of(arguments)
+    if arguments.verb == "dpg" and sampling.width != sampling.height:
+        raise UserError(f"--resolution {sampling.width}x{sampling.height}: DPG-Bench's tool takes squares")
+    make_images(arguments, arguments.verb, prompts, world)
+    if world.is_main:
+        print(f"{arguments.output / 'images'} is ready for the official tool; then: benchmark summarise")
+
+
+def run_folder(arguments: argparse.Namespace, world: World) -> None:
+    """folder: images of any prompts, or images that are there, and their metrics."""
+    texts = read_prompts(arguments.prompts) if arguments.prompts else []
+    check_folder_arguments(arguments, texts)
+    references = None if arguments.reference is None else open_images(arguments.reference)
+    if arguments.images is None:
+        pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), world)
+        numbers = [i for i in range(len(texts))[: arguments.limit] for _ in range(arguments.num_images_per_prompt)]
+        captions = [texts[i] for i in numbers]
+        own = numbers if references and len(references) == len(texts) and same_file(arguments) else None
+        autoencoder, size = pipeline.autoencoder, sampling_of(arguments).size
+    else:
+        paths, captions = open_images(arguments.images), texts
+        if captions and len(captions) != len(paths):
+            raise UserError(f"{arguments.images} has {len(paths)} images, --prompts {len(captions)} captions")
+        own = None if references is None else match_names(paths, references)
+        size = arguments.resolution or tuple(side // 16 * 16 for side in load_image(paths[0]).size)
+        autoencoder = None
+        if arguments.autoencoder is not None:
+            source = AutoencoderSource(arguments.autoencoder, arguments.autoencoder_checkpoint)
+            autoencoder = load_autoencoder(source).to(world.device)
+    # Only images that are there can be meant to look like the real ones, of whose captions new ones are just made.
+    pairs = None if own is None or arguments.images is None else ImageFiles([references[i] for i in own], size)
+    report = measure(
+        ImageFiles(paths, size), arguments.metrics, captions=captions, autoencoder=autoencoder, clip=arguments.clip,
+        references=None if references is None else ImageFiles(references, size), own=own, counterparts=pairs,
+        batch_size=arguments.batch_size, world=world,
+    )  # fmt: skip
+    counts = {"images": len(paths), "references": len(references or ())}
+    write_metrics(describe_report(report) | counts, arguments.output, world)
+
+
+def run_shapes(arguments: argparse.Namespace, world: World) -> None:
+    """shapes: pictures of the scenes that training never saw, and the fractions that are right."""
+    scenes = benchmark_scenes()[: arguments.limit]
+    _, paths = make_images(arguments, "folder", suites.number_prompts(s.caption for s in scenes), world)
+    if not world.is_main:
+        return
+    pictures = [load_image(path) for path in paths]
+    shown = [scene for scene in scenes for _ in range(arguments.num_images_per_prompt)]
+    labels = [scene.caption for scene in shown[:MAX_GRID_IMAGES]]
+    save_png(image_grid(pictures[:MAX_GRID_IMAGES], 8, labels), arguments.output / "grid.png")
+    scores = score_scenes(pictures, shown)
+    write_metrics({f"shapes/{task}": value for task, value in scores.items()}, arguments.output, world)
+
+
+def run_sweep(arguments: argparse.Namespace, world: World) -> None:
+    """sweep: the built-in metrics at every combination of settings."""
+    base = sampling_of(arguments)
+    axes = [sweep.parse_axis(text, base) for text in arguments.over]
+    if len({axis.name for axis in axes}) < len(axes) or len(axes) > 2:
+        raise UserError(f"--over {' '.join(arguments.over)}: one or two different settings can be swept")
+    names = [field.name for field in fields(EvaluationConfig) if hasattr(arguments, field.name)]
+    evaluation = EvaluationConfig(**{name: getattr(arguments, name) for name in names}, sampling=base)
+    swept = {axis.name for axis in axes}
+    fixed = {name: value for name, value in asdict(base).items() if name not in swept}
+    measured = {name: getattr(evaluation, name) for name in names if name != "batch_size"}
+    settings = {"benchmark": "sweep", **measured, "metrics": list(evaluation.metrics), "sampling": fixed}
+    pipeline = open_run(arguments, settings, world)
+    path = arguments.output / "sweep.csv"
+    rows: list[dict[str, Any]] = from_main(sweep.read_rows(path) if world.is_main else None, world)
+    for values, sampling in sweep.points(base, axes):
+        if sweep.find_row(rows, values) is None:
+            results = evaluate(pipeline, replace(evaluation, sampling=sampling), world)
+            rows.append({name: str(value) for name, value in (values | results).items()})
+            if world.is_main:
+                sweep.write_rows(rows, path)
+                print(", ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+    if world.is_main:
+        sweep.plot(rows, axes, path.with_suffix(".png"))
+        print(f"{path} and {path.with_suffix('.png')}")
+
+
+def summarise(arguments: argparse.Namespace) -> str:
+    """summarise: Markdown of what the official tools found, next to the published scores."""
+    if arguments.geneval is None and arguments.dpg is None:
+        raise UserError("nothing to summarise: give --geneval results.jsonl, --dpg results.txt or both")
+    scores: dict[str, float] = {}
+    notes = []
+    if arguments.geneval is not None:
+        found, images = suites.read_geneval_results(arguments.geneval)
+        scores |= found
+        notes.append(f"GenEval: {images} images")
+    if arguments.dpg is not None:
+        scores["DPG-Bench"], prompts = suites.read_dpg_results(arguments.dpg)
+        notes.append(f"DPG-Bench: {prompts} prompts")
+    return f"{suites.table({arguments.name: scores})}\n\n{arguments.name}: {'; '.join(notes)}."
+
+
+# --- images -----------------------------------------------------------------------------------------------------
+
+
+def make_images(
+    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], world: World
+) -> tuple[SVGT2IPipeline, list[Path]]:
+    """The pipeline, and the images of all prompts, which are made where they are not there yet."""
+    settings = {
+        "benchmark": arguments.verb,
+        "prompts": {"count": len(prompts), "sha256": digest_prompts(prompts)},
+        "num_images_per_prompt": arguments.num_images_per_prompt,
+        "seed": arguments.seed,
+        "sampling": asdict(sampling_of(arguments)),
+    }
+    pipeline = open_run(arguments, settings, world)
+    paths = generate(
+        pipeline, suite, prompts[: arguments.limit], sampling_of(arguments), output=arguments.output,
+        count=arguments.num_images_per_prompt, seed=arguments.seed, batch_size=arguments.batch_size, world=world,
+    )  # fmt: skip
+    return pipeline, paths
+
+
+def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: World) -> SVGT2IPipeline:
+    """Load the model and claim the output folder for it and these settings."""
+
+    def load() -> SVGT2IPipeline:
+        return SVGT2IPipeline.from_pretrained(
+            arguments.checkpoint,
+            autoencoder=arguments.autoencoder,
+            autoencoder_checkpoint=arguments.autoencoder_checkpoint,
+            latent_stats=arguments.latent_stats,
+            text_encoder=arguments.text_encoder,
+            use_ema=not arguments.raw_weights,
+            dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
+            device=world.device,
+        )
+
+    command = {name: str(value) for name, value in vars(arguments).items() if value is not None and name != "run"}
+    return claim(arguments.output, settings, load, command, world)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------
+
+
+def check_folder_arguments(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Refuse metrics that lack something, before any network is loaded."""
+    missing: dict[str, Callable[[], bool]] = {
+        "mmd": lambda: arguments.images is not None and arguments.autoencoder is None,
+        "clip_score": lambda: not texts,
+    }
+    remedies = {"mmd": "an --autoencoder", "clip_score": "captions (--prompts)"}
+    for name in arguments.metrics:
+        if name in ("mmd", "fid") and arguments.reference is None:
+            raise UserError(f"--metrics {name} needs real images to compare with: give --reference FOLDER or manifest")
+        if name in missing and missing[name]():
+            raise UserError(f"--metrics {name} with --images needs {remedies[name]}")
+    if arguments.images is None and not texts:
+        raise UserError("folder needs --prompts FILE to make images from, or --images FOLDER with images")
+
+
+def open_images(path: Path) -> list[Path]:
+    """Images of a folder (in the order of their names) or of a manifest."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder of images or a manifest (.jsonl, .json)")
+    source = ImageFolder(path, "") if path.is_dir() else Manifest.open(path, require_captions=False)
+    return [source[i].path for i in range(len(source))]
+
+
+def match_names(paths: list[Path], references: list[Path]) -> list[int] | None:
+    """Which reference has the name of each image, if every image has one."""
+    by_name = {path.stem: i for i, path in enumerate(references)}
+    return [by_name[path.stem] for path in paths] if all(path.stem in by_name for path in paths) else None
+
+
+def same_file(arguments: argparse.Namespace) -> bool:
+    """Whether captions and real images come from one manifest."""
+    return Path(arguments.prompts).resolve() == arguments.reference.resolve()
+
+
+def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:
+    """metrics.json, and the same on the console."""
+    if world.is_main:
+        write_json(metrics, output / "metrics.json")
+        for name, value in metrics.items():
+            reason = value["unavailable"] if isinstance(value, dict) else None
+            print(f"{name}: " + (f"unavailable: {reason}" if reason else f"{value:.4g}"))
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
+    """The sampling settings of the command line."""
+    width, height = arguments.resolution or (1024, 1024)
+    names = [field.name for field in fields(SamplingConfig) if field.name not in ("width", "height")]
+    return SamplingConfig(width, height, **{name: getattr(arguments, name) for name in names})
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="svg_t2i.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, run, what in (("geneval", run_suite, "GenEval"), ("dpg", run_suite, "DPG-Bench")):
+        suite = add_verb(verbs, name, run, f"make images for {what}'s tool", images=4)
+        suite.add_argument("--prompts", type=Path, required=True, help="the official prompts; see svg_t2i/suites.py")
+
+    folder = add_verb(verbs, "folder", run_folder, "make images of any prompts, or take some, and measure them", 1)
+    folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl), also a manifest")
+    folder.add_argument("--images", type=Path, help="measure these images, in the size of the first, and make none")
+    folder.add_argument("--reference", type=Path, help="real images: a folder or a manifest")
+    folder.add_argument("--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="none: only make images")
+    folder.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id (%(default)s)")
+
+    shapes = add_verb(verbs, "shapes", run_shapes, "colour, place, shape, two objects, counting", images=2)
+    shapes.add_argument("--draw", type=Path, metavar="FOLDER", help="only draw a data set to train on")
+    toy = {"resolution": (64, 64), "system_prompt": "empty", "guidance_scale": 2.0, "num_inference_steps": 16}
+    shapes.set_defaults(prompts="unseen scenes", time_shift=1.0, batch_size=40, **toy)
+
+    swept = add_verb(verbs, "sweep", run_sweep, "metrics against sampling settings", images=None)
+    swept.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,VALUE", help="once or twice")
+    swept.add_argument("--manifest", help="captions to sample from, images to compare with")
+    swept.add_argument("--metrics", nargs="+", choices=METRICS, default=["mmd"])
+    swept.add_argument("--num_images", type=int, default=EvaluationConfig.num_images)
+    swept.add_argument("--images_per_scene", type=int, default=1, help="for the metric shapes")
+    swept.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id (%(default)s)")
+
+    table = verbs.add_parser("summarise", help="Markdown row of the official tools' results, next to the published")
+    table.add_argument("--geneval", type=Path, help="results.jsonl of GenEval's evaluate_images.py")
+    table.add_argument("--dpg", type=Path, help="results file of DPG-Bench's compute_dpg_bench.py")
+    table.add_argument("--name", default="this model", help="first cell of the row")
+    return check_arguments(parser.parse_args(argv))
+
+
+def add_verb(
+    verbs: argparse._SubParsersAction, name: str, run: Callable, summary: str, images: int | None
+) -> argparse.ArgumentParser:
+    """A verb that samples: arguments as those of svg_t2i.sample."""
+    verb = verbs.add_parser(name, help=summary, description=summary)
+    verb.set_defaults(run=run)
+    verb.add_argument("--output", type=Path, default=Path("outputs/benchmark") / name, help="%(default)s")
+    model = verb.add_argument_group("model")
+    model.add_argument("--checkpoint", help="results folder, checkpoint folder, or saved pipeline")
+    model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
+    model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
+    model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
+    model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
+    model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
+    model.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default=None, help="default: bf16 on a GPU")
+    model.add_argument("--device", default=None, help="default: cuda when there is one")
+    how = verb.add_argument_group("sampling")
+    how.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: 1024x1024")
+    how.add_argument("--solver", choices=sorted(SOLVERS), default="dpm")
+    how.add_argument("--num_inference_steps", type=int, default=50)
+    how.add_argument("--guidance_scale", type=float, default=4.0)
+    how.add_argument("--time_shift", type=float, help="default: 10 for dpm, 6 for the ODE solvers")
+    how.add_argument("--renorm_cfg", type=float, default=1.0, help="0 switches renormalisation off")
+    how.add_argument("--cfg_trunc", type=float, default=1.0, help="no guidance for t >= this, 1: never")
+    how.add_argument("--negative_prompt", default="")
+    how.add_argument("--system_prompt", choices=sorted(SYSTEM_PROMPTS), default="base")
+    how.add_argument("--seed", type=int, default=0, help="image i of the run has seed + i")
+    how.add_argument("--batch_size", type=int, default=4)
+    if images is not None:
+        how.add_argument("--num_images_per_prompt", type=int, default=images, help="%(default)s")
+        how.add_argument("--limit", type=int, help="only the first prompts; may be raised later")
+    return verb
+
+
+def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Refuse what needs no file to be seen as wrong."""
+    for name in ("num_images_per_prompt", "batch_size", "limit", "num_images", "images_per_scene"):
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    makes_none = (getattr(arguments, name, None) is not None for name in ("images", "draw"))
+    if arguments.verb != "summarise" and arguments.checkpoint is None and not any(makes_none):
+        raise UserError("--checkpoint is missing: a results folder, a checkpoint folder or a saved pipeline")
+    if arguments.verb != "summarise":
+        sampling_of(arguments)
+    return arguments
+
+
+if __name__ == "__main__":
+    run_entry(main)
