@@ -22,10 +22,10 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "parallel"},
+        {"attention", "flow", "norms", "parallel"},
         {"packing"},
         {"model", "solvers", "guidance"},
-        {"text", "settings"},
+        {"text", "settings", "published"},
         {"data", "checkpoint"},
         {"frozen"},
         {"training", "pipeline"},
@@ -48,7 +48,7 @@ ONLY_IN = {
         "svg_t2i.sample",
     },
 }
-TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance"}
+TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance", "svg_t2i.norms"}
 
 MODULES = sorted(
     path for package in FLOORS for path in (REPO_ROOT / package).glob("*.py") if path.name != "__init__.py"
@@ -84,7 +84,7 @@ def test_import_direction(path):
             offenders = [name for name in imports if name == library or name.startswith(library + ".")]
             assert not offenders, f"{package}.{module} imports {offenders}; only {sorted(allowed)} may"
     if f"{package}.{module}" in TORCH_ONLY:
-        standard = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing"}
+        standard = {"__future__", "collections", "dataclasses", "functools", "inspect", "itertools", "math", "typing"}
         roots = {name.split(".")[0] for name in imports}
         extra = roots - standard - {"torch"}
         allowed_here = {"svg_t2i"} if package == "svg_t2i" else set()
