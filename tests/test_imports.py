@@ -26,15 +26,19 @@ FLOORS = {
         {"packing"},
         {"model", "solvers", "guidance"},
         {"text", "settings", "published"},
-        {"data", "checkpoint"},
-        {"frozen"},
-        {"training", "pipeline"},
+        {"data", "checkpoint", "options", "enhance", "memory"},
+        {"frozen", "denoising"},
+        {"training", "parts"},
+        {"generation", "loading"},
+        {"editing"},
+        {"pipeline"},
+        {"rendering"},
         {"train", "sample", "benchmark", "cache_features", "app"},
     ],
 }
 # Heavy or process-wide libraries, and the only modules that may import them.
 ONLY_IN = {
-    "transformers": {"svg_t2i.text"},
+    "transformers": {"svg_t2i.text", "svg_t2i.enhance"},
     "tokenizers": {"svg_t2i.text"},
     "timm": {"autoencoder.encoders", "autoencoder.residual"},
     "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
