@@ -144,14 +144,14 @@ class ImageMethods(Generation):
         *,
         weights: int | Sequence[float] = 5,
         t: float = 0.3,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Any = None,
         preset: str | None = None,
         **options: Any,
     ) -> SVGT2IOutput | tuple:
-        """Images on the way from one prompt or image to another, all from the same noise.
+        """Images on the way from one prompt or image to another, all from the same noise (or one seed each).
 
         Between prompts the two velocities are mixed; between images the latents, along the great circle in each
         cell, which are then noised to time t and sampled on.
@@ -176,7 +176,8 @@ class ImageMethods(Generation):
             first = prepare_image(images[0], options.get("height"), options.get("width"))
             pair = [first, prepare_image(images[1], *first.shape[1:])]
             settings = self.resolve_options(preset, **options | {"height": first.shape[1], "width": first.shape[2]})
-        request = self.plan_request([prompts[0]] * len(shares), None, None, 1, [seed] * len(shares), settings)
+        seeds = [seed] * len(shares) if isinstance(seed, int) else seed
+        request = self.plan_request([prompts[0]] * len(shares), None, None, 1, seeds, settings)
         begin, start = self.draw_noise(request), 0.0
         if images is not None:
             start = t

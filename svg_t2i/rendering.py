@@ -137,6 +137,22 @@ class RunFolder:
         self._recorded_at = time.monotonic()
         write_json([self.record(job) for job in jobs if self.path(job).is_file()], self.folder / "data.json")
 
+    def write_failed(self, failed: Mapping[int, str], rank: int) -> None:
+        """This process's failed images, for `collect_failed`."""
+        if failed:
+            write_json(failed, self.folder / f".failed-{rank}.json")
+
+    def collect_failed(self, world_size: int) -> None:
+        """Merge what all processes wrote into failed.json; without failures there is no such file."""
+        (self.folder / "failed.json").unlink(missing_ok=True)
+        failed = {}
+        for path in [self.folder / f".failed-{rank}.json" for rank in range(world_size)]:
+            if path.is_file():
+                failed |= json.loads(path.read_text(encoding="utf-8"))
+                path.unlink()
+        if failed:
+            write_json(dict(sorted(failed.items(), key=lambda item: int(item[0]))), self.folder / "failed.json")
+
     def write_grid(self, jobs: Sequence[Job], columns: int) -> None:
         """The first images, whole rows of `columns` at most."""
         rows = max(1, MAX_GRID_IMAGES // columns) * columns

@@ -33,7 +33,7 @@ from autoencoder.config import UserError, run_entry, to_dict
 from autoencoder.images import image_grid, load_image, save_png
 from svg_t2i.editing import prepare_image
 from svg_t2i.options import PRESETS, SamplingOptions, changed, preset
-from svg_t2i.parallel import World, main_first, reduce_sum, start_world
+from svg_t2i.parallel import World, from_main, main_first, reduce_sum, start_world
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.prompts import Prompt, read_prompts
 from svg_t2i.rendering import Job, RunFolder, plan_jobs, render, write_json
@@ -211,27 +211,46 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     options = preset(arguments.preset, **changes) if arguments.preset else pipeline.resolve_options(**changes)
     if getattr(arguments, "enhance", False):
         prompts = [replace(prompt, text=pipeline.enhance(prompt.text)) for prompt in prompts]
-    if not sizes:
-        size = prepare_image(arguments.image[0]).shape if sources else (3, options.height, options.width)
-        sizes = [(size[2], size[1])]
     listed = [(prompt.text, {**prompt.settings, **source}) for prompt in prompts for source in sources or ({},)]
-    jobs = plan_jobs(listed, sizes, arguments.num_images_per_prompt, arguments.seed)
+    default = (options.width, options.height)
+    jobs = plan_jobs(listed, sizes or [default], arguments.num_images_per_prompt, arguments.seed)
+    if sources and not sizes:
+        jobs = [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], default)) for job in jobs]
     shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
     run = RunFolder(arguments.output, {**shared, "verb": arguments.verb, "model": _model_identity(arguments)})
-    with main_first(world):
-        if world.is_main:
-            run.prepare()
+    _prepare(run, world)
     failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
-    if failed:
-        write_json(failed, arguments.output / f"failed{world.rank or ''}.json")
-    count = torch.tensor(len(failed), device=world.device)
-    total = int(reduce_sum(count, world))  # also waits for the other processes
+    run.write_failed(failed, world.rank)
+    total = int(reduce_sum(torch.tensor(len(failed), device=world.device), world))  # waits for the other processes
     if world.is_main:
+        run.collect_failed(world.size)
         run.write_records(jobs)
-        run.write_grid(jobs, arguments.num_images_per_prompt * len(sizes) * len(sources or "x"))
+        run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
         print(f"{len(jobs) - total} images in {arguments.output / 'images'}")
     if total:
         raise UserError(f"{total} of {len(jobs)} images failed (failed.json); the same command again tries those anew")
+
+
+def _prepare(run: RunFolder, world: World) -> None:
+    """Rank 0 prepares the folder; what is wrong with it stops all processes."""
+    problem = None
+    if world.is_main:
+        try:
+            run.prepare()
+        except UserError as error:
+            problem = str(error)
+    problem = from_main(problem, world)
+    if problem:
+        raise UserError(problem)
+
+
+def _own_size(image: str | list[str], default: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of an input image, cropped to multiples of 16."""
+    path = image if isinstance(image, str) else next(iter(image), None)
+    if path is None:
+        return default
+    _, height, width = prepare_image(path).shape
+    return width, height
 
 
 def plan_sources(arguments: argparse.Namespace) -> tuple[list[Prompt], list[dict[str, Any]]]:
@@ -269,19 +288,13 @@ def make_images(
     seeds, prompts = [job.seed for job in jobs], [job.prompt for job in jobs]
     if arguments.verb == "generate":
         return pipeline(prompts, seed=seeds, **settings).images
-    settings |= {"width": jobs[0].size[0], "height": jobs[0].size[1]}
+    width, height = settings.pop("width"), settings.pop("height")
     if arguments.verb == "interpolate":
-        first, second = (arguments.prompt * 2)[:2] if arguments.prompt else ("", "")
-        prompt = first if first == second else (first, second)
-        settings |= {name: getattr(options, name) for name in own}
-        each = [
-            pipeline.interpolate(
-                prompt, arguments.image or None, weights=[job.own["weight"]], t=arguments.t, seed=job.seed, **settings
-            )
-            for job in jobs
-        ]
-        return [output.images[0] for output in each]
-    images = [job.own["image"] for job in jobs]
+        prompt = arguments.prompt if len(arguments.prompt) == 2 else "".join(arguments.prompt)
+        between = {"weights": [job.own["weight"] for job in jobs], "t": arguments.t, "seed": seeds}
+        size = {"width": width[0], "height": height[0]}
+        return pipeline.interpolate(prompt, arguments.image or None, **between, **size, **settings).images
+    images = [prepare_image(job.own["image"], h, w) for job, h, w in zip(jobs, height, width)]
     if arguments.verb == "variation":
         return pipeline.variation(images, t=arguments.t, seed=seeds, **settings).images
     if arguments.verb == "inpaint":

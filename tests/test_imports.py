@@ -26,7 +26,7 @@ FLOORS = {
         {"packing"},
         {"model", "solvers", "guidance"},
         {"text", "settings", "published"},
-        {"data", "checkpoint", "options", "enhance", "memory"},
+        {"data", "checkpoint", "options", "enhance", "memory", "prompts"},
         {"frozen", "denoising"},
         {"training", "parts"},
         {"generation", "loading"},
