@@ -106,7 +106,7 @@ def find_sources(
 
 
 def find_transformer(folder: Path) -> Path:
-    """The DiT in `folder`, or the only one below it.
+    """The DiT in `folder`, or the one below it: the only one, or the fine-tuned one of stage 4.
 
     Raises:
         UserError: there is none, or there are several; names them.
@@ -117,6 +117,9 @@ def find_transformer(folder: Path) -> Path:
         below = sorted(path.parent for path in folder.glob(f"**/{published.ARGUMENTS}"))
         if not below:
             raise
+    final = [path for path in below if "stage4" in path.name.lower() or "sft" in path.name.lower()]
+    if len(final) == 1:
+        return final[0]
     if len(below) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in below)
         raise UserError(f"{folder} holds several DiTs ({names}); choose one with subfolder (--subfolder)")

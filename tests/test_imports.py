@@ -32,7 +32,7 @@ FLOORS = {
         {"generation", "loading"},
         {"editing"},
         {"pipeline"},
-        {"rendering"},
+        {"rendering", "studio"},
         {"train", "sample", "benchmark", "cache_features", "app"},
     ],
 }
@@ -43,6 +43,7 @@ ONLY_IN = {
     "timm": {"autoencoder.encoders", "autoencoder.residual"},
     "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
     "omegaconf": {"autoencoder.config"},
+    "gradio": {"svg_t2i.app"},
     "torch.distributed": {
         "autoencoder.training",
         "svg_t2i.parallel",
