@@ -34,7 +34,7 @@ from svg_t2i import suites, sweep
 from svg_t2i.evaluation import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation_config import METRICS, EvaluationConfig, SamplingConfig
 from svg_t2i.frozen import load_autoencoder
-from svg_t2i.generation import claim, digest_prompts, generate, write_json
+from svg_t2i.suite_images import claim, digest_prompts, generate, write_json
 from svg_t2i.parallel import World, from_main, start_world
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sample import parse_resolution, read_prompts

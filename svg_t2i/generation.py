@@ -1,148 +1,147 @@
-"""Making the images of a benchmark: shared by processes, resumable, in a folder that knows its settings."""
+"""The steps of a sampling call, from what was asked for to images: plan, draw noise, solve, finish.
+
+`SVGT2IPipeline` and its image methods are made of these; each takes what the one before returned.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.config import UserError
-from autoencoder.images import save_png
-from svg_t2i.evaluation import Job, own_batches, sample_batch
-from svg_t2i.evaluation_config import SamplingConfig
-from svg_t2i.parallel import World, reduce_sum
-from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.suites import Prompt, SuiteName, complete, image_path
+from autoencoder.images import to_pil
+from svg_t2i.denoising import Conditions, count_steps, denoise
+from svg_t2i.options import SamplingOptions, changed, check_side, preset
+from svg_t2i.parts import PipelineParts
+from svg_t2i.settings import LATENT_PIXELS
+
+OutputType = Literal["pil", "pt", "latent"]
+StepEnd = Callable[[Any, int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
-def generate(
-    pipeline: SVGT2IPipeline,
-    suite: SuiteName,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    *,
-    output: Path,
-    count: int,
-    seed: int,
-    batch_size: int,
-    world: World,
-) -> list[Path]:
-    """Make `count` images of every prompt in the suite's layout, but for those that are there.
+@dataclass(frozen=True)
+class SVGT2IOutput:
+    """`images`: PIL images; with output_type "pt" a tensor (B, 3, H, W) in [-1, 1], with "latent" normalised latents
+    (B, C, h, w), either a list of tensors where sizes differ."""
 
-    Image i of the run has seed + i. A batch that lacks an image is made again as a whole: what an image looks like to
-    the last bit depends on its batch. The batches are dealt to the processes.
-
-    Returns:
-        The paths of all images, prompt by prompt; on every process, and once they are all there.
-    """
-    texts = [prompt.text for prompt in prompts for _ in range(count)]
-    jobs = [Job(text, seed + i) for i, text in enumerate(texts)]
-    paths = [image_path(suite, output, prompt, number) for prompt in prompts for number in range(count)]
-    batches = list(own_batches(len(jobs), batch_size, world))
-    for batch in tqdm(batches, desc="sampling", unit="batch", disable=not world.is_main):
-        missing = [i for i in batch if not paths[i].is_file()]
-        if not missing:
-            continue
-        images = sample_batch(pipeline, [jobs[i] for i in batch], sampling)
-        for i in missing:
-            record = {"caption": jobs[i].prompt, "seed": jobs[i].seed, **asdict(sampling)}
-            save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
-    wait(world)
-    for prompt in prompts[world.rank :: world.size]:
-        complete(suite, output, prompt, count)
-    wait(world)
-    return paths
+    images: list[Image.Image] | list[Tensor] | Tensor
 
 
-def wait(world: World) -> None:
-    """Go on when all processes have come here."""
-    reduce_sum(torch.zeros(1, device=world.device), world).item()
+@dataclass(frozen=True)
+class Request:
+    """The B images of a call: prompt, latent size (h, w) and seed of each."""
+
+    prompts: list[str]
+    sizes: list[tuple[int, int]]
+    seeds: list[int]
 
 
-def claim(
-    output: Path,
-    settings: Mapping[str, Any],
-    load: Callable[[], SVGT2IPipeline],
-    command: Mapping[str, str],
-    world: World,
-) -> SVGT2IPipeline:
-    """Load the model, and keep the folder for it and these settings: output/settings.json.
+class Generation(PipelineParts):
+    """What every way of sampling has in common."""
 
-    Args:
-        settings: what the images depend on; a folder made with others is refused, before the model is loaded.
-        command: recorded, but free to change from one start to the next.
+    def resolve_options(self, preset_name: str | None = None, **changes: Any) -> SamplingOptions:
+        """The pipeline's options, or a preset's, with changes. UserError for unknown or wrong ones."""
+        if preset_name is not None:
+            return preset(preset_name, **changes)
+        return changed(self.options, changes)
 
-    Raises:
-        UserError: the folder holds a run with other settings or weights, or something else.
-    """
-    path = output / "settings.json"
-    if world.is_main:
-        check_settings(path, settings)
-    pipeline = load()
-    if world.is_main:
-        complete_settings = {**settings, "model": describe_model(pipeline)}
-        check_settings(path, complete_settings)
-        run = {**command, "processes": world.size, "device": str(pipeline.device), "torch": torch.__version__}
-        write_json({**complete_settings, "run": run}, path)
-    wait(world)
-    return pipeline
+    def plan_request(
+        self,
+        prompt: str | Sequence[str],
+        height: int | Sequence[int] | None,
+        width: int | Sequence[int] | None,
+        num_images_per_prompt: int,
+        seed: int | Sequence[int],
+        options: SamplingOptions,
+    ) -> Request:
+        """One prompt, size and seed per image. UserError for what does not fit together."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("prompt is an empty list; give at least one")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt = {num_images_per_prompt}: must be at least 1")
+        sides = []
+        for name, value in (("height", height), ("width", width)):
+            side = getattr(options, name) if value is None else value
+            per_prompt = [side] * len(prompts) if isinstance(side, int) else list(side)
+            if len(per_prompt) != len(prompts):
+                raise UserError(f"{len(per_prompt)} values of {name} for {len(prompts)} prompts")
+            for one in per_prompt:
+                check_side(name, one)
+            sides.append([one // LATENT_PIXELS for one in per_prompt])
+        repeated = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        counted = [seed + i % num_images_per_prompt for i in range(len(repeated))] if isinstance(seed, int) else None
+        seeds = list(seed) if counted is None else counted
+        if len(seeds) != len(repeated):
+            raise UserError(f"{len(seeds)} seeds for {len(repeated)} images; give one per image, or a single one")
+        return Request([prompts[i] for i in repeated], [(sides[0][i], sides[1][i]) for i in repeated], seeds)
+
+    def draw_noise(
+        self,
+        request: Request,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """N(0, 1) fp32 noise (C, h, w) an image, drawn on the CPU: the same on every device and in every batch."""
+        shapes = [(self.transformer.config.in_channels, *size) for size in request.sizes]
+        if latents is not None:
+            if [tuple(x.shape) for x in latents] != shapes:
+                raise UserError(f"latents of shapes {[tuple(x.shape) for x in latents]}: expected {shapes}")
+            return [x.to(self.device, torch.float32) for x in latents]
+        if generator is None:
+            generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        else:
+            generators = [generator] * len(shapes) if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != len(shapes):
+            raise UserError(f"{len(generators)} generators for {len(shapes)} images; give one or as many")
+        return [
+            torch.randn(shape, generator=one, device=one.device).to(self.device)
+            for shape, one in zip(shapes, generators)
+        ]
+
+    def solve(
+        self,
+        latents: list[Tensor],
+        conditions: Conditions,
+        options: SamplingOptions,
+        callback_on_step_end: StepEnd | None = None,
+        *,
+        start: float = 0.0,
+        **inpainting: Any,
+    ) -> list[Tensor]:
+        """`denoising.denoise` as a stage, with progress bar and callback. Normalised latents (C, h, w) per image."""
+        sizes = tuple((x.shape[1], x.shape[2]) for x in latents)
+        total = count_steps(options, sizes, start)
+        with self._stage("denoising", self.transformer, self.guide), tqdm(total=total, **self._progress_bar) as bar:
+
+            def on_step(step: int, t: float, group: list[Tensor], indices: list[int]) -> list[Tensor] | None:
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                answer = callback_on_step_end(self, step - 1, t, {"latents": _stacked(group), "indices": indices})
+                return None if not answer or "latents" not in answer else list(answer["latents"])
+
+            return denoise(self.transformer, latents, conditions, options, start=start, on_step=on_step, **inpainting)
+
+    def finish(self, latents: list[Tensor], output_type: OutputType, return_dict: bool) -> SVGT2IOutput | tuple:
+        """Normalised latents (C, h, w) → the output that was asked for."""
+        if output_type not in ("pil", "pt", "latent"):
+            raise UserError(f"output_type = {output_type!r}; choose one of pil, pt, latent")
+        if output_type == "latent":
+            images: Any = _stacked(latents)
+        else:
+            decoded = self.decode_latents(latents)
+            images = [to_pil(image) for image in decoded] if output_type == "pil" else _stacked(decoded)
+        return SVGT2IOutput(images) if return_dict else (images,)
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but a run with these settings, finished or not."""
-    folder = path.parent
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output {folder} is not empty and holds no benchmark; choose another folder or empty it")
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
-    changed = [
-        f"{key} was {json.dumps(recorded.get(key))} and is {json.dumps(wanted[key])}"
-        for key in wanted
-        if recorded.get(key) != wanted[key]
-    ]
-    if changed:
-        raise UserError(f"--output {folder} holds other images; choose another folder: {'; '.join(changed)}")
-
-
-def describe_model(pipeline: SVGT2IPipeline) -> dict[str, Any]:
-    """What identifies the weights. A path does not: a training run has newer ones under it every hour."""
-    return {
-        "transformer": weights_digest(pipeline.transformer),
-        "autoencoder": pipeline.autoencoder.fingerprint(),
-        "decoder": weights_digest(pipeline.autoencoder.decoder),
-        "text_encoder": pipeline.text_encoder.fingerprint(),
-        "dtype": str(next(pipeline.transformer.parameters()).dtype),
-    }
-
-
-def weights_digest(module: nn.Module) -> str:
-    """16 hex digits over names, shapes and a sample of the values of all weights."""
-    weights = dict(sorted(module.named_parameters()))
-    digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
-    samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in weights.values()]
-    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def digest_prompts(prompts: Sequence[Prompt]) -> str:
-    """16 hex digits over all prompts."""
-    return hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]
-
-
-def write_json(values: Mapping[str, Any], path: Path) -> None:
-    """Write atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _stacked(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor where all shapes are equal, else a list."""
+    same = len({x.shape for x in tensors}) == 1
+    return torch.stack(list(tensors)) if same else [x.clone() for x in tensors]

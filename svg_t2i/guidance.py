@@ -2,10 +2,12 @@
 
     v = v_u + s (v_c - v_u)                    standard (Ho & Salimans, arXiv:2207.12598)
     v <- v min(1, r |v_c| / |v|)               renormalised: bounds the guided velocity by the conditional one
-    v = v_c          for t >= cfg_trunc        truncated: late steps cost one branch instead of two
+    v = v_c          outside lo <= t < hi      in an interval only (Kynkäänniemi et al., arXiv:2404.07724); truncated
+                                               where hi < 1: steps outside cost one branch instead of two
 
-A `cfg_trunc` of 1 truncates nothing, although Heun's rule evaluates t = 1 and dopri5 even beyond: one unguided
-evaluation at the end of a guided run would bend its last step.
+v_u is the velocity without a prompt, with a negative one, or that of a weaker model with the same prompt
+(autoguidance, Karras et al., arXiv:2406.02507). An end `hi` of 1 cuts nothing, although Heun's rule evaluates t = 1
+and dopri5 even beyond: one unguided evaluation at the end of a guided run would bend its last step.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ VelocityPair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # (latents, t) 
 def combine(
     v_cond: Tensor,
     v_uncond: Tensor,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     renorm_cfg: float = 1.0,
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
@@ -29,10 +31,12 @@ def combine(
 
     Args:
         v_cond, v_uncond: (B, ...), or packed tokens (T, C) with `lengths`.
-        guidance_scale: s; 1 gives the conditional velocity, 0 the unconditional one.
+        guidance_scale: s, or (B,) one a sample; 1 gives the conditional velocity, 0 the unconditional one.
         renorm_cfg: r, the largest allowed |v| / |v_c|, norms per sample over all its elements; 0 for no bound.
         lengths: tokens of each sample of a packed batch, host integers that sum to T.
     """
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = expand_samples(guidance_scale, v_cond, lengths)
     guided = v_uncond + guidance_scale * (v_cond - v_uncond)
     if renorm_cfg == 0:
         return guided
@@ -45,25 +49,28 @@ def combine(
 def guided_velocity(
     pair: VelocityPair,
     conditional: Velocity,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     renorm_cfg: float = 1.0,
     cfg_trunc: float = 1.0,
     lengths: Sequence[int] | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Velocity:
     """The velocity that solvers integrate.
 
     Args:
         pair: both branches, evaluated in one batch.
-        conditional: the conditional branch alone. It runs where guidance is truncated, and everywhere when the
-            guidance scale is 1 and the bound (0 or at least 1) changes nothing.
+        conditional: the conditional branch alone. It runs where guidance is off, and everywhere when the guidance
+            scale is the number 1 and the bound (0 or at least 1) changes nothing.
         guidance_scale, renorm_cfg, lengths: see `combine`.
         cfg_trunc: no guidance for t >= this time; 1 (or more) never truncates.
+        interval: guidance for lo <= t < hi only, as far as `cfg_trunc` allows.
     """
-    if guidance_scale == 1 and (renorm_cfg == 0 or renorm_cfg >= 1):
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1 and (renorm_cfg == 0 or renorm_cfg >= 1):
         return conditional
+    begin, end = interval[0], min(interval[1], cfg_trunc)
 
     def velocity(latents: Tensor, t: float) -> Tensor:
-        if t >= cfg_trunc and cfg_trunc < 1:
+        if t < begin or (t >= end and end < 1):
             return conditional(latents, t)
         return combine(*pair(latents, t), guidance_scale, renorm_cfg, lengths)
 

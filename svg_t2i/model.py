@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from autoencoder.config import UserError
 from svg_t2i.attention import Segments, attention
-from svg_t2i.packing import Packing, Sizes, TextFeatures, plan_packing
+from svg_t2i.norms import rms_norm
+from svg_t2i.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
 
 QK_NORM_EPS = 1e-6
 
@@ -88,37 +89,6 @@ class DiTConfig:
 # --------------------------------------------------------------------------------------------------------- layers
 
 
-class _FastRMSNorm(torch.autograd.Function):
-    """rms_norm for float32 on the CPU, where autograd's backward pass of F.rms_norm takes twice as long."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        inverse_rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * inverse_rms
-        return normed * weight, normed, inverse_rms
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[1], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, Tensor, None]:
-        weight, normed, inverse_rms = ctx.saved_tensors
-        grad_weight = grad * normed
-        along = torch.linalg.vecdot(grad_weight, weight)[..., None]
-        grad_x = (grad * weight).addcmul_(normed, along, value=-1 / normed.shape[-1]).mul_(inverse_rms)
-        return grad_x, grad_weight.sum_to_size(weight.shape), None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis, in x's dtype; weight broadcasts to x."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
-        return _FastRMSNorm.apply(x, weight, eps)[0]
-    return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
-
-
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary embedding in float32: channels (2i, 2i + 1) of x (T, H, d) turn by angle i, rope (T, 1, d/2, 2)."""
     pairs = x.float().unflatten(-1, (-1, 2))
@@ -130,8 +100,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def per_token(gain: Tensor, owner: Tensor) -> Tensor:
+    """(B, D) per sample -> (T, D) per token; (1, D), the same for all, stays as it is."""
+    return gain if len(gain) == 1 else gain.index_select(0, owner)
+
+
 class RMSNorm(nn.Module):
-    """RMS norm, its weight multiplied by a gain per sample where given: gain (B, D), owner (T,) the tokens' samples."""
+    """RMS norm, its weight times a gain where given: (B, D) with owner (T,) the tokens' samples, or (1, D) for all."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -139,7 +114,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, gain: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
-        weight = self.weight if gain is None else (self.weight * gain).to(x.dtype).index_select(0, owner)
+        weight = self.weight if gain is None else per_token((self.weight * gain).to(x.dtype), owner)
         return rms_norm(x, weight, self.eps)
 
 
@@ -227,7 +202,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_dim, config.dim))
 
     def forward(self, x: Tensor, owner: Tensor, t_emb: Tensor) -> Tensor:
-        gain = (1 + self.adaLN_modulation(t_emb).float()).to(x.dtype).index_select(0, owner)  # (T, D)
+        gain = per_token((1 + self.adaLN_modulation(t_emb).float()).to(x.dtype), owner)  # (T, D) or (1, D)
         return self.linear((F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain).to(x.dtype))
 
 
@@ -272,27 +247,24 @@ class SVGDiT(nn.Module):
     def forward(
         self, latents: Tensor | Sequence[Tensor], timesteps: Tensor, text: TextFeatures
     ) -> Tensor | list[Tensor]:
-        """latents (B, C, h, w) or a list of (C, h_i, w_i), timesteps (B,) in [0, 1] -> velocity, structured alike."""
+        """latents (B, C, h, w) or a list of (C, h_i, w_i), timesteps (B,) in [0, 1] -> velocity, structured alike.
+
+        timesteps (1,) hold for all samples. text may have been through `refine`, which saves doing it at every step.
+        """
         tokens, sizes = self.pack(latents)
         velocity = self.unpack(self.forward_packed(tokens, sizes, timesteps, text), sizes)
         return torch.stack(velocity) if isinstance(latents, Tensor) else velocity
 
     def forward_packed(self, tokens: Tensor, sizes: Sizes, timesteps: Tensor, text: TextFeatures) -> Tensor:
         """tokens (T, p·p·C) from `pack`, timesteps (B,), text of B captions -> velocity tokens (T, p·p·C)."""
-        if not len(sizes) == len(text.lengths) == len(timesteps):
+        if len(sizes) != len(text.lengths) or len(timesteps) not in (1, len(sizes)):
             raise ValueError(f"{len(sizes)} latents, {len(timesteps)} timesteps, {len(text.lengths)} captions")
-        if text.features.shape[1] != self.config.cap_feat_dim:
-            raise UserError(
-                f"caption features have {text.features.shape[1]} channels, the model's cap_feat_dim is "
-                f"{self.config.cap_feat_dim}: use the text encoder that the model was trained with"
-            )
         packing = self.plan(sizes, text.lengths, tokens.device)
-        dtype = self.x_embedder.weight.dtype
         t_emb = self.t_embedder(timesteps)
-        image = self.x_embedder(tokens.to(dtype).index_select(0, packing.image_index))  # (T_images, D)
-        caption = self.cap_embedder(text.features.to(dtype).index_select(0, packing.caption_index))  # (T_captions, D)
-        for block in self.context_refiner:
-            caption = block(caption, packing.captions, packing.caption_rope)
+        image = self.x_embedder(tokens.to(t_emb.dtype).index_select(0, packing.image_index))  # (T_images, D)
+        caption = text.features.to(t_emb.dtype).index_select(0, packing.caption_index)
+        if not isinstance(text, RefinedText):
+            caption = self._refine(caption, packing)  # (T_captions, D)
         for block in self.noise_refiner:
             image = block(image, packing.images, packing.image_rope, t_emb)
         x = torch.cat([caption, image]).index_select(0, packing.joint_index)  # (T, D)
@@ -300,6 +272,25 @@ class SVGDiT(nn.Module):
             x = block(x, packing.joint, packing.joint_rope, t_emb)
         image = x.index_select(0, packing.output_index)
         return self.final_layer(image, packing.output_owner, t_emb).to(tokens.dtype)  # (T_images, p·p·C)
+
+    def refine(self, text: TextFeatures) -> RefinedText:
+        """Captions embedded and refined, once for all steps: neither depends on time or on the latents."""
+        features = text.features.to(self.x_embedder.weight.dtype)
+        smallest = ((self.config.patch_size,) * 2,) * len(text.lengths)
+        packing = self.plan(smallest, text.lengths, features.device)
+        refined = self._refine(features.index_select(0, packing.caption_index), packing)
+        return RefinedText(refined.index_select(0, packing.caption_index.argsort()), text.lengths)
+
+    def _refine(self, features: Tensor, packing: Packing) -> Tensor:  # in entry order
+        if features.shape[1] != self.config.cap_feat_dim:
+            raise UserError(
+                f"caption features have {features.shape[1]} channels, the model's cap_feat_dim is "
+                f"{self.config.cap_feat_dim}: use the text encoder that the model was trained with"
+            )
+        caption = self.cap_embedder(features)  # (T_captions, D)
+        for block in self.context_refiner:
+            caption = block(caption, packing.captions, packing.caption_rope)
+        return caption
 
     def plan(self, sizes: Sizes, lengths: Sequence[int], device: torch.device) -> Packing:
         """Index tables for latents of `sizes` with captions of `lengths` tokens (see `packing.plan_packing`)."""

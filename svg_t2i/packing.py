@@ -35,18 +35,25 @@ class TextFeatures:
 
     def select(self, indices: Sequence[int]) -> TextFeatures:
         """The samples `indices` (host integers; repeats allowed), in that order."""
-        parts = self.features.split(self.lengths)
-        return TextFeatures(torch.cat([parts[i] for i in indices]), tuple(self.lengths[i] for i in indices))
+        parts, lengths = self.features.split(self.lengths), tuple(self.lengths[i] for i in indices)
+        return replace(self, features=torch.cat([parts[i] for i in indices]), lengths=lengths)
 
     @staticmethod
     def cat(texts: Sequence[TextFeatures]) -> TextFeatures:
-        return TextFeatures(torch.cat([t.features for t in texts]), tuple(n for t in texts for n in t.lengths))
+        """All samples, one behind the other; features of one kind only."""
+        lengths = tuple(length for text in texts for length in text.lengths)
+        return replace(texts[0], features=torch.cat([text.features for text in texts]), lengths=lengths)
 
     @staticmethod
     def from_padded(features: Tensor, mask: Tensor) -> TextFeatures:
         """features (B, L, cap_feat_dim), mask (B, L) nonzero at real tokens. Reads the mask back: not for hot paths."""
         mask = mask.bool()
         return TextFeatures(features[mask.to(features.device)], tuple(mask.sum(dim=1).tolist()))
+
+
+@dataclass(frozen=True)
+class RefinedText(TextFeatures):
+    """Captions behind the DiT's context refiner (`SVGDiT.refine`): (sum of lengths, dim). The same at any time."""
 
 
 @dataclass(frozen=True)

@@ -1,285 +1,156 @@
 """Prompts and seeds → images: text encoder, transformer under guidance, solver, decoder.
 
-    pipeline = SVGT2IPipeline.from_pretrained("results/run")
-    images = pipeline(["a red fox in snow", "two pears"], height=768, width=1024, guidance_scale=4.0, seed=[0, 1])
+    pipeline = SVGT2IPipeline.from_pretrained("results/run").to("cuda", torch.bfloat16)
+    images = pipeline(["a red fox in snow", "two pears"], height=768, width=1024, guidance_scale=4, seed=[0, 1]).images
 
 Reads top-down like the method: encode the prompts, draw one noise per seed, solve dx/dt = v(x, t) from t=0 (noise) to
 t=1 (data) in the normalised latent space, denormalise, decode. Image i depends on its own prompt, seed and settings
-only, never on what else is in the batch.
-
-Saved layout (`save_pretrained`):
-
-    folder/transformer/   config.json, model.safetensors
-    folder/autoencoder/   config.json, model.safetensors, latent_stats.safetensors
-    folder/text_encoder/  Hugging Face format
-    folder/model_index.json
+only, never on what else is in the batch. Names and behaviour follow diffusers; what starts from images is in `editing`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from autoencoder.config import UserError, build
-from autoencoder.images import to_pil
-from autoencoder.model import SVGAutoencoder
 from svg_t2i import checkpoint as checkpoints
+from svg_t2i.editing import ImageMethods
+from svg_t2i.enhance import enhance
 from svg_t2i.frozen import load_autoencoder
-from svg_t2i.guidance import guided_velocity
-from svg_t2i.model import SVGDiT
-from svg_t2i.packing import TextFeatures
-from svg_t2i.settings import LATENT_PIXELS, AutoencoderSource, TextSource
-from svg_t2i.solvers import SOLVERS, Velocity, sample
-from svg_t2i.text import TextEncoder, build_prompt
-
-INDEX = "model_index.json"
+from svg_t2i.generation import OutputType, StepEnd, SVGT2IOutput
+from svg_t2i.loading import fetch, find_sources, push_parts, save_parts
+from svg_t2i.memory import memory_stage
+from svg_t2i.options import PRESETS, SamplingOptions
+from svg_t2i.text import TextEncoder
 
 
-class SVGT2IPipeline:
-    """A frozen autoencoder, a transformer and a text encoder that belong together.
+class SVGT2IPipeline(ImageMethods):
+    """Text to image. Its networks: `PipelineParts`; the steps of a call: `Generation`; from images: `ImageMethods`."""
 
-    Raises:
-        UserError: when latent channels or text widths do not fit each other.
-    """
-
-    def __init__(self, autoencoder: SVGAutoencoder, transformer: SVGDiT, text_encoder: TextEncoder):
-        if autoencoder.channels != transformer.config.in_channels:
-            raise UserError(
-                f"the autoencoder has {autoencoder.channels} latent channels, the transformer expects "
-                f"{transformer.config.in_channels}: they do not belong together"
-            )
-        if text_encoder.hidden_size != transformer.config.cap_feat_dim:
-            raise UserError(
-                f"the text encoder's features are {text_encoder.hidden_size} wide, the transformer expects "
-                f"{transformer.config.cap_feat_dim}: they do not belong together"
-            )
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.transformer = transformer.eval().requires_grad_(False)
-        self.text_encoder = text_encoder
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
-
-    def to(self, device: str | torch.device) -> SVGT2IPipeline:
-        """Move all three models."""
-        for part in (self.autoencoder, self.transformer, self.text_encoder):
-            part.to(device)
-        return self
+    # ------------------------------------------------------------------------------------- loading, saving, placing
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike,
         *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
         autoencoder: str | os.PathLike | None = None,
         autoencoder_checkpoint: str | os.PathLike | None = None,
         latent_stats: str | os.PathLike | None = None,
         text_encoder: str | os.PathLike | None = None,
+        guide: str | os.PathLike | None = None,
         use_ema: bool = True,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype = torch.float32,
     ) -> SVGT2IPipeline:
-        """Load a saved pipeline, a training run (newest checkpoint), one checkpoint, or a published folder.
+        """Load a saved pipeline (folder or Hub id), a training run, one checkpoint, or the published `pre-trained/`.
 
         Args:
-            folder: where the transformer is. A training checkpoint remembers its autoencoder and text encoder; a
-                published folder does not, so name them.
+            subfolder: which DiT, where the folder holds several.
             autoencoder: YAML file or saved folder; `autoencoder_checkpoint` and `latent_stats` complete a YAML.
-            text_encoder: Hugging Face folder or id.
+            text_encoder: Hugging Face folder or id. A training checkpoint remembers its own parts.
+            guide: folder of a weaker DiT of the same latents and text features, for autoguidance.
             use_ema: the averaged weights rather than the raw ones.
-            dtype: of transformer and text encoder; bf16 on a GPU and fp32 on a CPU by default. The decoder is fp32.
+            torch_dtype: of transformer and text encoder. Weights of the decoder and all statistics stay fp32.
 
         Raises:
             UserError: anything missing, or parts whose fingerprints show that they do not belong together.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        folder = Path(folder)
-        if (folder / INDEX).is_file():
-            autoencoder, text_encoder = autoencoder or folder / "autoencoder", text_encoder or folder / "text_encoder"
-            folder = folder / "transformer"
-        trained_with = checkpoints.read_meta(folder).get("config", {})
-        source = _autoencoder_source(trained_with, autoencoder, autoencoder_checkpoint, latent_stats)
-        text = build(TextSource, trained_with.get("text_encoder", {}), source=str(folder))
-        if text_encoder is not None or "text_encoder" not in trained_with:
-            text = replace(text, path=str(_given(text_encoder, "text_encoder", folder)))
-        parts = (
-            load_autoencoder(source).to(device),
-            TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=dtype, device=device),
+        sources = find_sources(
+            fetch(pretrained_model_name_or_path, revision, token),
+            subfolder=subfolder,
+            autoencoder=autoencoder,
+            autoencoder_checkpoint=autoencoder_checkpoint,
+            latent_stats=latent_stats,
+            text_encoder=text_encoder,
         )
-        checkpoints.check_fingerprints(folder, *(part.fingerprint() for part in parts))
-        transformer = checkpoints.load_transformer(folder, ema=use_ema).to(device, dtype)
-        return cls(parts[0], transformer, parts[1])
+        text = sources.text_encoder
+        with memory_stage("loading the weights"):
+            frozen = (
+                load_autoencoder(sources.autoencoder),
+                TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=torch_dtype),
+            )
+            checkpoints.check_fingerprints(sources.transformer, *(part.fingerprint() for part in frozen))
+            transformer = checkpoints.load_transformer(sources.transformer, ema=use_ema).to(torch_dtype)
+            pipeline = cls(frozen[0], transformer, frozen[1], sources.options)
+            if guide is not None:
+                checkpoints.check_fingerprints(guide, *(part.fingerprint() for part in frozen))
+                pipeline.set_guide(checkpoints.load_transformer(guide, ema=use_ema))
+        return pipeline
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write all parts below `folder`; `from_pretrained(folder)` reads them back with no other argument."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.autoencoder.save_pretrained(folder / "autoencoder")
-        checkpoints.save_transformer(
-            self.transformer,
-            folder / "transformer",
-            autoencoder_fingerprint=self.autoencoder.fingerprint(),
-            text_fingerprint=self.text_encoder.fingerprint(),
-        )
-        self.text_encoder.save_pretrained(folder / "text_encoder")
-        (folder / INDEX).write_text(json.dumps({"_class_name": "SVGT2IPipeline"}, indent=2))
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write all parts (safetensors, JSON, statistics, fingerprints); `from_pretrained` needs nothing else."""
+        save_parts(self, save_directory)
 
-    @torch.inference_mode()
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload SVGT2IPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address."""
+        where = {"commit_message": commit_message, "private": private, "token": token, "revision": revision}
+        return push_parts(self, repo_id, **where)
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
-        system_prompt: str = "base",
-        height: int = 1024,
-        width: int = 1024,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
-        renorm_cfg: float = 1.0,
-        cfg_trunc: float = 1.0,
-        solver: str = "dpm",
-        time_shift: float | None = None,
-        seed: int | Sequence[int] = 0,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
-        latents: Tensor | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
-        callback: Callable[[int, float, Tensor], None] | None = None,
-    ) -> list[Image.Image] | Tensor:
-        """Make `len(prompt) · num_images_per_prompt` images, prompt by prompt.
+        seed: int | Sequence[int] = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEnd | None = None,
+        preset: str | None = None,
+        **options: Any,
+    ) -> SVGT2IOutput | tuple:
+        """Make `len(prompt) · num_images_per_prompt` images, prompt by prompt, in one packed batch.
 
         Args:
-            prompt: one or several; each is prefixed with the system prompt of that name.
-            negative_prompt: what guidance leads away from; "" is the unconditional text of training.
-            height, width: pixels, multiples of 16.
-            num_inference_steps: model calls of `dpm`; grid points (including both ends) of the ODE solvers.
-            guidance_scale: s in v_u + s·(v_c − v_u); 1 runs the conditional branch only.
-            renorm_cfg: bound on ‖v‖/‖v_c‖ per image; 0 is off.
-            cfg_trunc: no guidance for t ≥ this; from 1 on, guidance throughout.
-            time_shift: more steps near noise for larger values; None is the solver's default.
+            prompt: one or several; each is prefixed with the system prompt of `options`.
+            height, width: pixels, multiples of 16; or one per prompt.
             seed: one for the first image (image i uses seed + i within its prompt), or one per image.
-            latents: starting noise (B, C, height/16, width/16) instead of the one drawn from the seeds.
-            output_type: "pil"; "pt" for (B, 3, height, width) in [-1, 1]; "latent" for normalised latents.
-            callback: called as (step, t, latents) after every step.
+            generator: torch generators instead of seeds: one for all, or one per image.
+            latents: starting noise (B, C, height/16, width/16), or a list of (C, h, w), instead of drawing it.
+            output_type, return_dict: see `SVGT2IOutput`; False returns it as a tuple.
+            callback_on_step_end: (pipeline, step, t, {"latents", "indices"}) after every step, latents of the images
+                `indices`; a returned {"latents": …} replaces them.
+            preset: settings of a model stage (`options.PRESETS`) in place of the pipeline's own.
+            **options: fields of `SamplingOptions`: num_inference_steps, guidance_scale, negative_prompt, solver, …
 
         Raises:
-            UserError: an argument out of range, named with its value.
+            UserError: an argument out of range, named with its value; or out of memory, naming the stage.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        seeds = self._seeds(seed, len(prompts), num_images_per_prompt)
-        self._check(prompts, height, width, solver, num_inference_steps, time_shift)
+        settings = self.resolve_options(preset, height=_single(height), width=_single(width), **options)
+        request = self.plan_request(prompt, height, width, num_images_per_prompt, seed, settings)
+        conditions = self.encode_prompts(request.prompts, settings)
+        noise = self.draw_noise(request, generator, latents)
+        solved = self.solve(noise, conditions, settings, callback_on_step_end)
+        return self.finish(solved, output_type, return_dict)
 
-        text, empty = self._encode_prompts(prompts, negative_prompt, system_prompt, guided=guidance_scale != 1)
-        noise = self._noise(seeds, height, width) if latents is None else latents.to(self.device, torch.float32)
-        parts = []
-        for rows in self._solver_batches(solver, len(prompts)):
-            velocity = self._velocity(text.select(rows), empty, guidance_scale, renorm_cfg, cfg_trunc)
-            parts.append(sample(solver, velocity, noise[rows], num_inference_steps, time_shift, callback=callback))
-        solved = torch.cat(parts)                                                               # (B, C, h, w)
-
-        if output_type == "latent":
-            return solved
-        images = self.autoencoder.decode(self.autoencoder.denormalize(solved))                  # (B, 3, H, W)
-        return images if output_type == "pt" else [to_pil(image) for image in images]
-
-    @staticmethod
-    def _seeds(seed: int | Sequence[int], count: int, per_prompt: int) -> list[int]:
-        if isinstance(seed, int):
-            return [seed + i % per_prompt for i in range(count)]
-        if len(seed) != count:
-            raise UserError(f"{len(seed)} seeds for {count} images; give one seed an image, or a single one")
-        return list(seed)
-
-    @staticmethod
-    def _check(
-        prompts: list[str], height: int, width: int, solver: str, num_inference_steps: int, time_shift: float | None
-    ) -> None:
-        if not prompts:
-            raise UserError("prompt is an empty list; give at least one")
-        for name, side in (("height", height), ("width", width)):
-            if side < LATENT_PIXELS or side % LATENT_PIXELS:
-                raise UserError(f"{name} = {side}: image sides must be positive multiples of {LATENT_PIXELS}")
-        if solver not in SOLVERS:
-            raise UserError(f"solver = {solver!r}; choose one of {', '.join(SOLVERS)}")
-        if num_inference_steps < 2 and solver != "dpm":
-            raise UserError(f"num_inference_steps = {num_inference_steps}: {solver} needs both ends of [0, 1], so ≥ 2")
-        if time_shift is not None and not time_shift > 0:
-            raise UserError(f"time_shift = {time_shift}: must be positive; 1 spaces the steps evenly")
-
-    def _encode_prompts(
-        self, prompts: list[str], negative_prompt: str, system_prompt: str, guided: bool
-    ) -> tuple[TextFeatures, TextFeatures | None]:
-        """Features of every prompt and of the negative one, each distinct text encoded once."""
-        texts = [build_prompt(p, system_prompt) for p in prompts]
-        negative = build_prompt(negative_prompt, system_prompt) if negative_prompt else ""
-        distinct = list(dict.fromkeys(texts + [negative] * guided))
-        features = self.text_encoder.encode(distinct)
-        empty = features.select([distinct.index(negative)]) if guided else None
-        return features.select([distinct.index(t) for t in texts]), empty
-
-    def _noise(self, seeds: list[int], height: int, width: int) -> Tensor:
-        """One generator an image, on the CPU: the same noise on every device and in every batch. (B, C, h, w)"""
-        shape = (self.transformer.config.in_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
-        draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(draws).to(self.device)
-
-    @staticmethod
-    def _solver_batches(solver: str, count: int) -> list[list[int]]:
-        """An adaptive solver shares its step size over the batch, so it gets one image at a time."""
-        return [[i] for i in range(count)] if SOLVERS[solver].adaptive else [list(range(count))]
-
-    def _velocity(
-        self, text: TextFeatures, empty: TextFeatures | None, guidance_scale: float, renorm_cfg: float, cfg_trunc: float
-    ) -> Velocity:
-        """The guided model as a function of (latents, t). Both branches run in one packed forward."""
-        dtype = next(self.transformer.parameters()).dtype
-
-        def run(latents: Tensor, t: float, features: TextFeatures) -> Tensor:
-            timesteps = torch.full((len(latents),), t, device=latents.device)
-            return self.transformer(latents.to(dtype), timesteps, features).float()
-
-        def conditional(latents: Tensor, t: float) -> Tensor:
-            return run(latents, t, text)
-
-        if empty is None:
-            return conditional
-        both = TextFeatures.cat([text] + [empty] * len(text.lengths))
-
-        def pair(latents: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            v_cond, v_uncond = run(torch.cat([latents, latents]), t, both).chunk(2)
-            return v_cond, v_uncond
-
-        return guided_velocity(pair, conditional, guidance_scale, renorm_cfg, cfg_trunc)
+    def enhance(self, prompt: str) -> str:
+        """The prompt rewritten in more detail by the causal text encoder; use it with system_prompt="align"."""
+        with self._stage("encoding the prompts", self.text_encoder):
+            return enhance(prompt, self.text_encoder)
 
 
-def _autoencoder_source(
-    trained_with: Mapping[str, Any],
-    config: str | os.PathLike | None,
-    checkpoint: str | os.PathLike | None,
-    stats: str | os.PathLike | None,
-) -> AutoencoderSource:
-    """What the checkpoint recorded, replaced by what the caller gives. A config given anew brings its own weights."""
-    recorded = {} if config is not None else dict(trained_with.get("autoencoder", {}))
-    recorded |= {
-        name: str(value)
-        for name, value in (("config", config), ("checkpoint", checkpoint), ("stats", stats))
-        if value is not None
-    }
-    _given(recorded.get("config"), "autoencoder", "the checkpoint")
-    return build(AutoencoderSource, recorded, source="autoencoder")
+def _single(value: int | Sequence[int] | None) -> int | None:
+    return value if isinstance(value, int) else None
 
 
-def _given(value: str | os.PathLike | None, name: str, where: object) -> str | os.PathLike:
-    if value is None:
-        raise UserError(f"{where} does not say which {name} it was trained with; give --{name}")
-    return value
+__all__ = ["PRESETS", "SVGT2IOutput", "SVGT2IPipeline", "SamplingOptions"]

@@ -1,101 +1,48 @@
-"""Prompts → PNG files, from the command line.
+"""Prompts and images → PNG files, from the command line. The first word says what to do; without one, `generate`.
 
     python -m svg_t2i.sample --checkpoint results/run --prompt "a red fox in snow" --resolution 1024x768
-    python -m svg_t2i.sample --checkpoint pre-trained/stage4 --autoencoder pre-trained/autoencoder/P_stage3_1024.yaml \\
-        --text_encoder google/gemma-2-2b --prompts prompts.jsonl --num_images_per_prompt 4
+    python -m svg_t2i.sample --checkpoint pre-trained --prompts prompts.jsonl --num_images_per_prompt 4 --preset stage4
+    torchrun --nproc_per_node 8 -m svg_t2i.sample --checkpoint pre-trained --prompts prompts.jsonl
 
-Output folder:
+    python -m svg_t2i.sample image_to_image --checkpoint ... --image fox.png --prompt "a wolf in snow" --strength 0.6
+    python -m svg_t2i.sample variation      --checkpoint ... --image fox.png --t 0.3 --num_images_per_prompt 4
+    python -m svg_t2i.sample inpaint        --checkpoint ... --image fox.png --mask mask.png --prompt "a wolf in snow"
+    python -m svg_t2i.sample interpolate    --checkpoint ... --prompt "a fox" --prompt "a wolf" --weights 7
+    python -m svg_t2i.sample retrieve       --checkpoint ... --image fox.png --folder photos --top_k 12
+    python -m svg_t2i.sample enhance        --checkpoint ... --prompt "a red fox"
 
-    OUTPUT/images/{solver}_{steps}_{index}_{WxH}.png    the parameters of each image are in its PNG text chunk
-    OUTPUT/data.json                                    one record an image, rewritten atomically after every batch
-    OUTPUT/grid.png                                     all images, a row a prompt
+The output folder is drawn in `rendering`; the same command again goes on with a half-done one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from autoencoder.config import UserError, run_entry
-from autoencoder.images import image_grid, save_png
+from autoencoder.config import UserError, run_entry, to_dict
+from autoencoder.images import image_grid, load_image, save_png
+from svg_t2i.editing import prepare_image
+from svg_t2i.options import PRESETS, SamplingOptions, changed, preset
+from svg_t2i.parallel import World, from_main, main_first, reduce_sum, start_world
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.prompts import Prompt, read_prompts
+from svg_t2i.rendering import Job, RunFolder, plan_jobs, render, write_json
 from svg_t2i.solvers import SOLVERS
 from svg_t2i.text import SYSTEM_PROMPTS
 
-# Fields of a prompt record that hold the prompt, in order of preference.
-PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query")
-MAX_GRID_IMAGES = 64
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make: its running index, prompt, size (width, height) in pixels, and seed."""
-
-    index: int
-    prompt: str
-    size: tuple[int, int]
-    seed: int
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt file (a line each), a .json list or a .jsonl file, of strings or records.
-
-    A record's prompt is its first field of `PROMPT_FIELDS`; a list of captions gives its first.
-
-    Raises:
-        UserError: file missing, of another kind, empty, or a record without a prompt; names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    elif path.suffix in (".json", ".jsonl"):
-        prompts = [_prompt_of(record, f"{path}:{number}") for number, record in _records(text, path)]
-    else:
-        raise UserError(f"prompt file {path}: unknown kind {path.suffix!r}; use .txt, .json or .jsonl")
-    if not prompts:
-        raise UserError(f"prompt file {path} holds no prompt; write one a line")
-    return prompts
-
-
-def _records(text: str, path: Path) -> list[tuple[int, Any]]:
-    try:
-        if path.suffix == ".json":
-            records = json.loads(text) if text.strip() else []
-            if not isinstance(records, list):
-                raise UserError(f"{path}: expected a list of prompts or records, got {type(records).__name__}")
-            return list(enumerate(records, 1))
-        number = 0
-        records = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                records.append((number, json.loads(line)))
-        return records
-    except json.JSONDecodeError as error:
-        line = error.lineno if path.suffix == ".json" else number
-        raise UserError(f"{path}:{line}: not valid JSON ({error.msg}); fix or remove the line") from error
-
-
-def _prompt_of(record: Any, where: str) -> str:
-    if isinstance(record, str):
-        return record
-    value = next((record[f] for f in PROMPT_FIELDS if f in record), None) if isinstance(record, dict) else None
-    if isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: no prompt; a record needs one of the fields {', '.join(PROMPT_FIELDS)}")
-    return value
+VERBS = ("generate", "image_to_image", "variation", "inpaint", "interpolate", "retrieve", "enhance")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DAY = 24 * 60  # minutes that a process may wait for the slowest one
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -111,136 +58,276 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return width, height
 
 
-def plan_jobs(prompts: list[str], sizes: list[tuple[int, int]], images_per_prompt: int, seed: int) -> list[Job]:
-    """All images of a run in order: prompt by prompt, size by size. Image i of a prompt has seed `seed + i`."""
-    combinations = [(p, size, seed + i) for p in prompts for size in sizes for i in range(images_per_prompt)]
-    return [Job(index, *combination) for index, combination in enumerate(combinations)]
+def _time_shift(text: str) -> float | str:
+    return text if text == "dynamic" else float(text)
 
 
-def batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Split jobs into batches of equal image size, in order of first appearance."""
-    by_size: dict[tuple[int, int], list[Job]] = {}
-    for job in jobs:
-        by_size.setdefault(job.size, []).append(job)
-    return [group[i : i + batch_size] for group in by_size.values() for i in range(0, len(group), batch_size)]
-
-
-def prepare_output(folder: Path) -> Path:
-    """Create OUTPUT/images; refuse a folder that already holds a run."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder} is not empty; nothing was overwritten. Choose another folder or empty it.")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_json(records: list[dict], path: Path) -> None:
-    """Write atomically: readers see the old file or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(records, indent=2, ensure_ascii=False))
-    os.replace(temporary, path)
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="svg_t2i.sample", description=__doc__.split("\n")[0])
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", required=True, help="results folder, checkpoint folder, or saved pipeline")
+    model.add_argument("--checkpoint", required=True, help="saved pipeline, results folder, checkpoint, Hub id, …")
+    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
     model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
     model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
     model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
     model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
+    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
-    model.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default=None, help="default: bf16 on a GPU")
-    model.add_argument("--device", default=None, help="default: cuda when there is one")
+    model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 without")
+    model.add_argument("--device", help="default: cuda when there is one")
+    model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
+    model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
+    model.add_argument("--decode_pixels", type=int, help="pixels decoded at once")
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("how (defaults: the model's own, or those of --preset)")
+    how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage")
+    how.add_argument("--negative_prompt")
+    how.add_argument("--system_prompt", choices=sorted(SYSTEM_PROMPTS))
+    how.add_argument("--solver", choices=sorted(SOLVERS))
+    how.add_argument("--num_inference_steps", type=int)
+    how.add_argument("--guidance_scale", type=float)
+    how.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LO", "HI"), help="in [0, 1], noise to image")
+    how.add_argument("--time_shift", type=_time_shift, help='a number, or "dynamic" for one that suits the image size')
+    how.add_argument("--renorm_cfg", type=float, help="0 switches renormalisation off")
+    how.add_argument("--cfg_trunc", type=float, help="no guidance for t >= this, 1: never")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    verb = argv[0] if argv and argv[0] in VERBS else "generate"
+    parser = argparse.ArgumentParser(
+        prog=f"svg_t2i.sample {verb}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_model_arguments(parser)
     what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    what.add_argument("--prompts", help="prompt file: .txt, .json or .jsonl")
-    what.add_argument("--limit", type=int, help="only the first prompts of the list")
-    what.add_argument("--negative_prompt", default="")
-    what.add_argument("--system_prompt", choices=sorted(SYSTEM_PROMPTS), default="base")
-    what.add_argument("--resolution", nargs="+", default=["1024x1024"], metavar="[CATEGORY:]WxH")
-    what.add_argument("--num_images_per_prompt", type=int, default=1)
-    what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
-    how = parser.add_argument_group("how")
-    how.add_argument("--solver", choices=sorted(SOLVERS), default="dpm")
-    how.add_argument("--num_inference_steps", type=int, default=50)
-    how.add_argument("--guidance_scale", type=float, default=4.0)
-    how.add_argument("--time_shift", type=float, help="default: 10 for dpm, 6 for the ODE solvers")
-    how.add_argument("--renorm_cfg", type=float, default=1.0, help="0 switches renormalisation off")
-    how.add_argument("--cfg_trunc", type=float, default=1.0, help="no guidance for t >= this, 1: never")
-    how.add_argument("--batch_size", type=int, default=4)
+    if verb not in ("variation", "retrieve"):
+        what.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    if verb in ("generate", "enhance", "image_to_image"):
+        what.add_argument("--prompts", help="prompt file: .txt, .json or .jsonl")
+        what.add_argument("--limit", type=int, help="only the first prompts of the list")
+    if verb in ("generate", "image_to_image"):
+        what.add_argument("--enhance", action="store_true", help="let the text encoder rewrite the prompts first")
+    if verb not in ("generate", "enhance"):
+        what.add_argument("--image", action="append", default=[], help="an image file", required=verb != "interpolate")
+    if verb == "inpaint":
+        what.add_argument("--mask", required=True, help="white where to repaint, in cells of 16×16 pixels")
+    if verb in ("image_to_image", "inpaint"):
+        what.add_argument("--strength", type=float, default=0.6 if verb == "image_to_image" else 1.0)
+    if verb in ("variation", "interpolate"):
+        what.add_argument("--t", type=float, default=0.3, help="how much of the image stays: 0 nothing, 1 all")
+    if verb == "interpolate":
+        what.add_argument("--weights", type=int, default=5, help="number of images")
+    if verb == "retrieve":
+        what.add_argument("--folder", required=True, help="where to look, subfolders included")
+        what.add_argument("--top_k", type=int, default=10)
+    if verb not in ("retrieve", "enhance"):
+        several = {"nargs": "+"} if verb == "generate" else {"nargs": 1}
+        what.add_argument("--resolution", metavar="[CATEGORY:]WxH", **several)
+        what.add_argument("--num_images_per_prompt", type=int, default=1)
+        what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
+        what.add_argument("--batch_size", type=int, default=4, help="images in one packed batch")
+        _add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples"))
-    arguments = parser.parse_args(argv)
-    for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
-        if getattr(arguments, name) < 1:
+    arguments = parser.parse_args(argv[1:] if argv and argv[0] in VERBS else argv, argparse.Namespace(verb=verb))
+    for name in ("num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit"):
+        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
     return arguments
 
 
-def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
-    prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def sampling_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `SamplingOptions` that the command line names; all checked, without any weight."""
+    names = {field.name for field in fields(SamplingOptions)} - {"height", "width"}
+    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    if getattr(arguments, "enhance", False):
+        changes.setdefault("system_prompt", "align")
+    changed(PRESETS.get(arguments.preset, SamplingOptions()), changes)
+    return changes
+
+
+def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the command line, then those of the file."""
+    listed = read_prompts(arguments.prompts) if getattr(arguments, "prompts", None) else []
+    prompts = [Prompt(text) for text in arguments.prompt] + listed
     if not prompts:
         raise UserError("nothing to draw: give --prompt TEXT or --prompts FILE")
-    prompts = prompts[: arguments.limit]
-    sizes = [parse_resolution(text) for text in arguments.resolution]
-    jobs = plan_jobs(prompts, sizes, arguments.num_images_per_prompt, arguments.seed)
-    output = prepare_output(arguments.output)
+    return prompts[: getattr(arguments, "limit", None)]
+
+
+def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
+    """The pipeline on this process's device, as the model arguments say."""
+    device = torch.device(arguments.device or device)
+    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     pipeline = SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
+        subfolder=arguments.subfolder,
         autoencoder=arguments.autoencoder,
         autoencoder_checkpoint=arguments.autoencoder_checkpoint,
         latent_stats=arguments.latent_stats,
         text_encoder=arguments.text_encoder,
+        guide=arguments.guide,
         use_ema=not arguments.raw_weights,
-        dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
-        device=arguments.device,
+        torch_dtype=dtype,
     )
-    settings = {
-        "solver": arguments.solver,
-        "num_inference_steps": arguments.num_inference_steps,
-        "guidance_scale": arguments.guidance_scale,
-        "time_shift": arguments.time_shift,
-        "renorm_cfg": arguments.renorm_cfg,
-        "cfg_trunc": arguments.cfg_trunc,
-        "negative_prompt": arguments.negative_prompt,
-        "system_prompt": arguments.system_prompt,
+    if arguments.cpu_offload:
+        pipeline.enable_model_cpu_offload(device)
+    else:
+        pipeline.to(device)
+    if arguments.compile:
+        pipeline.compile()
+    if arguments.decode_pixels:
+        pipeline.decode_pixels = arguments.decode_pixels
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# -------------------------------------------------------------------------------------------------------------- verbs
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.verb == "enhance":
+        prompts = given_prompts(arguments)
+        pipeline = load_pipeline(arguments, _default_device())
+        for prompt in prompts:
+            print(pipeline.enhance(prompt.text))
+    elif arguments.verb == "retrieve":
+        retrieve(arguments)
+    else:
+        with start_world(timeout_minutes=DAY) as world:
+            draw(arguments, world)
+
+
+def draw(arguments: argparse.Namespace, world: World) -> None:
+    """The verbs that make images: plan them all, make this process's share, then record and report together."""
+    changes = sampling_changes(arguments)
+    prompts, sources = plan_sources(arguments)
+    sizes = [parse_resolution(text) for text in arguments.resolution or ()]
+    with main_first(world):
+        pipeline = load_pipeline(arguments, world.device)
+    options = preset(arguments.preset, **changes) if arguments.preset else pipeline.resolve_options(**changes)
+    if getattr(arguments, "enhance", False):
+        prompts = [replace(prompt, text=pipeline.enhance(prompt.text)) for prompt in prompts]
+    listed = [(prompt.text, {**prompt.settings, **source}) for prompt in prompts for source in sources or ({},)]
+    default = (options.width, options.height)
+    jobs = plan_jobs(listed, sizes or [default], arguments.num_images_per_prompt, arguments.seed)
+    if sources and not sizes:
+        jobs = [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], default)) for job in jobs]
+    shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
+    run = RunFolder(arguments.output, {**shared, "verb": arguments.verb, "model": _model_identity(arguments)})
+    _prepare(run, world)
+    failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
+    run.write_failed(failed, world.rank)
+    total = int(reduce_sum(torch.tensor(len(failed), device=world.device), world))  # waits for the other processes
+    if world.is_main:
+        run.collect_failed(world.size)
+        run.write_records(jobs)
+        run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
+        print(f"{len(jobs) - total} images in {arguments.output / 'images'}")
+    if total:
+        raise UserError(f"{total} of {len(jobs)} images failed (failed.json); the same command again tries those anew")
+
+
+def _prepare(run: RunFolder, world: World) -> None:
+    """Rank 0 prepares the folder; what is wrong with it stops all processes."""
+    problem = None
+    if world.is_main:
+        try:
+            run.prepare()
+        except UserError as error:
+            problem = str(error)
+    problem = from_main(problem, world)
+    if problem:
+        raise UserError(problem)
+
+
+def _own_size(image: str | list[str], default: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of an input image, cropped to multiples of 16."""
+    path = image if isinstance(image, str) else next(iter(image), None)
+    if path is None:
+        return default
+    _, height, width = prepare_image(path).shape
+    return width, height
+
+
+def plan_sources(arguments: argparse.Namespace) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The prompts, and what each image starts from: one entry an input image or an interpolation weight."""
+    verb = arguments.verb
+    if verb == "generate":
+        return given_prompts(arguments), []
+    for path in [*arguments.image, *([arguments.mask] if verb == "inpaint" else [])]:
+        load_image(path)  # unreadable ones are found before any weight is loaded
+    if verb == "variation":
+        return [Prompt("")], [{"image": path, "t": arguments.t} for path in arguments.image]
+    if verb == "interpolate":
+        if len(arguments.prompt) > 2 or len(arguments.image) not in (0, 2):
+            raise UserError("interpolate takes up to two --prompt and none or two --image")
+        if arguments.weights < 2:
+            raise UserError(f"--weights {arguments.weights}: at least 2 images make a way between two ends")
+        shares = [i / (arguments.weights - 1) for i in range(arguments.weights)]
+        ends = {"prompts": arguments.prompt, "images": arguments.image, "t": arguments.t}
+        return [Prompt(" → ".join(arguments.prompt))], [{**ends, "weight": share} for share in shares]
+    extra = {"mask": arguments.mask} if verb == "inpaint" else {}
+    sources = [{"image": path, "strength": arguments.strength, **extra} for path in arguments.image]
+    return given_prompts(arguments), sources
+
+
+def make_images(
+    pipeline: SVGT2IPipeline, arguments: argparse.Namespace, options: SamplingOptions, jobs: Sequence[Job]
+) -> list[Image.Image]:
+    """The images of one batch, by the verb's method."""
+    own = {
+        name: tuple(job.own.get(name, getattr(options, name)) for job in jobs)
+        for name in ("guidance_scale", "negative_prompt")
     }
-    images = render(pipeline, jobs, settings, arguments.batch_size, output)
-    columns = arguments.num_images_per_prompt * len(sizes)
-    shown = min(len(jobs), max(1, MAX_GRID_IMAGES // columns) * columns)
-    labels = [job.prompt for job in jobs[:shown]]
-    save_png(image_grid([images[i] for i in range(shown)], columns if columns > 1 else 4, labels), output / "grid.png")
-    print(f"{len(jobs)} images in {output / 'images'}")
+    settings = to_dict(options) | own
+    settings |= {"width": [job.size[0] for job in jobs], "height": [job.size[1] for job in jobs]}
+    seeds, prompts = [job.seed for job in jobs], [job.prompt for job in jobs]
+    if arguments.verb == "generate":
+        return pipeline(prompts, seed=seeds, **settings).images
+    width, height = settings.pop("width"), settings.pop("height")
+    if arguments.verb == "interpolate":
+        prompt = arguments.prompt if len(arguments.prompt) == 2 else "".join(arguments.prompt)
+        between = {"weights": [job.own["weight"] for job in jobs], "t": arguments.t, "seed": seeds}
+        size = {"width": width[0], "height": height[0]}
+        return pipeline.interpolate(prompt, arguments.image or None, **between, **size, **settings).images
+    images = [prepare_image(job.own["image"], h, w) for job, h, w in zip(jobs, height, width)]
+    if arguments.verb == "variation":
+        return pipeline.variation(images, t=arguments.t, seed=seeds, **settings).images
+    if arguments.verb == "inpaint":
+        mask = {"mask_image": arguments.mask, "strength": arguments.strength}
+        return pipeline.inpaint(prompts, images, seed=seeds, **mask, **settings).images
+    return pipeline.image_to_image(prompts, images, strength=arguments.strength, seed=seeds, **settings).images
 
 
-def render(
-    pipeline: SVGT2IPipeline, jobs: list[Job], settings: dict[str, Any], batch_size: int, output: Path
-) -> dict[int, Image.Image]:
-    """Make all images, writing PNG files and `data.json` as they come. Returns the images that the grid may show."""
-    records: dict[int, dict] = {}
-    images: dict[int, Image.Image] = {}
-    for batch in tqdm(batches(jobs, batch_size), desc="sampling", unit="batch"):
-        width, height = batch[0].size
-        result = pipeline(
-            [job.prompt for job in batch], height=height, width=width, seed=[job.seed for job in batch], **settings
-        )
-        for job, image in zip(batch, result):
-            name = f"{settings['solver']}_{settings['num_inference_steps']}_{job.index}_{width}x{height}.png"
-            records[job.index] = {
-                "caption": job.prompt,
-                "image_url": str(output / "images" / name),
-                "resolution": f"{width}x{height}",
-                "num_sampling_steps": settings["num_inference_steps"],
-                "seed": job.seed,
-                **settings,
-            }
-            parameters = json.dumps(records[job.index], ensure_ascii=False)
-            save_png(image, output / "images" / name, {"parameters": parameters})
-            if job.index < MAX_GRID_IMAGES:
-                images[job.index] = image
-        write_json([records[index] for index in sorted(records)], output / "data.json")
-    return images
+def retrieve(arguments: argparse.Namespace) -> None:
+    """Print the nearest images, best first; OUTPUT/matches.json and grid.png show query and matches."""
+    query = load_image(arguments.image[0])
+    pipeline = load_pipeline(arguments, _default_device())
+    matches = pipeline.retrieve(query, arguments.folder, top_k=arguments.top_k)
+    for match in matches:
+        print(f"{match.similarity:.4f}  {match.path}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    records = [{"path": str(match.path), "similarity": match.similarity} for match in matches]
+    write_json({"query": arguments.image[0], "matches": records}, arguments.output / "matches.json")
+    shown = [query, *(load_image(match.path) for match in matches)]
+    for image in shown:
+        image.thumbnail((256, 256))
+    labels = ["query", *(f"{match.similarity:.3f} {match.path.name}" for match in matches)]
+    save_png(image_grid(shown, min(6, len(shown)), labels), arguments.output / "grid.png")
+
+
+def _model_identity(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("checkpoint", "subfolder", "autoencoder", "latent_stats", "text_encoder", "guide", "raw_weights")
+    return json.loads(json.dumps({name: getattr(arguments, name) for name in names if getattr(arguments, name)}))
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, sys.argv[1:])

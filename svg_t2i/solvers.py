@@ -2,7 +2,8 @@
 
 Each solver is a pure function (velocity, noise, times, callback) -> latents. Times are Python floats, so the fixed-step
 solvers never wait for the device; `dopri5` reads one number per step, from which it chooses the next. Latents may have
-any shape. Guidance and time shift happen outside: see guidance.py and the grids below.
+any shape. Guidance and time shift happen outside: see guidance.py and the grids below. What a callback returns takes
+the place of the latents (not in dopri5, whose steps do not stop at the grid); None leaves them.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from svg_t2i.flow import LINEAR, Path, Velocity, shift_time
 
-Callback = Callable[[int, float, Tensor], None]  # (grid index, t, latents there), after each step
+Callback = Callable[[int, float, Tensor], Tensor | None]  # (grid index, t, latents there), after each step
 Step = Callable[[Tensor, float, float], Tensor]  # (latents, t, dt) -> latents at t + dt
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -85,10 +86,14 @@ def heun3(velocity: Velocity, noise: Tensor, times: Sequence[float], callback: C
 
 def _walk(step: Step, x: Tensor, times: Sequence[float], callback: Callback | None) -> Tensor:
     for i, (t, t_next) in enumerate(zip(times, times[1:]), start=1):
-        x = step(x, t, t_next - t)
-        if callback:
-            callback(i, t_next, x)
+        x = _report(callback, i, t_next, step(x, t, t_next - t))
     return x
+
+
+def _report(callback: Callback | None, i: int, t: float, x: Tensor) -> Tensor:
+    """Show the latents to the callback; they may come back changed."""
+    changed = callback(i, t, x) if callback else None
+    return x if changed is None else changed
 
 
 def dpm(velocity: Velocity, noise: Tensor, times: Sequence[float], callback: Callback | None = None) -> Tensor:
@@ -110,8 +115,7 @@ def dpm(velocity: Velocity, noise: Tensor, times: Sequence[float], callback: Cal
         keep = (1 - t_next) / (1 - t)  # the noise level falls by this factor
         x = keep * x + (t_next - keep * t) * ahead
         previous = clean
-        if callback:
-            callback(i, t_next, x)
+        x = _report(callback, i, t_next, x)
     return x
 
 
@@ -269,8 +273,7 @@ def sde(
             x = x + kick
             slope = drift(x, i)
             x = x + dt / 2 * (slope + drift(x + dt * slope, i + 1))
-        if callback:
-            callback(i + 1, t_next, x)
+        x = _report(callback, i + 1, t_next, x)
     if last_step == "mean":
         x = x + (1 - times[-1]) * drift(x, -1)
     elif last_step == "euler":
@@ -323,6 +326,7 @@ def sample(
     num_steps: int,
     shift: float | None = None,
     callback: Callback | None = None,
+    start: float = 0.0,
 ) -> Tensor:
     """Solve from noise to latents with a solver of the table, on its own time grid.
 
@@ -330,14 +334,24 @@ def sample(
         num_steps: as in the release, model evaluations for "dpm", grid points (both ends included, one more than
             steps) for all others. "dopri5" only reports at these points; its steps follow from its tolerances.
         shift: time shift toward noise, > 0, 1 for none; None for the solver's default.
+        start: where on the grid to begin; `noise` is then x_t at that time: half-noised latents.
 
     Raises:
-        ValueError: unknown solver, too few steps, or a shift that is not positive.
+        ValueError: unknown solver, too few steps, a shift that is not positive, or a start outside [0, 1).
     """
+    times = solver_times(solver, num_steps, shift, start)
+    return SOLVERS[solver].solve(velocity, noise, times, callback)
+
+
+def solver_times(solver: str, num_steps: int, shift: float | None = None, start: float = 0.0) -> list[float]:
+    """The time grid of `sample`: that of the solver from `start` on, which becomes its first time."""
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; choose from {sorted(SOLVERS)}")
     chosen = SOLVERS[solver]
     shift = chosen.default_shift if shift is None else shift
     if not shift > 0:
         raise ValueError(f"time shift {shift} must be greater than 0")
-    return chosen.solve(velocity, noise, chosen.grid(num_steps, shift), callback)
+    if not 0 <= start < 1:
+        raise ValueError(f"start {start} must lie in [0, 1)")
+    times = chosen.grid(num_steps, shift)
+    return [start] + [t for t in times if t > start] if start > times[0] else times

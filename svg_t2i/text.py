@@ -158,9 +158,9 @@ class TextEncoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    def to(self, device: torch.device | str) -> TextEncoder:
-        """Move the weights; returns self."""
-        self.model.to(device)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move or convert the weights; returns self."""
+        self.model.to(device=device, dtype=dtype)
         return self
 
     def fingerprint(self) -> str:

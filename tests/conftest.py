@@ -77,16 +77,31 @@ def toy_parts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_pipeline(toy_parts):
-    """A tiny random pipeline over the toy parts, whose transformer predicts something other than zero."""
+    """A random pipeline of three tiny networks; latents of 32 channels. Shared: put back what a test changes."""
     from autoencoder.model import SVGAutoencoder
     from svg_t2i.model import DiTConfig, SVGDiT
+    from svg_t2i.options import SamplingOptions
     from svg_t2i.pipeline import SVGT2IPipeline
     from svg_t2i.text import TextEncoder
 
     torch.manual_seed(3)
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}
     transformer = SVGDiT(DiTConfig(in_channels=32, cap_feat_dim=32, **sizes))
-    for parameter in transformer.parameters():
+    for parameter in transformer.parameters():  # the published initialisation predicts zero: nothing would be tested
         parameter.data += 0.05 * torch.randn_like(parameter)
-    autoencoder = SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
-    return SVGT2IPipeline(autoencoder, transformer, TextEncoder.from_pretrained(toy_parts / "text_encoder"))
+    pipeline = SVGT2IPipeline(
+        SVGAutoencoder.from_pretrained(toy_parts / "autoencoder"),
+        transformer,
+        TextEncoder.from_pretrained(toy_parts / "text_encoder"),
+        SamplingOptions(height=32, width=48, num_inference_steps=4, guidance_scale=3.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(toy_pipeline, tmp_path_factory) -> Path:
+    """`toy_pipeline` in its own folder."""
+    folder = tmp_path_factory.mktemp("saved_pipeline")
+    toy_pipeline.save_pretrained(folder)
+    return folder

@@ -11,44 +11,40 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "autoencoder": [
         {"config"},
-        {"images", "weights", "parallel"},
-        {"manifest", "encoder_table", "positions", "published_keys"},
+        {"images", "weights"},
+        {"manifest"},
         {"encoders", "decoder", "residual", "latents"},
-        {"hy_decoder", "drift"},
-        {"striped"},
+        {"hy_decoder"},
         {"model"},
         {"losses"},
-        {"data", "metrics", "sweep"},
-        {"evaluation"},
+        {"data"},
         {"training"},
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "parallel"},
+        {"attention", "flow", "norms", "parallel"},
         {"packing"},
         {"model", "solvers", "guidance"},
-        {"evaluation_config", "distances", "shapes", "suites"},
         {"text", "settings", "published"},
-        {"data", "checkpoint"},
-        {"frozen"},
-        {"training", "pipeline", "clip_score"},
-        {"evaluation", "sweep"},
-        {"generation"},
-        {"train", "sample", "cache_features", "app"},
-        {"benchmark"},
+        {"data", "checkpoint", "options", "enhance", "memory", "prompts"},
+        {"frozen", "denoising"},
+        {"training", "parts"},
+        {"generation", "loading"},
+        {"editing"},
+        {"pipeline"},
+        {"rendering", "studio"},
+        {"train", "sample", "benchmark", "cache_features", "app"},
     ],
 }
 # Heavy or process-wide libraries, and the only modules that may import them.
 ONLY_IN = {
-    "transformers": {"svg_t2i.text", "svg_t2i.clip_score"},  # the second is a metric, loaded by evaluations only
+    "transformers": {"svg_t2i.text", "svg_t2i.enhance"},
     "tokenizers": {"svg_t2i.text"},
-    "timm": {"autoencoder.encoder_table", "autoencoder.encoders", "autoencoder.residual"},
+    "timm": {"autoencoder.encoders", "autoencoder.residual"},
     "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
     "omegaconf": {"autoencoder.config"},
-    "torchmetrics": {"autoencoder.metrics"},
-    "matplotlib": {"autoencoder.drift", "svg_t2i.sweep"},
+    "gradio": {"svg_t2i.app"},
     "torch.distributed": {
-        "autoencoder.parallel",
         "autoencoder.training",
         "svg_t2i.parallel",
         "svg_t2i.checkpoint",
@@ -57,7 +53,7 @@ ONLY_IN = {
         "svg_t2i.sample",
     },
 }
-TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance"}
+TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance", "svg_t2i.norms"}
 
 MODULES = sorted(
     path for package in FLOORS for path in (REPO_ROOT / package).glob("*.py") if path.name != "__init__.py"

@@ -5,27 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-
-from autoencoder.model import SVGAutoencoder
-from svg_t2i.model import DiTConfig, SVGDiT
-from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.text import TextEncoder
-
-
-@pytest.fixture(scope="module")
-def saved(toy_parts, tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "axes_dims": (4, 6, 6), "multiple_of": 32}
-    transformer = SVGDiT(DiTConfig(in_channels=32, cap_feat_dim=32, **sizes))
-    folder = tmp_path_factory.mktemp("saved")
-    autoencoder = SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
-    SVGT2IPipeline(autoencoder, transformer, TextEncoder.from_pretrained(toy_parts / "text_encoder")).save_pretrained(
-        folder
-    )
-    return folder
-
 
 def sample(repo_root, environment, *arguments):
     bin_folder = os.path.dirname(sys.executable)
@@ -34,8 +13,8 @@ def sample(repo_root, environment, *arguments):
     return subprocess.run(command, cwd=repo_root / "svg_t2i", env=environment, capture_output=True, text=True)
 
 
-def test_sample_script(repo_root, saved, tmp_path):
-    own_run = {"CHECKPOINT": str(saved), "AUTOENCODER": "", "TEXT_ENCODER": "", "LATENT_STATS": ""}
+def test_sample_script(repo_root, saved_pipeline, tmp_path):
+    own_run = {"CHECKPOINT": str(saved_pipeline)}
     output = tmp_path / "out"
     environment = own_run | {"OUTPUT": str(output), "RESOLUTION": "64:64x32"}
     done = sample(repo_root, environment, "--num_inference_steps", "2", "--prompt", "noise")
@@ -46,7 +25,8 @@ def test_sample_script(repo_root, saved, tmp_path):
 
     again = sample(repo_root, environment, "--prompt", "noise")
     assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].startswith(f"error: --output {output} is not empty")
+    message = again.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"error: --output {output} holds images with other settings (num_inference_steps was 2")
 
 
 def test_missing_weights_are_named(repo_root, tmp_path):

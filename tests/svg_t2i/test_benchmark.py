@@ -9,7 +9,7 @@ from PIL import Image
 
 from autoencoder.config import UserError
 from autoencoder.images import load_image
-from svg_t2i import benchmark, generation
+from svg_t2i import benchmark, suite_images
 from svg_t2i.benchmark import main
 from svg_t2i.shapes import TASKS, benchmark_scenes, draw_scene
 
@@ -57,7 +57,7 @@ def test_geneval_resumes_to_the_same_images(saved, geneval_file, tmp_path, monke
     lost = [tmp_path / "images" / "00001" / "samples" / "0000.png", tmp_path / "images" / "00001" / "grid.png"]
     for path in lost:
         path.unlink()
-    batches, sample_batch = [], generation.sample_batch
+    batches, sample_batch = [], suite_images.sample_batch
     monkeypatch.setattr(generation, "sample_batch", lambda *a: batches.append(a) or sample_batch(*a))
     run("geneval", saved, tmp_path, *arguments)
     assert len(batches) == 1

@@ -106,3 +106,33 @@ def test_scale_one_skips_the_pair_where_the_bound_cannot_bite(renorm_cfg, pairs)
     v = guided_velocity(b.pair, b.conditional, 1.0, renorm_cfg)(x, 0.3)
     assert (b.pairs, b.singles) == (pairs, 1 - pairs)
     torch.testing.assert_close(v, (x + 0.3) * (0.5 if pairs else 1.0))
+
+
+def test_one_scale_a_sample(branches):
+    v_cond, v_uncond = branches
+    scales = [1.0, 2.5, 7.0]
+    together = combine(v_cond, v_uncond, torch.tensor(scales))
+    for i, scale in enumerate(scales):
+        torch.testing.assert_close(together[i], combine(v_cond[i : i + 1], v_uncond[i : i + 1], scale)[0])
+
+
+@pytest.mark.parametrize(
+    ("interval", "cfg_trunc", "guided_at"),
+    [
+        ((0.0, 1.0), 1.0, [0.0, 0.25, 0.5, 0.75, 1.0, 1.01]),
+        ((0.25, 0.75), 1.0, [0.25, 0.5]),
+        ((0.25, 1.0), 0.5, [0.25]),
+        ((0.5, 1.0), 1.0, [0.5, 0.75, 1.0, 1.01]),
+    ],
+)
+def test_interval_decides_where_both_branches_run(branches, interval, cfg_trunc, guided_at):
+    ran = []
+
+    def pair(latents, t):
+        ran.append(t)
+        return branches
+
+    velocity = guided_velocity(pair, lambda x, t: branches[0], 3.0, 0, cfg_trunc, interval=interval)
+    for t in (0.0, 0.25, 0.5, 0.75, 1.0, 1.01):
+        assert torch.equal(velocity(branches[0], t), branches[0]) == (t not in guided_at)
+    assert ran == guided_at

@@ -297,3 +297,28 @@ def test_wrong_inputs_are_named(model):
         model(torch.randn(1, 5, 4, 4), timesteps, random_text((3,), width=7))
     with pytest.raises(UserError, match="17 row positions"):
         model(torch.randn(1, 5, 17, 4), timesteps, text)
+
+
+def test_refined_captions_and_a_shared_time_change_nothing():
+    torch.manual_seed(1)
+    model = SVGDiT(DiTConfig(dim=32, n_layers=2, n_heads=2, axes_dims=(4, 6, 6), in_channels=8, cap_feat_dim=16))
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    lengths = (5, 2, 9, 2)
+    text = TextFeatures(torch.randn(sum(lengths), 16), lengths)
+    latents = [torch.randn(8, *size) for size in ((2, 3), (4, 4), (1, 2), (3, 3))]
+    with torch.no_grad():
+        expected = model(latents, torch.full((4,), 0.3), text)
+        calls = []
+        hook = model.context_refiner[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        refined = model.refine(text)
+        apart = TextFeatures.cat([model.refine(text.select([0, 1, 2])), model.refine(text.select([3]))])
+        assert len(calls) == 3
+        for given in (refined, apart):
+            for left, right in zip(model(latents, torch.tensor([0.3]), given), expected):
+                torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+        assert len(calls) == 3
+        hook.remove()
+        shuffled = model([latents[i] for i in (2, 0)], torch.tensor([0.3]), refined.select([2, 0]))
+    torch.testing.assert_close(shuffled[0], expected[2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shuffled[1], expected[0], atol=1e-5, rtol=1e-5)

@@ -1,3 +1,5 @@
+"""SVGT2IPipeline on tiny random networks: every option against calls written out by hand."""
+
 from __future__ import annotations
 
 import json
@@ -5,224 +7,322 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from autoencoder.config import UserError
-from autoencoder.model import SVGAutoencoder
-from svg_t2i import sample as sample_entry
 from svg_t2i.model import DiTConfig, SVGDiT
-from svg_t2i.packing import TextFeatures
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.text import SYSTEM_PROMPTS, TextEncoder
+from svg_t2i.text import SYSTEM_PROMPTS
 
-
-@pytest.fixture(scope="module")
-def pipeline(toy_parts) -> SVGT2IPipeline:
-    torch.manual_seed(3)
-    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}
-    transformer = SVGDiT(DiTConfig(in_channels=32, cap_feat_dim=32, **sizes))
-    for parameter in transformer.parameters():  # the published initialisation predicts zero: nothing would be tested
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    autoencoder = SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
-    return SVGT2IPipeline(autoencoder, transformer, TextEncoder.from_pretrained(toy_parts / "text_encoder"))
-
-
-@pytest.fixture(scope="module")
-def saved(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-SETTINGS = {"height": 32, "width": 48, "num_inference_steps": 4, "guidance_scale": 3.0}
 PROMPTS = ["a picture of noise", "a picture of very very much noise number 3", "noise"]
+BASE = SYSTEM_PROMPTS["base"]
+
+
+@pytest.fixture
+def pipeline(toy_pipeline):
+    yield toy_pipeline
+    toy_pipeline.set_guide(None)
+
+
+def latents(pipeline, *args, **kwargs):
+    return pipeline(*args, output_type="latent", **kwargs).images
+
+
+def assert_near(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def count_rows(module, calls):
+    """Record how many captions each forward of the transformer sees."""
+    original = module.forward_packed
+
+    def counting(tokens, sizes, timesteps, text):
+        calls.append(len(sizes))
+        return original(tokens, sizes, timesteps, text)
+
+    return counting
+
+
+# ---------------------------------------------------------------------------------------------------- what comes out
 
 
 def test_output_types_and_orientation(pipeline):
-    images = pipeline(PROMPTS[:1], **SETTINGS)
-    assert [image.size for image in images] == [(48, 32)]  # PIL says (width, height); the release swapped the two
-    assert pipeline(PROMPTS[0], output_type="pt", **SETTINGS).shape == (1, 3, 32, 48)
-    assert pipeline(PROMPTS[0], output_type="latent", **SETTINGS).shape == (1, 32, 2, 3)
+    assert [image.size for image in pipeline(PROMPTS[:1]).images] == [(48, 32)]  # the release swapped the two
+    assert pipeline(PROMPTS[0], output_type="pt").images.shape == (1, 3, 32, 48)
+    assert latents(pipeline, PROMPTS[0]).shape == (1, 32, 2, 3)
+    (images,) = pipeline(PROMPTS[0], return_dict=False)
+    assert images[0].size == (48, 32)
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler", "heun", "midpoint", "dopri5"])
 def test_an_image_does_not_depend_on_its_batch(pipeline, solver):
-    together = pipeline(PROMPTS, seed=[5, 6, 7], solver=solver, output_type="latent", **SETTINGS)
+    """Three prompts of different lengths at three sizes, together and alone."""
+    heights, widths = [32, 48, 32], [48, 32, 64]
+    together = latents(pipeline, PROMPTS, seed=[5, 6, 7], solver=solver, height=heights, width=widths)
     for i, prompt in enumerate(PROMPTS):
-        alone = pipeline(prompt, seed=5 + i, solver=solver, output_type="latent", **SETTINGS)
-        torch.testing.assert_close(alone[0], together[i], atol=2e-5, rtol=1e-4)
-    assert (together[0] - together[2]).abs().max() > 1e-2
+        alone = latents(pipeline, prompt, seed=5 + i, solver=solver, height=heights[i], width=widths[i])
+        assert alone[0].shape == (32, heights[i] // 16, widths[i] // 16)
+        assert_near(together[i], alone[0])
 
 
-def test_seeds_and_images_per_prompt(pipeline):
-    four = pipeline(PROMPTS[:2], num_images_per_prompt=2, seed=11, output_type="latent", **SETTINGS)
+def test_seeds_generators_and_given_latents(pipeline):
+    four = latents(pipeline, PROMPTS[:2], num_images_per_prompt=2, seed=11)
     for row, (prompt, seed) in enumerate([(0, 11), (0, 12), (1, 11), (1, 12)]):
-        one = pipeline(PROMPTS[prompt], seed=seed, output_type="latent", **SETTINGS)
-        torch.testing.assert_close(one[0], four[row], atol=2e-5, rtol=1e-4)
+        assert_near(latents(pipeline, PROMPTS[prompt], seed=seed)[0], four[row])
     start = torch.randn(32, 2, 3, generator=torch.Generator().manual_seed(11))
-    given = pipeline(PROMPTS[0], latents=start[None], output_type="latent", **SETTINGS)
-    torch.testing.assert_close(given[0], four[0], atol=2e-5, rtol=1e-4)
+    assert_near(latents(pipeline, PROMPTS[0], latents=start[None])[0], four[0])
+    generators = [torch.Generator().manual_seed(seed) for seed in (11, 12)]
+    assert_near(latents(pipeline, PROMPTS[0], num_images_per_prompt=2, generator=generators), four[:2])
+    one = torch.Generator().manual_seed(11)
+    assert_near(latents(pipeline, PROMPTS[0], num_images_per_prompt=2, generator=one)[0], four[0])
+
+
+def test_callback_sees_every_step_and_may_replace_latents(pipeline):
+    seen = []
+
+    def watch(pipe, step, t, kwargs):
+        seen.append((step, t, tuple(kwargs["latents"].shape), kwargs["indices"]))
+
+    final = latents(pipeline, PROMPTS[:2], callback_on_step_end=watch)
+    assert [entry[0] for entry in seen] == [0, 1, 2, 3]
+    assert seen[-1][1:] == (1.0, (2, 32, 2, 3), [0, 1])
+    zeros = latents(pipeline, PROMPTS[:2], callback_on_step_end=lambda *args: {"latents": torch.zeros_like(final)})
+    assert zeros.abs().max() == 0
+
+
+# -------------------------------------------------------------------------------------------------------- guidance
+
+
+def euler_velocities(pipeline, noise, *texts):
+    """Velocities at t = 0 from separate plain model calls."""
+    with torch.no_grad():
+        return [pipeline.transformer(noise, torch.zeros(1), pipeline.text_encoder.encode([text])) for text in texts]
+
+
+EULER = {"solver": "euler", "renorm_cfg": 0, "num_inference_steps": 2}
 
 
 def test_guidance_equals_two_plain_runs_combined_by_hand(pipeline):
-    """One Euler step of the guided pipeline against v_u + s (v_c − v_u), written out with separate model calls."""
-    scale, noise = 2.5, torch.randn(1, 32, 2, 3)
-    guided = pipeline(
-        PROMPTS[0], negative_prompt="noise", latents=noise, output_type="latent", solver="euler", renorm_cfg=0,
-        height=32, width=48, num_inference_steps=2, guidance_scale=scale,
-    )  # fmt: skip
-    encode = pipeline.text_encoder.encode
-    t = torch.zeros(1)
+    noise = torch.randn(1, 32, 2, 3)
+    guided = latents(pipeline, PROMPTS[0], negative_prompt="noise", latents=noise, guidance_scale=2.5, **EULER)
+    v_cond, v_uncond = euler_velocities(pipeline, noise, BASE + PROMPTS[0], BASE + "noise")
+    torch.testing.assert_close(guided, noise + v_uncond + 2.5 * (v_cond - v_uncond), atol=1e-5, rtol=1e-5)
+
+
+def test_scales_and_negative_prompts_of_each_image(pipeline):
+    noise = torch.randn(2, 32, 2, 3)
+    settings = {"guidance_scale": (1.5, 6.0), "negative_prompt": ("", "number 3")}
+    both = latents(pipeline, PROMPTS[:2], latents=noise, **settings, **EULER)
+    for i, (scale, negative) in enumerate(zip(*settings.values())):
+        single = {"guidance_scale": scale, "negative_prompt": negative}
+        assert_near(both[i], latents(pipeline, PROMPTS[i], latents=noise[i : i + 1], **single, **EULER)[0])
+
+
+def test_autoguidance_equals_its_formula(pipeline):
+    guide = SVGDiT(DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=32, cap_feat_dim=32))
+    for parameter in guide.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    pipeline.set_guide(guide)
+    noise = torch.randn(1, 32, 2, 3)
+    guided = latents(pipeline, PROMPTS[0], latents=noise, guidance_scale=2.0, **EULER)
+    (strong,) = euler_velocities(pipeline, noise, BASE + PROMPTS[0])
     with torch.no_grad():
-        v_cond = pipeline.transformer(noise, t, encode([SYSTEM_PROMPTS["base"] + PROMPTS[0]]))
-        v_uncond = pipeline.transformer(noise, t, encode([SYSTEM_PROMPTS["base"] + "noise"]))
-    torch.testing.assert_close(guided, noise + v_uncond + scale * (v_cond - v_uncond), atol=1e-5, rtol=1e-5)
+        weak = guide(noise, torch.zeros(1), pipeline.text_encoder.encode([BASE + PROMPTS[0]]))
+    torch.testing.assert_close(guided, noise + weak + 2 * (strong - weak), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="negative_prompt does nothing under autoguidance"):
+        pipeline(PROMPTS[0], negative_prompt="noise")
+    other = DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=16, cap_feat_dim=32)
+    with pytest.raises(UserError, match="guide's in_channels is 16, the transformer's is 32"):
+        pipeline.set_guide(SVGDiT(other))
 
 
-def test_guidance_one_and_truncation_skip_the_unconditional_branch(pipeline):
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"guidance_scale": 1.0}, [1] * 4),
+        ({"solver": "euler", "time_shift": 1.0, "cfg_trunc": 0.5}, [2, 2, 1]),  # t = 0, 1/3, 2/3
+        ({"solver": "euler", "time_shift": 1.0, "guidance_interval": (0.2, 0.5)}, [1, 2, 1]),
+        ({"guidance_interval": (0.0, 0.0)}, [1] * 4),
+    ],
+)
+def test_the_unconditional_branch_runs_only_where_it_guides(pipeline, monkeypatch, settings, rows):
     calls = []
-    hook = pipeline.transformer.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    try:
-        pipeline(PROMPTS[0], **SETTINGS | {"guidance_scale": 1.0})
-        assert calls == [1] * 4
-        calls.clear()
-        pipeline(PROMPTS[0], time_shift=1.0, solver="euler", cfg_trunc=0.5, **SETTINGS)
-        assert calls == [2, 2, 1]  # t = 0, 1/3, 2/3
-    finally:
-        hook.remove()
+    monkeypatch.setattr(pipeline.transformer, "forward_packed", count_rows(pipeline.transformer, calls))
+    pipeline(PROMPTS[0], **settings)
+    assert calls == rows
 
 
-def test_save_and_load_give_the_same_images(pipeline, saved):
-    loaded = SVGT2IPipeline.from_pretrained(saved)
-    for before, after in zip(pipeline(PROMPTS, **SETTINGS), loaded(PROMPTS, **SETTINGS)):
+def test_each_distinct_text_is_encoded_and_refined_once(pipeline, monkeypatch):
+    encoded, refined = [], []
+    encode, refine = pipeline.text_encoder.encode, pipeline.transformer.context_refiner[0].forward
+    monkeypatch.setattr(pipeline.text_encoder, "encode", lambda texts: encoded.append(list(texts)) or encode(texts))
+    block = pipeline.transformer.context_refiner[0]
+    monkeypatch.setattr(block, "forward", lambda x, *args: refined.append(len(x)) or refine(x, *args))
+    pipeline([PROMPTS[0]] * 3)
+    assert encoded == [[BASE + PROMPTS[0], ""]]
+    assert refined == [sum(encode([BASE + PROMPTS[0], ""]).lengths)]
+
+
+def test_dynamic_shift_groups_images_by_size(pipeline):
+    dynamic = {"time_shift": "dynamic"}
+    shifts = [pipeline.resolve_options(**dynamic).shift_for(cells) for cells in (256, 1024, 4096, 4090)]
+    assert shifts == [5.2, 5.9, 10.0, 10.0]
+    sizes = {"height": [32, 256, 32], "width": [32, 512, 48]}
+    together = latents(pipeline, PROMPTS, seed=[1, 2, 3], **dynamic, **sizes)
+    alone = latents(pipeline, PROMPTS[1], seed=2, **dynamic, height=256, width=512)
+    assert_near(together[1], alone[0])
+
+
+# ------------------------------------------------------------------------------------------------- saving and placing
+
+
+def test_save_and_load_give_the_same_images(pipeline, saved_pipeline):
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline)
+    assert loaded.options == pipeline.options
+    assert loaded.text_encoder.max_length == pipeline.text_encoder.max_length
+    assert sorted(p.suffix for p in saved_pipeline.rglob("*") if p.stat().st_size > 20_000 and p.is_file()) == [
+        ".safetensors", ".safetensors", ".safetensors"
+    ]  # fmt: skip
+    for before, after in zip(pipeline(PROMPTS).images, loaded(PROMPTS).images):
         assert np.abs(np.asarray(before, int) - np.asarray(after, int)).max() <= 1
 
 
-def test_parts_that_do_not_belong_together_are_refused(pipeline, saved, toy_parts, tmp_path):
-    config = json.loads((saved / "transformer" / "config.json").read_text())
+def test_parts_that_do_not_belong_together_are_refused(pipeline, saved_pipeline, toy_parts, tmp_path):
+    config = json.loads((saved_pipeline / "transformer" / "config.json").read_text())
+    own = config["fingerprints"]["autoencoder"]["stats"]
     config["fingerprints"]["autoencoder"]["stats"] = "0" * 16
     other = tmp_path / "transformer"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(config))
-    (other / "model.safetensors").write_bytes((saved / "transformer" / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="autoencoder's stats was 0000000000000000 and is"):
+    (other / "model.safetensors").write_bytes((saved_pipeline / "transformer" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=f"autoencoder's stats was 0000000000000000 and is {own}"):
         SVGT2IPipeline.from_pretrained(
             other, autoencoder=toy_parts / "autoencoder", text_encoder=toy_parts / "text_encoder"
         )
-    with pytest.raises(UserError, match="does not say which autoencoder"):
-        SVGT2IPipeline.from_pretrained(saved / "transformer")
+    with pytest.raises(UserError, match="autoencoder's stats was 0000000000000000"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline, guide=other)
+    with pytest.raises(UserError, match="does not say which text_encoder"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline / "transformer")
     wide = SVGDiT(DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=32, cap_feat_dim=64))
     with pytest.raises(UserError, match="features are 32 wide, the transformer expects 64"):
         SVGT2IPipeline(pipeline.autoencoder, wide, pipeline.text_encoder)
 
 
+def test_guide_from_a_second_checkpoint(pipeline, saved_pipeline):
+    """A model guided by itself is itself, whatever the scale."""
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline, guide=saved_pipeline / "transformer")
+    plain = latents(pipeline, PROMPTS[0], guidance_scale=1.0)
+    assert_near(latents(loaded, PROMPTS[0], guidance_scale=5.0), plain)
+
+
+def test_dtype_and_device_moves(saved_pipeline, pipeline):
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline, torch_dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.autoencoder.decoder.last_layer.dtype == torch.float32
+    loaded.set_progress_bar_config(disable=True)
+    half = loaded(PROMPTS[0], output_type="pt").images
+    assert half.dtype == torch.float32
+    assert (half - pipeline(PROMPTS[0], output_type="pt").images).abs().mean() < 0.05
+    assert loaded.to(torch.float32).dtype == torch.float32
+    assert loaded.text_encoder.model.dtype == torch.float32
+    assert loaded.to("cpu").device == torch.device("cpu")
+
+
+def test_model_offload_lets_the_networks_take_turns(saved_pipeline, pipeline, monkeypatch):
+    """Here both ends are the CPU; who moves when is what counts."""
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline)
+    loaded.set_progress_bar_config(disable=True)
+    loaded.enable_model_cpu_offload("cpu")
+    moves = []
+    for name in ("text_encoder", "transformer", "autoencoder"):
+        part = getattr(loaded, name)
+
+        def logged(device, name=name, to=part.to):
+            moves.append((name, str(device)))
+            return to(device)
+
+        monkeypatch.setattr(part, "to", logged)
+    loaded._offload_device = torch.device("cpu:0")
+    image = loaded(PROMPTS[0], output_type="pt").images
+    order = ["text_encoder", "transformer", "autoencoder"]
+    assert moves == [(name, device) for name in order for device in ("cpu:0", "cpu")]
+    assert_near(image, pipeline(PROMPTS[0], output_type="pt").images)
+
+
+def test_compiled_blocks_are_asked_for_with_dynamic_shapes(saved_pipeline, monkeypatch):
+    loaded, asked = SVGT2IPipeline.from_pretrained(saved_pipeline), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: asked.append(kwargs))
+    loaded.compile(mode="reduce-overhead")
+    assert asked == [{"dynamic": True, "mode": "reduce-overhead"}] * 6  # 2 + 2 refiner blocks, 2 layers
+
+
+def test_decoding_in_chunks_changes_nothing(pipeline, monkeypatch):
+    whole = pipeline(PROMPTS, output_type="pt").images
+    monkeypatch.setattr(pipeline, "decode_pixels", 1)
+    assert_near(pipeline(PROMPTS, output_type="pt").images, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"height": 40}, "height = 40"),
+        ({"height": 40}, "height = 40: image sides must be positive multiples of 16, such as 32"),
+        ({"width": [32, 48]}, "2 values of width for 1 prompts"),
         ({"solver": "rk45"}, "choose one of dpm"),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"solver": "euler", "num_inference_steps": 1}, "needs both ends"),
+        ({"num_inference_steps": 0}, "must be at least 1"),
         ({"system_prompt": "nice"}, "choose one of"),
         ({"time_shift": 0.0}, r"time_shift = 0\.0"),
+        ({"time_shift": "auto"}, "'dynamic'"),
+        ({"guidance_interval": (0.5, 0.1)}, "0 ≤ lo ≤ hi ≤ 1"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"guidance_scale": (1.0, 2.0)}, "2 values of guidance_scale for 1 images"),
+        ({"renorm_cfg": -1.0}, "renorm_cfg"),
+        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"guidance_scal": 2.0}, "did you mean 'guidance_scale'"),
+        ({"preset": "stage9"}, "choose one of stage1"),
+        ({"output_type": "np"}, "choose one of pil"),
+        ({"latents": torch.zeros(1, 32, 3, 2)}, r"expected \[\(32, 2, 3\)\]"),
     ],
 )
 def test_wrong_arguments(pipeline, changes, message):
     with pytest.raises(UserError, match=message):
-        pipeline(PROMPTS[0], **SETTINGS | changes)
+        pipeline(PROMPTS[0], **changes)
     with pytest.raises(UserError, match="empty list"):
-        pipeline([], **SETTINGS)
+        pipeline([])
 
 
-# ------------------------------------------------------------------------------------------------------ the entry
-
-
-def run(saved, output, *arguments):
-    sample_entry.main(
-        ["--checkpoint", str(saved), "--output", str(output), "--resolution", "48x32", "--num_inference_steps", "3"]
-        + list(arguments)
-    )
-    return json.loads((output / "data.json").read_text())
-
-
-def test_files_names_and_records(saved, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"refined_prompt": "noise one", "prompt": "no"}\n"noise two"\n{"caption": ["noise three"]}\n')
-    records = run(saved, tmp_path / "out", "--prompts", str(prompts), "--num_images_per_prompt", "2", "--seed", "4")
-    assert [r["caption"] for r in records] == [p for p in ("noise one", "noise two", "noise three") for _ in range(2)]
-    assert [r["seed"] for r in records] == [4, 5] * 3
-    files = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
-    assert files == [f"dpm_3_{i}_48x32.png" for i in range(6)]
-    for record in records:
-        with Image.open(record["image_url"]) as image:
-            assert image.size == (48, 32)
-            assert json.loads(image.text["parameters"]) == record
-    with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.width >= 2 * 48
-
-
-def test_batch_size_does_not_change_images(saved, tmp_path):
-    arguments = ["--prompt", "noise one", "--prompt", "very much noise", "--resolution", "48x32", "2:32x48"]
-    one = run(saved, tmp_path / "one", *arguments, "--batch_size", "1")
-    four = run(saved, tmp_path / "four", *arguments, "--batch_size", "4")
-    assert [r["resolution"] for r in one] == ["48x32", "32x48"] * 2
-    for a, b in zip(one, four):
-        left, right = (np.asarray(Image.open(r["image_url"]), int) for r in (a, b))
-        assert np.abs(left - right).max() <= 1
+def test_a_prompt_too_long_is_cut_with_a_warning_that_shows_what(pipeline, caplog):
+    words = " ".join(["noise"] * 300)
+    pipeline(words + " number", num_inference_steps=1)
+    (warning,) = [record.message for record in caplog.records if "was cut" in record.message]
+    assert "lost: " in warning
+    assert "number" in warning
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("part", "method", "stage", "option"),
     [
-        ([], "nothing to draw"),
-        (["--prompt", "x", "--resolution", "50x32"], "width 50 is not divisible by 16; try 48"),
-        (["--prompt", "x", "--resolution", "big"], "expected WIDTHxHEIGHT"),
-        (["--prompt", "x", "--batch_size", "0"], "at least 1"),
-        (["--prompts", "missing.txt"], "does not exist"),
+        ("text_encoder", "encode", "encoding the prompts", "fewer prompts"),
+        ("transformer", "forward_packed", "denoising", "--batch_size"),
+        ("autoencoder", "decode", "decoding", "decode_pixels"),
     ],
 )
-def test_wrong_command_lines(saved, tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message):
-        run(saved, tmp_path / "out", *arguments)
-    assert not (tmp_path / "out").exists()
+def test_out_of_memory_names_the_stage_and_an_option(pipeline, monkeypatch, part, method, stage, option):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(getattr(pipeline, part), method, fail)
+    with pytest.raises(UserError, match=f"out of memory while {stage}: .*{option}.*Tried to allocate 20.00 GiB"):
+        pipeline(PROMPTS[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", "\n \n", "holds no prompt"),
-        ("empty.json", "[]", "holds no prompt"),
-        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: not valid JSON"),
-        ("field.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', r"field\.jsonl:2: no prompt"),
-        ("list.json", '{"prompt": "a"}', "expected a list"),
-        ("p.csv", "a", "unknown kind"),
-    ],
-)
-def test_wrong_prompt_files(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        sample_entry.read_prompts(tmp_path / name)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(pipeline, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
 
-
-def test_a_used_output_folder_is_left_alone(saved, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "keep.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty; nothing was overwritten"):
-        run(saved, tmp_path / "out", "--prompt", "noise")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
-
-
-def test_text_features_are_shared_between_equal_prompts(pipeline):
-    encoded = []
-    original = pipeline.text_encoder.encode
-
-    def counting(texts) -> TextFeatures:
-        encoded.append(list(texts))
-        return original(texts)
-
-    pipeline.text_encoder.encode = counting
-    try:
-        pipeline([PROMPTS[0]] * 3, **SETTINGS)
-    finally:
-        del pipeline.text_encoder.encode
-    assert encoded == [[SYSTEM_PROMPTS["base"] + PROMPTS[0], ""]]
+    monkeypatch.setattr(pipeline.transformer, "forward_packed", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        pipeline(PROMPTS[0])

@@ -20,6 +20,7 @@ from svg_t2i.solvers import (
     sample,
     sde,
     sde_times,
+    solver_times,
     time_grid,
 )
 
@@ -318,3 +319,23 @@ def test_sde_refuses_what_is_not_finite_or_unknown(settings, message):
 def test_sde_never_reads_the_device():
     x = torch.zeros(2, 3, device="meta")
     assert sde(field, x, sde_times(4), lambda i: x, method="heun", last_step="tweedie").shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["dpm", "euler", "heun", "dopri5"])
+def test_starting_half_way_follows_the_same_curve(name):
+    """dx/dt = -x from x(t0) at t0 = 0.4: the exact curve is known; the grid begins at t0."""
+    start, x0 = 0.4, torch.tensor([[1.5, -2.0]], dtype=torch.float64)
+    seen = []
+    result = sample(name, lambda x, t: -x, x0, 200, 1.0, lambda i, t, x: seen.append(t), start=start)
+    torch.testing.assert_close(result, x0 * math.exp(start - 1), rtol=2e-3, atol=0)
+    assert seen[0] > start
+    assert seen[-1] == 1.0
+    assert solver_times(name, 200, 1.0, start)[0] == start
+    with pytest.raises(ValueError, match="start 1"):
+        sample(name, lambda x, t: -x, x0, 10, start=1.0)
+
+
+@pytest.mark.parametrize("name", ["dpm", "euler", "heun3"])
+def test_a_callback_may_replace_the_latents(name):
+    replaced = sample(name, lambda x, t: x, torch.ones(1, 2), 5, 1.0, lambda i, t, x: torch.full_like(x, 7.0))
+    assert replaced.tolist() == [[7.0, 7.0]]

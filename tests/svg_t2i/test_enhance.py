@@ -1,0 +1,54 @@
+"""Prompt rewriting: greedy decoding against a plain loop, and the cleaning."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from autoencoder.config import UserError
+from svg_t2i.enhance import INSTRUCTION, MAX_NEW_TOKENS, _continue, causal_model, enhance, tidy
+
+
+@torch.no_grad()
+def test_decoding_is_greedy_with_the_encoder_s_own_weights(toy_pipeline):
+    encoder = toy_pipeline.text_encoder
+    text = INSTRUCTION.format(prompt="very much noise")
+    ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+    start = ids.shape[1]
+    causal = causal_model(encoder.model)
+    assert causal.lm_head.weight is encoder.model.embed_tokens.weight
+    for _ in range(MAX_NEW_TOKENS):
+        hidden = encoder.model(input_ids=ids).last_hidden_state[:, -1]
+        ids = torch.cat([ids, (hidden @ encoder.model.embed_tokens.weight.T).argmax(dim=1, keepdim=True)], dim=1)
+        if ids[0, -1] == encoder.tokenizer.eos_token_id:
+            break
+    assert _continue(text, encoder) == encoder.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+def test_writing_leaves_the_encoder_as_it_was(toy_pipeline):
+    before = toy_pipeline.text_encoder.encode(["noise"]).features
+    assert toy_pipeline.enhance("very much noise").startswith("very much noise")
+    assert torch.equal(toy_pipeline.text_encoder.encode(["noise"]).features, before)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('"two red foxes in snow, soft light, soft light."', "two red foxes in snow, soft light"),
+        ("Rewritten: two red foxes in snow; a, b, c, d, e", "two red foxes in snow, a, b, c"),
+        ("a fox, soft light", "two red foxes in snow, a fox, soft light"),  # the count and the colour were lost
+        ("", "two red foxes in snow"),
+        ("two red foxes in snow, " + "long " * 60, "two red foxes in snow"),
+    ],
+)
+def test_tidy_keeps_the_prompt_and_four_clauses(written, expected):
+    assert tidy(written, "two red foxes in snow") == expected
+    assert len(tidy(written, "two red foxes in snow")) <= 256
+
+
+def test_what_cannot_write_says_so(toy_pipeline):
+    with pytest.raises(UserError, match="this one is empty"):
+        enhance("  ", toy_pipeline.text_encoder)
+    bert = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    bert.config.tie_word_embeddings = False
+    with pytest.raises(UserError, match="enhance needs"):
+        causal_model(bert)

@@ -1,0 +1,237 @@
+"""The command line: files and records, resuming, failures, every verb."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoencoder.config import UserError
+from svg_t2i import rendering
+from svg_t2i import sample as sample_entry
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.prompts import read_prompts
+
+PROMPTS = ["--prompt", "noise one", "--prompt", "very much noise"]
+
+
+def run(saved_pipeline, output, *arguments):
+    common = ["--checkpoint", saved_pipeline, "--output", output, "--resolution", "48x32", "--num_inference_steps", "3"]
+    sample_entry.main([str(argument) for argument in common + list(arguments)])
+    return json.loads((output / "data.json").read_text())
+
+
+def pixels(record):
+    return np.asarray(Image.open(record["image_url"]), int)
+
+
+def test_files_names_and_records(saved_pipeline, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"refined_prompt": "noise one", "prompt": "no"}\n"noise two"\n{"caption": ["noise three"]}\n')
+    more = ["--num_images_per_prompt", "2", "--seed", "4"]
+    records = run(saved_pipeline, tmp_path / "out", "--prompts", str(prompts), *more)
+    assert [r["caption"] for r in records] == [p for p in ("noise one", "noise two", "noise three") for _ in range(2)]
+    assert [r["seed"] for r in records] == [4, 5] * 3
+    files = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert files == [f"dpm_3_{i}_48x32.png" for i in range(6)]
+    for record in records:
+        with Image.open(record["image_url"]) as image:
+            assert image.size == (48, 32)
+            assert json.loads(image.text["parameters"]) == record
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width >= 2 * 48
+
+
+def test_batch_size_does_not_change_images(saved_pipeline, tmp_path):
+    arguments = [*PROMPTS, "--resolution", "48x32", "2:32x48"]
+    one = run(saved_pipeline, tmp_path / "one", *arguments, "--batch_size", "1")
+    four = run(saved_pipeline, tmp_path / "four", *arguments, "--batch_size", "4")
+    assert [r["resolution"] for r in one] == ["48x32", "32x48"] * 2
+    for a, b in zip(one, four):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to draw"),
+        (["--prompt", "x", "--resolution", "50x32"], "width 50 is not divisible by 16; try 48"),
+        (["--prompt", "x", "--resolution", "big"], "expected WIDTHxHEIGHT"),
+        (["--prompt", "x", "--batch_size", "0"], "at least 1"),
+        (["--prompts", "missing.txt"], "does not exist"),
+        (["--prompt", "x", "--guidance_interval", "0.9", "0.1"], "0 ≤ lo ≤ hi ≤ 1"),
+        (["--prompt", "x", "--time_shift", "-1"], "must be positive"),
+        (["--prompt", "x", "--solver", "heun", "--num_inference_steps", "1"], "needs both ends"),
+    ],
+)
+def test_wrong_command_lines(saved_pipeline, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)  # refused before any weight is read
+    with pytest.raises(UserError, match=message):
+        run(saved_pipeline, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "\n \n", "holds no prompt"),
+        ("empty.json", "[]", "holds no prompt"),
+        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: not valid JSON"),
+        ("field.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', r"field\.jsonl:2: no prompt"),
+        ("list.json", '{"prompt": "a"}', "expected a list"),
+        ("p.csv", "a", "unknown kind"),
+        ("scale.jsonl", '{"prompt": "a", "guidance_scale": "much"}', r"scale\.jsonl:1: guidance_scale = 'much'"),
+    ],
+)
+def test_wrong_prompt_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_a_used_output_folder_is_left_alone(saved_pipeline, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty; nothing was overwritten"):
+        run(saved_pipeline, tmp_path / "out", "--prompt", "noise")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
+
+
+
+def test_the_same_command_again_makes_only_what_is_missing(saved_pipeline, tmp_path, monkeypatch):
+    arguments = [*PROMPTS, "--num_images_per_prompt", "2", "--batch_size", "3"]
+    records = run(saved_pipeline, tmp_path, *arguments)
+    before = [pixels(record) for record in records]
+    times = [(tmp_path / "images" / f"dpm_3_{i}_48x32.png").stat().st_mtime_ns for i in range(4)]
+    (tmp_path / "images" / "dpm_3_1_48x32.png").unlink()
+    (tmp_path / "images" / ".dpm_3_1_48x32.png.7.tmp").write_bytes(b"half")
+    made, call = [], SVGT2IPipeline.__call__
+    monkeypatch.setattr(SVGT2IPipeline, "__call__", lambda self, *a, **k: made.append(k["seed"]) or call(self, *a, **k))
+    again = run(saved_pipeline, tmp_path, *arguments)
+    assert made == [[0, 1, 0]]  # its whole batch, so that not one bit differs
+    assert again == records
+    assert all(np.array_equal(a, pixels(record)) for a, record in zip(before, again))
+    after = [(tmp_path / "images" / f"dpm_3_{i}_48x32.png").stat().st_mtime_ns for i in range(4)]
+    assert [a == b for a, b in zip(times, after)] == [True, False, True, True]
+    assert not list((tmp_path / "images").glob(".*"))
+
+    with pytest.raises(UserError, match=r"other settings \(guidance_scale was 3.0, is 5.0\)"):
+        run(saved_pipeline, tmp_path, *arguments, "--guidance_scale", "5")
+    with pytest.raises(UserError, match="another image .caption 'noise one'"):
+        run(saved_pipeline, tmp_path, "--prompt", "other", "--num_images_per_prompt", "2")
+    assert len(run(saved_pipeline, tmp_path, *arguments, "--prompt", "noise three")) == 6  # more prompts may follow
+
+
+def test_a_failed_image_is_reported_and_does_not_stop_the_rest(saved_pipeline, tmp_path, monkeypatch, caplog):
+    call = SVGT2IPipeline.__call__
+
+    def fail_on_five(self, prompts, *, seed, **settings):
+        if 5 in seed:
+            raise RuntimeError("broken kernel")
+        return call(self, prompts, seed=seed, **settings)
+
+    monkeypatch.setattr(SVGT2IPipeline, "__call__", fail_on_five)
+    arguments = ["--prompt", "noise", "--num_images_per_prompt", "4", "--seed", "3"]
+    with pytest.raises(UserError, match="1 of 4 images failed"):
+        run(saved_pipeline, tmp_path, *arguments)
+    assert [r["seed"] for r in json.loads((tmp_path / "data.json").read_text())] == [3, 4, 6]
+    assert json.loads((tmp_path / "failed.json").read_text()) == {"2": "RuntimeError: broken kernel"}
+    assert "image 2 failed" in caplog.text
+    monkeypatch.undo()
+    assert [r["seed"] for r in run(saved_pipeline, tmp_path, *arguments)] == [3, 4, 5, 6]
+    assert not (tmp_path / "failed.json").exists()
+
+
+def test_a_full_disk_leaves_what_is_finished(saved_pipeline, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def full_after_two(self, path, *args, **kwargs):
+        if len(list((tmp_path / "images").glob("*.png"))) == 2:
+            save(self.crop((0, 0, 8, 8)), path, *args, **kwargs)  # a part of it fits
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(rendering, "RECORD_EVERY", 0.0)
+    monkeypatch.setattr(Image.Image, "save", full_after_two)
+    arguments = [*PROMPTS, "--num_images_per_prompt", "2", "--batch_size", "2"]
+    with pytest.raises(UserError, match="is full; its finished images and data.json are whole"):
+        run(saved_pipeline, tmp_path, *arguments)
+    records = json.loads((tmp_path / "data.json").read_text())
+    assert len(records) == 2
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["dpm_3_0_48x32.png", "dpm_3_1_48x32.png"]
+    assert [pixels(record).shape for record in records] == [(32, 48, 3)] * 2
+    monkeypatch.undo()
+    assert len(run(saved_pipeline, tmp_path, *arguments)) == 4
+
+
+def test_settings_of_single_prompts_and_presets(saved_pipeline, tmp_path):
+    lines = [{"prompt": "noise", "guidance_scale": 1.5}, {"prompt": "noise"}]
+    lines += [{"prompt": "a", "negative_prompt": "noise"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = run(saved_pipeline, tmp_path / "out", "--prompts", tmp_path / "p.jsonl", "--preset", "quickstart")
+    assert [r["guidance_scale"] for r in records] == [1.5, 2.0, 2.0]
+    assert records[2]["negative_prompt"] == "noise"
+    assert records[0]["system_prompt"] == "empty"
+    assert np.abs(pixels(records[0]) - pixels(records[1])).max() > 0
+    settings = ["--preset", "quickstart", "--guidance_scale", 1.5]
+    alone = run(saved_pipeline, tmp_path / "one", "--prompt", "noise", *settings)
+    assert np.abs(pixels(records[0]) - pixels(alone[0])).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------------ the other verbs
+
+
+def verb(saved_pipeline, output, name, *arguments):
+    common = [name, "--checkpoint", saved_pipeline, "--output", output, "--num_inference_steps", "3"]
+    sample_entry.main([str(argument) for argument in common + list(arguments)])
+    return json.loads((output / "data.json").read_text())
+
+
+@pytest.fixture
+def picture(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "picture.png"
+    Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_verbs_that_start_from_images(saved_pipeline, toy_parts, picture, tmp_path):
+    more = ["--num_images_per_prompt", "2"]
+    records = verb(saved_pipeline, tmp_path / "i2i", "image_to_image", "--image", picture, "--prompt", "noise", *more)
+    assert [r["resolution"] for r in records] == ["64x48"] * 2
+    assert records[0]["strength"] == 0.6
+    both = ["--image", picture, "--image", toy_parts / "0.png"]
+    records = verb(saved_pipeline, tmp_path / "var", "variation", *both, "--t", "0.5", *more)
+    assert [r["resolution"] for r in records] == ["64x48"] * 2 + ["64x64"] * 2
+    assert [r["image"] for r in records] == [str(picture)] * 2 + [str(toy_parts / "0.png")] * 2
+    mask = tmp_path / "mask.png"
+    Image.new("L", (70, 50), 255).save(mask)
+    records = verb(saved_pipeline, tmp_path / "in", "inpaint", "--image", picture, "--mask", mask, "--prompt", "noise")
+    assert records[0]["mask"] == str(mask)
+    records = verb(saved_pipeline, tmp_path / "between", "interpolate", *both, "--weights", "3")
+    assert [r["weight"] for r in records] == [0.0, 0.5, 1.0]
+    assert len(verb(saved_pipeline, tmp_path / "words", "interpolate", *PROMPTS, "--weights", "2")) == 2
+
+
+def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
+    command = ["--checkpoint", saved_pipeline, "--output", tmp_path]
+    query = ["--image", toy_parts / "1.png", "--folder", toy_parts, "--top_k", "3"]
+    sample_entry.main([str(argument) for argument in ["retrieve", *command, *query]])
+    best = json.loads((tmp_path / "matches.json").read_text())["matches"]
+    assert best[0] == {"path": str(toy_parts / "1.png"), "similarity": pytest.approx(1.0, abs=1e-5)}
+    assert len(best) == 3
+    assert capsys.readouterr().out.splitlines()[0].endswith("1.png")
+    assert (tmp_path / "grid.png").is_file()
+    sample_entry.main([str(argument) for argument in ["enhance", *command, "--prompt", "much noise"]])
+    assert capsys.readouterr().out.startswith("much noise")
+
+
+def test_missing_input_images_are_found_before_the_weights(saved_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)
+    with pytest.raises(UserError, match="nowhere.png: no such image file"):
+        verb(saved_pipeline, tmp_path, "variation", "--image", "nowhere.png")
+    with pytest.raises(UserError, match="none or two --image"):
+        verb(saved_pipeline, tmp_path, "interpolate", "--prompt", "a", "--prompt", "b", "--prompt", "c")
