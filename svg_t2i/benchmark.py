@@ -34,13 +34,14 @@ from svg_t2i import suites, sweep
 from svg_t2i.evaluation import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation_config import METRICS, EvaluationConfig, SamplingConfig
 from svg_t2i.frozen import load_autoencoder
-from svg_t2i.suite_images import claim, digest_prompts, generate, write_json
 from svg_t2i.parallel import World, from_main, start_world
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sample import parse_resolution, read_prompts
+from svg_t2i.prompts import read_prompts
+from svg_t2i.sample import DTYPES, parse_resolution
 from svg_t2i.settings import AutoencoderSource
 from svg_t2i.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.solvers import SOLVERS
+from svg_t2i.suite_images import claim, digest_prompts, generate, write_json
 from svg_t2i.suites import Prompt, SuiteName
 from svg_t2i.text import SYSTEM_PROMPTS
 
@@ -77,7 +78,7 @@ def run_suite(arguments: argparse.Namespace, world: World) -> None:
 
 def run_folder(arguments: argparse.Namespace, world: World) -> None:
     """folder: images of any prompts, or images that are there, and their metrics."""
-    texts = read_prompts(arguments.prompts) if arguments.prompts else []
+    texts = [prompt.text for prompt in read_prompts(arguments.prompts)] if arguments.prompts else []
     check_folder_arguments(arguments, texts)
     references = None if arguments.reference is None else open_images(arguments.reference)
     if arguments.images is None:
@@ -197,9 +198,8 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
             latent_stats=arguments.latent_stats,
             text_encoder=arguments.text_encoder,
             use_ema=not arguments.raw_weights,
-            dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype],
-            device=world.device,
-        )
+            torch_dtype=DTYPES[arguments.dtype or ("bf16" if world.device.type == "cuda" else "fp32")],
+        ).to(world.device)
 
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None and name != "run"}
     return claim(arguments.output, settings, load, command, world)
@@ -312,7 +312,7 @@ def add_verb(
     model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
     model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
-    model.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default=None, help="default: bf16 on a GPU")
+    model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU")
     model.add_argument("--device", default=None, help="default: cuda when there is one")
     how = verb.add_argument_group("sampling")
     how.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: 1024x1024")

@@ -133,7 +133,7 @@ def alone(device: torch.device) -> World:
 
 def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig) -> list[Image.Image]:
     """The images of some jobs, in one batch."""
-    return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling))
+    return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling)).images
 
 
 def render(

@@ -58,7 +58,7 @@ def test_geneval_resumes_to_the_same_images(saved, geneval_file, tmp_path, monke
     for path in lost:
         path.unlink()
     batches, sample_batch = [], suite_images.sample_batch
-    monkeypatch.setattr(generation, "sample_batch", lambda *a: batches.append(a) or sample_batch(*a))
+    monkeypatch.setattr(suite_images, "sample_batch", lambda *a: batches.append(a) or sample_batch(*a))
     run("geneval", saved, tmp_path, *arguments)
     assert len(batches) == 1
     assert contents(tmp_path / "images") == images
@@ -111,7 +111,7 @@ def test_shapes(saved, tmp_path, monkeypatch):
         assert (sampling.size, sampling.system_prompt) == ((64, 64), "empty")
         return [draw_scene(wanted[job.prompt]) for job in jobs]
 
-    monkeypatch.setattr(generation, "sample_batch", perfect)
+    monkeypatch.setattr(suite_images, "sample_batch", perfect)
     main(["shapes", "--checkpoint", str(saved), "--output", str(tmp_path), "--device", "cpu"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics == {f"shapes/{task}": 1.0 for task in (*TASKS, "overall")}

@@ -1,6 +1,5 @@
 """Metrics of images against independent computations, and what becomes of metrics that cannot be had."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -163,10 +162,7 @@ def test_wrong_settings_are_named(values, message):
         build(EvaluationConfig, values)
 
 
-def test_sampling_settings_are_the_pipelines_arguments():
-    import inspect
+def test_sampling_settings_are_the_pipelines_options():
+    from svg_t2i.options import SamplingOptions
 
-    from svg_t2i.pipeline import SVGT2IPipeline
-
-    accepted = inspect.signature(SVGT2IPipeline.__call__).parameters
-    assert set(json.loads(json.dumps(SamplingConfig().__dict__))) <= set(accepted)
+    assert SamplingOptions(**SamplingConfig().__dict__).solver == SamplingConfig().solver
