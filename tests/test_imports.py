@@ -22,14 +22,16 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "parallel"},
+        {"attention", "flow", "saving"},
         {"packing"},
         {"model", "solvers", "guidance"},
-        {"text", "settings"},
-        {"data", "checkpoint"},
+        {"text", "settings", "flops", "published"},
+        {"data", "checkpoint", "parallel", "optimizer"},
         {"frozen"},
-        {"training", "pipeline"},
-        {"train", "sample", "benchmark", "cache_features", "app"},
+        {"monitor", "pipeline"},
+        {"training"},
+        {"samples"},
+        {"train", "sample", "export", "benchmark", "cache_features", "app"},
     ],
 }
 # Heavy or process-wide libraries, and the only modules that may import them.
@@ -43,8 +45,7 @@ ONLY_IN = {
         "autoencoder.training",
         "svg_t2i.parallel",
         "svg_t2i.checkpoint",
-        "svg_t2i.training",
-        "svg_t2i.train",
+        "svg_t2i.saving",
         "svg_t2i.sample",
     },
 }
