@@ -133,13 +133,15 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
         other = [f"{key} was {value} and is {sizes.get(key)}" for key, value in meta["model_args"].items()
                  if sizes.get(key) != value]  # fmt: skip
         raise UserError(f"{folder} holds another model: {', '.join(other)}; choose another results_dir for this one")
-    stored = {name.partition(".")[0] for name in saving.stored_tensors(folder)}
-    parts = state.tensors()
-    saving.load_checkpoint(folder, {name: tensors for name, tensors in parts.items() if name in stored})
-    for name in parts.keys() - stored:
-        log.warning("%s has no %s: it starts from the weights", folder, name)
-        for key, tensor in parts[name].items():
-            tensor.copy_(parts["model"][key])
+    stored, parts = saving.stored_tensors(folder), state.tensors()
+    missing = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
+    saving.load_checkpoint(folder, {part: tensors for part, tensors in parts.items() if part not in missing})
+    for part in missing:
+        if not part.startswith("ema"):
+            raise UserError(f"{folder} has no {part}; a run cannot go on without it, but a new one can init_from it")
+        log.warning("%s has no %s: it starts from the weights", folder, part)
+        for name, tensor in parts[part].items():
+            tensor.copy_(parts["model"][name])
     state.step = meta["step"]
     log.info("resumed from %s", folder)
     for change in changed_settings(meta["config"], config):
