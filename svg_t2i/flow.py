@@ -196,13 +196,23 @@ def shift_time(t: TimeT, factor: float | Tensor) -> TimeT:
     return t / (t + factor * (1 - t))
 
 
-def shift_timesteps(t: Tensor, num_tokens: int | Tensor, exponent: float = 1.0) -> Tensor:
-    """Shift that grows with the count of latent tokens: log k is 0.5 at 256, 1.15 at 4096, linear between and beyond.
+def flux_shift_factor(num_tokens: TimeT) -> TimeT:
+    """Shift factor k that grows with the latent's tokens: log k is 0.5 at 256, 1.15 at 4096, linear throughout."""
+    exponent = 0.5 + (1.15 - 0.5) / (4096 - 256) * (num_tokens - 256)
+    return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
 
-    `num_tokens` is shared, or (B,) like t. `exponent` sharpens the noise odds (1 - t)/t before the shift.
+
+def dimension_shift_factor(dimension: TimeT) -> TimeT:
+    """Shift factor k = √(dimension / 4096) for latents of tokens · channels numbers (arXiv:2510.11690)."""
+    return (dimension / 4096) ** 0.5
+
+
+def shift_timesteps(t: Tensor, num_tokens: int | Tensor, exponent: float = 1.0) -> Tensor:
+    """`shift_time` by the flux factor. `num_tokens` is shared, or (B,) like t.
+
+    `exponent` sharpens the noise odds (1 - t)/t before the shift.
     """
-    log_factor = 0.5 + (1.15 - 0.5) / (4096 - 256) * (num_tokens - 256)
-    factor = log_factor.exp() if isinstance(log_factor, Tensor) else math.exp(log_factor)
+    factor = flux_shift_factor(num_tokens)
     clean_odds, noise_odds = t**exponent, (1 - t) ** exponent
     return clean_odds / (clean_odds + factor * noise_odds)
 

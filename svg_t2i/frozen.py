@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from svg_t2i.data import TrainBatch
 from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.model import SVGDiT
 from svg_t2i.packing import TextFeatures
-from svg_t2i.parallel import World, main_first
+from svg_t2i.parallel import ShardedAtRest, World, main_first
 from svg_t2i.settings import AutoencoderSource, TrainConfig, locate
 from svg_t2i.text import TextEncoder, make_toy_text_encoder
 
@@ -89,30 +90,41 @@ class CaptionCache:
 
 
 class FrozenNetworks:
-    """Autoencoder and text encoder: images and captions → what the transformer is trained on."""
+    """Autoencoder and text encoder: images and captions → what the transformer is trained on.
+
+    Attributes:
+        fingerprints: identity of both, recorded in checkpoints.
+        whole: context manager; inside it the networks can be used whether or not they are sharded at rest.
+    """
 
     def __init__(self, autoencoder: SVGAutoencoder, text_encoder: TextEncoder, cache_tokens: int, precision: str):
         self.autoencoder, self.precision = autoencoder, precision
         self.captions = CaptionCache(text_encoder, cache_tokens)
-
-    @property
-    def fingerprints(self) -> dict[str, Any]:
-        """Identity of both, recorded in checkpoints."""
-        return {
-            "autoencoder": self.autoencoder.fingerprint(),
-            "text_encoder": self.captions.encoder.fingerprint(),
+        self.fingerprints: dict[str, Any] = {
+            "autoencoder": autoencoder.fingerprint(),
+            "text_encoder": text_encoder.fingerprint(),
         }
+        self.whole: Callable[[], AbstractContextManager] = nullcontext
+
+    def shard(self, world: World) -> None:
+        """Keep a share of the weights on each rank from now on (see `ShardedAtRest`)."""
+        self.whole = ShardedAtRest((self.autoencoder, self.captions.encoder.model), world).whole
 
     @torch.no_grad()
-    def prepare(self, batch: TrainBatch | FeatureBatch, transformer: SVGDiT) -> MicroBatch:
-        """Encode one micro-batch from the loader. Latents are normalised in fp32 whatever the precision."""
-        device = next(transformer.parameters()).device
-        batch = batch.to(device)
+    def prepare(
+        self, batches: Sequence[TrainBatch | FeatureBatch], transformer: SVGDiT, device: torch.device
+    ) -> list[MicroBatch]:
+        """Encode a step's micro-batches from the loader, one after another; those of a cache only move."""
+        with self.whole():
+            return [self._prepare(batch.to(device), transformer) for batch in batches]
+
+    def _prepare(self, batch: TrainBatch | FeatureBatch, transformer: SVGDiT) -> MicroBatch:
+        """One micro-batch on its device. Latents are normalised in fp32 whatever the precision."""
         if isinstance(batch, FeatureBatch):
             return MicroBatch(*transformer.pack(batch.unpacked()), batch.positions, batch.resolutions, batch.text)
         tokens, sizes = [], []
         for images in batch.images:  # (n, 3, H, W) uint8
-            with mixed_precision(self.precision, device):
+            with mixed_precision(self.precision, images.device):
                 latents = self.autoencoder.encode(to_float(images))  # (n, C, h, w)
             group, group_sizes = transformer.pack(self.autoencoder.normalize(latents.float()))
             tokens.append(group)
@@ -168,7 +180,10 @@ def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
             "autoencoder.stats is not set and the autoencoder brings no latent statistics: give the published file or "
             "one of python -m autoencoder.measure_latents, or 'measure' to take them from the training images"
         )
-    return FrozenNetworks(autoencoder, text_encoder, text.cache_tokens, config.train.precision)
+    frozen = FrozenNetworks(autoencoder, text_encoder, text.cache_tokens, config.train.precision)
+    if config.parallel.shard_frozen and world.size > 1:
+        frozen.shard(world)
+    return frozen
 
 
 def fill_in(config: TrainConfig, manifest: ImageSource, world: World) -> TrainConfig:

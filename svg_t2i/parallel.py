@@ -1,33 +1,50 @@
-"""Processes: joining them, wrapping a module for them, and the few collectives training needs.
+"""Processes, and how a model is spread over them.
 
 A model is single-device code. Everything that depends on how many processes there are is applied here, from outside:
 
-    with start_world() as world:                 # torchrun's processes, or this one alone
-        module = wrap(module, world)             # gradients are averaged over the ranks in backward
-        with gradient_sync(module, last):        # off while gradients accumulate
+    with start_world() as world:                            # torchrun's processes, or this one alone
+        module = parallelize(module, config, precision, world)
+        with gradient_sync(module, last=True):              # False for all micro-batches of a step but the last
             loss.backward()
+        norm = clip_gradients(module.parameters(), 2.0)
 
-Every rank contributes the mean over its own samples and the ranks hold equally many, so the averaged gradient is that
-of the global batch.
+    data_parallel     weights           gradients, moments, averages   needs
+    ddp               on every rank     on every rank                  the memory
+    sdp               whole in a step   a share on every rank          one gather of the weights a step
+    fsdp              whole in a block  a share on every rank          a gather in every pass of every micro-batch
+    hsdp              as fsdp among the `shard_size` ranks of a machine; machines hold copies and average gradients
+
+In the sharded modes (FSDP2) master weights and reductions are fp32, and with precision bf16 the gathered weights are
+bf16. Gradients are averaged over ranks: losses that are to be summed over all samples are multiplied by world.size.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from autoencoder.config import UserError
+from svg_t2i.settings import ParallelConfig
 
 T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------------- processes
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = 1  # processes on this machine
+    restarts: int = 0  # how often torchrun has started these processes anew after a failure
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +71,7 @@ def start_world(timeout_minutes: int = 30) -> Iterator[World]:
     Raises:
         UserError: if a machine runs more processes than it has GPUs.
     """
-    rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in _TORCHRUN.items())
+    rank, local_rank, size, local_size, restarts = (int(os.environ.get(k, default)) for k, default in _TORCHRUN.items())
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -64,31 +83,20 @@ def start_world(timeout_minutes: int = 30) -> Iterator[World]:
     else:
         device = torch.device("cpu")
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        bound = device if backend == "nccl" else None  # NCCL's barrier has to know its GPU
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=bound)
+        gpu = device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",  # objects and checkpoints travel over gloo
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if gpu else None,  # NCCL's barrier has to know its GPU
+        )
     try:
-        yield World(rank, local_rank, size, device)
+        yield World(rank, local_rank, size, device, local_size, restarts)
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
-_TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-
-
-def wrap(module: nn.Module, world: World) -> nn.Module:
-    """`module` with its gradients averaged over all ranks during backward; rank 0's weights are given to all."""
-    if world.size == 1:
-        return module
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Whether backward inside this context averages over the ranks; False while gradients accumulate."""
-    wrapped = isinstance(module, DistributedDataParallel)
-    return nullcontext() if enabled or not wrapped else module.no_sync()
+_TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
 
 
 def reduce_sum(tensor: Tensor, world: World) -> Tensor:
@@ -98,11 +106,6 @@ def reduce_sum(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def reduce_mean(tensor: Tensor, world: World) -> Tensor:
-    """Mean over the ranks, in place, without waiting for the device."""
-    return reduce_sum(tensor, world).div_(world.size)
-
-
 def from_main(value: T, world: World) -> T:
     """Rank 0's `value` (anything picklable, small) on every rank; so that all act on one view of the file system."""
     if world.size == 1:
@@ -110,6 +113,15 @@ def from_main(value: T, world: World) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def to_main(value: T, world: World) -> list[T]:
+    """Every rank's `value` (anything picklable, small), by rank, on rank 0; elsewhere an empty list."""
+    if world.size == 1:
+        return [value]
+    box: list[Any] = [None] * world.size if world.is_main else []
+    dist.gather_object(value, box or None)
+    return box
 
 
 @contextmanager
@@ -122,3 +134,148 @@ def main_first(world: World) -> Iterator[None]:
     finally:
         if world.size > 1 and world.is_main:
             dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------- spreading a model
+
+
+def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world: World) -> nn.Module:
+    """`module` with checkpointed, compiled and sharded blocks, or as DDP. Call it before making an optimiser.
+
+    The blocks are the entries of its ModuleLists. Weights are the same on all ranks to begin with, by seed or file.
+
+    Raises:
+        UserError: `shard_size` does not divide the processes.
+    """
+    if config.activation_checkpointing != "none":
+        _checkpoint_activations(module, config.activation_checkpointing)
+    if config.compile:
+        for block in _blocks(module):
+            block.compile(dynamic=True)
+    if world.size == 1:
+        return module
+    if config.data_parallel == "ddp":
+        devices = [world.device.index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    shard = partial(
+        fully_shard,
+        mesh=_mesh(config, world),
+        reshard_after_forward=config.data_parallel != "sdp",
+        mp_policy=MixedPrecisionPolicy(  # inputs stay as they are: rotary angles and timesteps are fp32
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        ),
+    )
+    for block in _blocks(module):
+        shard(block)
+    return shard(module)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [block for blocks in module.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
+
+
+def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    if config.data_parallel != "hsdp":
+        return init_device_mesh(world.device.type, (world.size,))
+    size = config.shard_size or world.local_size
+    if world.size % size:
+        raise UserError(f"parallel.shard_size={size} must divide the {world.size} processes")
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _checkpoint_activations(module: nn.Module, mode: str) -> None:
+    """Recompute blocks in backward: all of them, or (selective) all but attention and every other matrix product."""
+    options = {} if mode == "full" else {"context_fn": _selective_contexts}
+    for blocks in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
+        for i, block in enumerate(blocks):
+            # no operation of a block draws random numbers, so no generator's state has to be kept
+            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    products = {False: 0, True: 0}  # seen in forward, in recomputation
+
+    def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        name = str(op)
+        if name in _MATRIX_PRODUCTS:
+            products[context.is_recompute] += 1
+            keep = products[context.is_recompute] % 2 == 1
+        else:
+            keep = "attention" in name or "varlen_attn" in name
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+_MATRIX_PRODUCTS = {"aten.mm.default", "aten.addmm.default"}
+
+
+def gradient_sync(module: nn.Module, last: bool, data_parallel: str) -> AbstractContextManager:
+    """Around forward and backward of a micro-batch: communicate no more than needed before the `last` one of a step.
+
+    ddp averages gradients in the last backward only, and so does hsdp between machines; the shares of fsdp and sdp are
+    reduced in each and add up. sdp keeps the gathered weights until the last.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(last)
+        module.set_reshard_after_backward(last or data_parallel != "sdp")
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients, on whatever ranks, to a common norm of at most `max_norm`; -> their norm before, ()."""
+    norm = clip_grad_norm_(weights, max_norm, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's share of each tensor, without autograd: for element-wise work in place."""
+    return [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor on every rank (all call this in the same order)."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled. After warm-up it stays."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class ShardedAtRest:
+    """Frozen modules of which every rank keeps a share of each weight, whole only inside `whole()`.
+
+    All ranks enter `whole()` equally often; what they do inside is their own affair.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], world: World):
+        self.world = world
+        weights = {id(weight): weight for module in modules for weight in module.parameters()}  # tied ones once
+        self._shares = [(weight, weight.shape, self._share(weight)) for weight in weights.values()]
+        self._release()
+
+    def _share(self, weight: Tensor) -> Tensor:
+        flat = weight.detach().flatten()
+        padded = nn.functional.pad(flat, (0, -len(flat) % self.world.size))
+        return padded.chunk(self.world.size)[self.world.rank].clone()
+
+    def _release(self) -> None:
+        for weight, _, share in self._shares:
+            weight.data = share.new_empty(0)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gather all weights for as long as the context lasts."""
+        for weight, shape, share in self._shares:
+            gathered = share.new_empty(len(share) * self.world.size)
+            dist.all_gather_into_tensor(gathered, share)
+            weight.data = gathered[: shape.numel()].view(shape)
+        try:
+            yield
+        finally:
+            self._release()

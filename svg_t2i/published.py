@@ -64,13 +64,34 @@ def _read_namespace(path: Path) -> argparse.Namespace:
     return arguments
 
 
-def export_published(model: SVGDiT, ema: SVGDiT, name: str, out: str | os.PathLike) -> Path:
-    """Write the release's own file names, for tools that read those. `name` is the model's name in `MODELS`."""
+def published_name(config: DiTConfig) -> str:
+    """Name in `MODELS` of a model of these sizes, which is all that a published folder records of them.
+
+    Raises:
+        UserError: it has none.
+    """
+    free = {"in_channels": config.in_channels, "cap_feat_dim": config.cap_feat_dim, "qk_norm": config.qk_norm}
+    for name, sizes in MODELS.items():
+        if replace(sizes, **free) == config:
+            return name
+    raise UserError(
+        f"a published folder names its model, and this one (dim {config.dim}, {config.n_layers} layers) is none of "
+        f"{', '.join(MODELS)}; export it without --published"
+    )
+
+
+def export_published(model: SVGDiT, ema: SVGDiT, out: str | os.PathLike) -> Path:
+    """Write the release's own file names, for tools that read those.
+
+    Raises:
+        UserError: the model has no published name.
+    """
+    arguments = argparse.Namespace(model=published_name(model.config), qk_norm=model.config.qk_norm)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.save(published_state_dict(model), out / WEIGHTS["model"])
     torch.save(published_state_dict(ema), out / WEIGHTS["ema"])
-    torch.save(argparse.Namespace(model=name, qk_norm=model.config.qk_norm), out / ARGUMENTS)
+    torch.save(arguments, out / ARGUMENTS)
     return out
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from autoencoder.config import REPO_ROOT, UserError, build, to_dict
-from svg_t2i.flow import timestep_range
+from svg_t2i.flow import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.model import MODELS, DiTConfig
 
 LATENT_PIXELS = 16  # one latent cell is 16×16 image pixels, whatever the encoder
@@ -105,42 +107,138 @@ class LoopConfig:
     seed: int = 0
     log_every: int = 10
     ckpt_every: int = 1000
+    keep_last: int = 5  # newest checkpoints that are kept …
+    keep_every: int | None = None  # … besides those of every so many steps
+    async_checkpoints: bool = True  # write them in the background, from a copy in host memory
     grad_clip: float = 2.0
-    ema_decay: float = 0.9999
+    ema_decay: float | tuple[float, ...] = 0.9999  # several: samples come from the first
+    ema_warmup: bool = False  # decay of update n at most (1 + n) / (10 + n): early averages forget the random start
     max_nonfinite: int = 100  # updates skipped for their non-finite gradient before the run gives up
+    spike_factor: float | None = None  # skip updates whose gradient norm exceeds this multiple of its running mean
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every"):
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_last"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, "at least 1, or null")
         _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "positive; use .inf for no clipping")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        decays = self.ema_decays
+        _require(all(0 <= decay < 1 for decay in decays), "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(0 < len(decays) == len(set(decays)), "ema_decay", self.ema_decay, "one number, or different ones")
+        factor = self.spike_factor
+        _require(factor is None or factor > 1, "spike_factor", factor, "above 1, or null for no such policy")
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decay of each average."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW; the rate rises linearly over `warmup_steps` and is constant after."""
+    """AdamW. The rate rises linearly over `warmup_steps`, then follows `schedule`:
+
+    constant (published); cosine, down to final_lr at train.max_steps; wsd, constant but for a linear descent to
+    final_lr over the last `decay_steps` (warm-up, stable, decay: arXiv:2404.06395).
+    """
 
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-15
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    decay_steps: int = 0
+    final_lr: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "positive")
+        _require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, "between 0 and lr")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        fits = self.decay_steps >= 1 if self.schedule == "wsd" else self.decay_steps == 0
+        _require(fits, "decay_steps", self.decay_steps, "1 or more with schedule=wsd, and 0 otherwise")
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Distribution of training timesteps: see `svg_t2i.flow.sample_timesteps`."""
+    """Distribution of training timesteps: see `svg_t2i.flow.sample_timesteps`.
+
+    With `shift`, times move toward noise by a factor k, t ← t / (t + k (1 − t)):
+    flux (published): log k linear in the token count, 0.5 at 256 and 1.15 at 4096;
+    dimension: k = √(tokens · channels / 4096) (arXiv:2510.11690); constant: k = shift_factor.
+    Tokens are those of a square image of the nominal resolution.
+    """
 
     snr_type: str = "uniform"
     mu: float = 0.0
-    shift: bool = True  # toward noise, by the token count of a square image of data.resolution
+    shift: bool = True
+    shift_rule: Literal["flux", "dimension", "constant"] = "flux"
+    shift_factor: float | None = None
 
     def __post_init__(self) -> None:
         timestep_range(self.snr_type)
+        given, wanted = self.shift_factor is not None, self.shift_rule == "constant"
+        _require(given == wanted, "shift_factor", self.shift_factor, "given with shift_rule=constant, and only then")
+        _require(not given or self.shift_factor > 0, "shift_factor", self.shift_factor, "positive")
+
+    def factor(self, resolutions: Tensor, in_channels: int) -> Tensor | float:
+        """Factor k of the timestep shift, (B,), for latents of images of nominal sides (B,); 1 without shift."""
+        if not self.shift:
+            return 1.0
+        if self.shift_rule == "constant":
+            return self.shift_factor
+        tokens = (resolutions // LATENT_PIXELS) ** 2
+        return flux_shift_factor(tokens) if self.shift_rule == "flux" else dimension_shift_factor(tokens * in_channels)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread over processes and memory: see `svg_t2i.parallel`."""
+
+    data_parallel: Literal["ddp", "fsdp", "sdp", "hsdp"] = "ddp"
+    shard_size: int | None = None  # hsdp: processes that share one copy of the weights; null: those of a machine
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # one graph per kind of block, for any number of tokens
+    shard_frozen: bool = False  # autoencoder and text encoder: whole only while they encode
+
+    def __post_init__(self) -> None:
+        size = self.shard_size
+        _require(size is None or self.data_parallel == "hsdp", "shard_size", size, "null unless data_parallel=hsdp")
+        _require(size is None or size >= 1, "shard_size", size, "at least 1")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is recorded besides the console line."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None  # needs `pip install wandb`
+    loss_bins: int = 20  # of the timestep range
+    peak_tflops: float | None = None  # of one device, dense, for the utilisation; null: known for common GPUs
+    profile_steps: int = 0  # trace so many steps, after ten, into results_dir/profile
+
+    def __post_init__(self) -> None:
+        _require(self.loss_bins >= 1, "loss_bins", self.loss_bins, "at least 1")
+        _require(self.profile_steps >= 0, "profile_steps", self.profile_steps, "0 or more")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Pictures of fixed prompts and seeds from the averaged weights, every so many steps: see `svg_t2i.pipeline`."""
+
+    every: int = 0  # steps; 0 switches it off
+    prompts: tuple[str, ...] = ()
+    system_prompt: str = "base"
+    seed: int = 0
+    height: int | None = None  # pixels; null: data.resolution
+    width: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    solver: str = "dpm"
+    time_shift: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "every", self.every, "0 or more")
+        _require(not self.every or self.prompts, "prompts", self.prompts, "given where samples.every is")
 
 
 @dataclass(frozen=True)
@@ -174,6 +272,9 @@ class TrainConfig:
     text_encoder: TextSource = field(default_factory=TextSource)
     optim: OptimConfig = field(default_factory=OptimConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
     init_from: str | None = None  # folder to take first weights from
@@ -202,11 +303,6 @@ class TrainConfig:
                 f"{world_size} processes × train.micro_batch_size={self.train.micro_batch_size} = {share}"
             )
         return self.train.global_batch_size // share
-
-    @property
-    def shift_tokens(self) -> int | None:
-        """Token count that sets the timestep shift; None without shift."""
-        return (self.data.resolution // LATENT_PIXELS) ** 2 if self.flow.shift else None
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:

@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from autoencoder.config import UserError, load_config, run_entry, save_config, to_dict
+from autoencoder.config import REPO_ROOT, UserError, load_config, run_entry, save_config, to_dict
 from autoencoder.manifest import ImageSource, JoinedSources
-from svg_t2i import checkpoint
-from svg_t2i.data import make_datasets, open_caches, open_sources
+from svg_t2i import checkpoint, saving
+from svg_t2i.data import TrainBatch, make_datasets, open_caches, open_sources
+from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen
 from svg_t2i.loader import TrainLoader, build_loader
 from svg_t2i.model import SVGDiT
-from svg_t2i.parallel import World, from_main, main_first, start_world, wrap
+from svg_t2i.monitor import Meter, ProgressLogger, profiling
+from svg_t2i.optimizer import learning_rate
+from svg_t2i.parallel import World, from_main, main_first, parallelize, start_world
+from svg_t2i.samples import sample_grid
 from svg_t2i.settings import TrainConfig, changed_settings, locate
-from svg_t2i.training import FlowObjective, Meter, TrainState, learning_rate, train_step
+from svg_t2i.training import FlowObjective, TrainState, train_step
 
 log = logging.getLogger("svg_t2i")
-T = TypeVar("T")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -69,13 +71,17 @@ def run(config: TrainConfig, world: World) -> None:
     """Train to `train.max_steps`, from scratch, from other weights, or from where the results folder stands."""
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    newest = from_main(open_results(config) if world.is_main else None, world)
+    newest = from_main(open_results(config, world) if world.is_main else None, world)
     with main_first(world):  # the others find the indexes
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)
     frozen = load_frozen(config, world)
-    state = start_state(config, frozen, newest, world)
+    transformer = make_transformer(config, frozen, first=newest is None, world=world)
+    objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
+    state = TrainState.start(transformer, config)
+    if newest is not None:
+        resume(config, state, frozen, newest)
     if world.is_main:
         save_config(config, Path(config.results_dir) / "config.yaml")
         describe(config, state, frozen, manifest, world)
@@ -83,45 +89,44 @@ def run(config: TrainConfig, world: World) -> None:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return
     loader = make_loader(config, sources, frozen, state.step, world)
-    train(config, state, frozen, loader, world)
+    train(config, state, objective, frozen, iter(loader), world)
 
 
-def open_results(config: TrainConfig) -> Path | None:
+def open_results(config: TrainConfig, world: World) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
     Raises:
         UserError: `resume` is off and the folder is not empty.
     """
     folder = Path(config.results_dir)
-    if not config.resume and folder.exists() and any(folder.iterdir()):
+    afresh = not config.resume and not world.restarts  # after a failure, torchrun's next try goes on
+    if afresh and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"results_dir={config.results_dir} is not empty; nothing was overwritten. Choose another folder, empty it, "
             "or continue the run there with resume=true"
         )
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean(checkpoints)
-    return checkpoint.newest_checkpoint(checkpoints)
+    saving.clean(checkpoints)
+    return saving.newest_checkpoint(checkpoints, verify=True)
 
 
-def start_state(config: TrainConfig, frozen: FrozenNetworks, newest: Path | None, world: World) -> TrainState:
-    """The state to train from: the newest checkpoint's, else other weights under fresh moments, else a fresh one."""
+def make_transformer(config: TrainConfig, frozen: FrozenNetworks, first: bool, world: World) -> SVGDiT:
+    """The model with the weights that the `first` step starts from: random ones, or those of `init_from`."""
     sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
     torch.manual_seed(config.train.seed)
     with world.device:
         transformer = SVGDiT(sizes)
-    if newest is not None:
-        return resume(config, TrainState.start(transformer, config.optim), frozen, newest)
-    if config.init_from is not None:
+    if first and config.init_from is not None:
         source = locate(config.init_from)
         checkpoint.init_from(transformer, source)
         if checkpoint.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
             log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
-    return TrainState.start(transformer, config.optim)
+    return transformer
 
 
-def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folder: Path) -> TrainState:
-    """Fill `state` from a checkpoint of this run.
+def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folder: Path) -> None:
+    """Fill `state` from a checkpoint of this run. An average that the checkpoint lacks starts from its weights.
 
     Raises:
         UserError: other frozen networks or another model than before.
@@ -133,12 +138,19 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
         other = [f"{key} was {value} and is {sizes.get(key)}" for key, value in meta["model_args"].items()
                  if sizes.get(key) != value]  # fmt: skip
         raise UserError(f"{folder} holds another model: {', '.join(other)}; choose another results_dir for this one")
-    checkpoint.load_checkpoint(folder, state.tensors())
+    stored, parts = saving.stored_tensors(folder), state.tensors()
+    missing = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
+    saving.load_checkpoint(folder, {part: tensors for part, tensors in parts.items() if part not in missing})
+    for part in missing:
+        if not part.startswith("ema"):
+            raise UserError(f"{folder} has no {part}; a run cannot go on without it, but a new one can init_from it")
+        log.warning("%s has no %s: it starts from the weights", folder, part)
+        for name, tensor in parts[part].items():
+            tensor.copy_(parts["model"][name])
     state.step = meta["step"]
     log.info("resumed from %s", folder)
     for change in changed_settings(meta["config"], config):
         log.info("changed since the checkpoint: %s", change)
-    return state
 
 
 def make_loader(
@@ -164,39 +176,66 @@ def make_loader(
     )
 
 
-def train(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, loader: TrainLoader, world: World) -> None:
-    """Steps, log lines and checkpoints up to `train.max_steps`."""
+def train(
+    config: TrainConfig,
+    state: TrainState,
+    objective: torch.nn.Module,
+    frozen: FrozenNetworks,
+    steps: Iterator[list[TrainBatch | FeatureBatch]],
+    world: World,
+) -> None:
+    """Steps, log lines, pictures and checkpoints up to `train.max_steps`."""
     loop = config.train
-    objective = wrap(FlowObjective(state.transformer, config), world)
-    meter, batches = Meter(world), WaitTimer(loader)
-    logger = ProgressLogger(config, state.step) if world.is_main else None
-    while state.step < loop.max_steps:
-        train_step(state, objective, batches, frozen, config, world, meter)
-        last = state.step == loop.max_steps
-        if last or state.step % loop.log_every == 0:
-            values = meter.read()
-            stop_if_diverged(values, meter, config)
-            if logger is not None:
-                logger.write(state.step, values, batches.pop())
-        if last or state.step % loop.ckpt_every == 0:
-            started = time.perf_counter()
-            save(config, state, frozen)
-            if logger is not None:
-                logger.exclude(time.perf_counter() - started)
-    if logger is not None:
-        logger.close()
+    meter, logger = Meter(world, config, state.transformer.config), ProgressLogger(config, state.step, world)
+    saver = saving.Saver(
+        Path(config.results_dir) / "checkpoints",
+        background=loop.async_checkpoints,
+        keep_last=loop.keep_last,
+        keep_every=loop.keep_every,
+    )
+    meta = checkpoint_meta(config, state, frozen)
+    with profiling(config, world) as next_step:
+        while state.step < loop.max_steps:
+            meter.phase("data")
+            batches = next(steps)
+            train_step(state, objective, batches, frozen, config, world, meter)
+            meter.phase("aside")
+            next_step()
+            last = state.step == loop.max_steps
+            if last or state.step % loop.log_every == 0:
+                values = meter.read()
+                stop_if_diverged(values, meter, config)
+                logger.write(state.step, values, learning_rate(state.step - 1, config.optim, loop.max_steps))
+            with logger.excluded():
+                if config.samples.every and (last or state.step % config.samples.every == 0):
+                    grid = sample_grid(state, frozen, config, world)
+                    if grid is not None:
+                        logger.pictures(state.step, grid)
+                if last or state.step % loop.ckpt_every == 0:
+                    saver.save(state.step, state.tensors(), meta)
+                    frozen.captions.clear()  # as a resumed run would find it
+    saver.close()
+    logger.close()
 
 
-def save(config: TrainConfig, state: TrainState, frozen: FrozenNetworks) -> None:
-    """Write a checkpoint of `state` (all ranks)."""
-    meta = {
+def checkpoint_meta(config: TrainConfig, state: TrainState, frozen: FrozenNetworks) -> dict[str, Any]:
+    """What a checkpoint records besides tensors."""
+    return {
         "model_args": to_dict(state.transformer.config),
         "fingerprints": frozen.fingerprints,
         "config": to_dict(config),
+        "torch": torch.__version__,
+        "code": git_revision(),
     }
-    folder = checkpoint.save_checkpoint(Path(config.results_dir) / "checkpoints", state.step, state.tensors(), meta)
-    frozen.captions.clear()  # as a resumed run would find it
-    log.info("saved %s", folder)
+
+
+def git_revision() -> str | None:
+    """Commit of this code, with "-dirty" behind it where files differ; None outside a git checkout."""
+    command = ["git", "-C", str(REPO_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def stop_if_diverged(values: dict[str, Any], meter: Meter, config: TrainConfig) -> None:
@@ -206,10 +245,10 @@ def stop_if_diverged(values: dict[str, Any], meter: Meter, config: TrainConfig) 
         UserError: with what can be done about it.
     """
     if values["skipped"]:
-        log.warning("%d updates skipped since the last line: their gradients were not finite", values["skipped"])
-    if meter.total_skipped > config.train.max_nonfinite:
+        log.warning("%d updates skipped since the last line: gradients not finite, or a spike", values["skipped"])
+    if meter.total_nonfinite > config.train.max_nonfinite:
         raise UserError(
-            f"{meter.total_skipped} updates had non-finite gradients, more than "
+            f"{meter.total_nonfinite} updates had non-finite gradients, more than "
             f"train.max_nonfinite={config.train.max_nonfinite}; lower optim.lr or use train.precision=fp32, and "
             f"continue from the last checkpoint in {config.results_dir}"
         )
@@ -235,58 +274,6 @@ def describe(
         len(manifest), config.train.global_batch_size, world.size, micro,
         state.step, config.train.max_steps, config.results_dir,
     )  # fmt: skip
-
-
-class WaitTimer(Iterator[T]):
-    """An iterator that adds up how long its source kept it waiting."""
-
-    def __init__(self, source: Iterable[T]):
-        self._source, self._waited = iter(source), 0.0
-
-    def __next__(self) -> T:
-        started = time.perf_counter()
-        item = next(self._source)
-        self._waited += time.perf_counter() - started
-        return item
-
-    def pop(self) -> float:
-        """Seconds since the last call."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
-
-class ProgressLogger:
-    """The console line and the TensorBoard scalars of rank 0."""
-
-    def __init__(self, config: TrainConfig, step: int):
-        self.config = config
-        self.board = SummaryWriter(str(Path(config.results_dir) / "tensorboard"), purge_step=step + 1)
-        self._since = time.perf_counter()
-
-    def write(self, step: int, values: dict[str, Any], waited: float) -> None:
-        """One line for the interval that ended with `step`; `waited`: seconds spent waiting for data in it."""
-        seconds = time.perf_counter() - self._since
-        self._since += seconds
-        rate, lr = values["samples"] / seconds, learning_rate(step - 1, self.config.optim)
-        log.info(
-            "step %d/%d  loss %.4f  grad %.3f  lr %.2e  %.1f images/s  data %.0f%%",
-            step, self.config.train.max_steps, values["loss"], values["grad_norm"], lr, rate, 100 * waited / seconds,
-        )  # fmt: skip
-        scalars = {"lr": lr, "images_per_second": rate, "data_wait": waited / seconds}
-        scalars |= {key: values[key] for key in ("loss", "grad_norm", "skipped", "text_tokens")}
-        for name, value in scalars.items():
-            self.board.add_scalar(f"train/{name}", value, step)
-        bins = values["loss_bins"]
-        for i, loss in enumerate(bins):
-            if loss == loss:  # nan: no sample fell into this bin
-                self.board.add_scalar(f"loss_at_t/{i / len(bins):.2f}-{(i + 1) / len(bins):.2f}", loss, step)
-
-    def exclude(self, seconds: float) -> None:
-        """Leave time that was not training out of the next line's rate."""
-        self._since += seconds
-
-    def close(self) -> None:
-        self.board.close()
 
 
 if __name__ == "__main__":

@@ -8,28 +8,27 @@ Unusual here:
 - Nothing in a step waits for the device: losses gather in a `Meter` that is read once per logging interval, and whether
   a non-finite gradient skips its update is decided by the fused optimiser on the device.
 
-A step of G samples on R ranks is G / (R · micro_batch_size) micro-batches per rank; its gradient is that of the mean
-loss over the G samples.
+The gradient of a step is that of the mean loss over its G samples, however they are dealt to ranks and micro-batches.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from svg_t2i.data import TrainBatch
 from svg_t2i.feature_cache import FeatureBatch
-from svg_t2i.flow import LossBins, draw_timesteps, flow_loss, interpolate, random_keys, random_normal
+from svg_t2i.flow import draw_timesteps, flow_loss, interpolate, random_keys, random_normal, shift_time
 from svg_t2i.frozen import FrozenNetworks, MicroBatch, mixed_precision
 from svg_t2i.model import SVGDiT
-from svg_t2i.parallel import World, gradient_sync, reduce_sum
-from svg_t2i.settings import LATENT_PIXELS, OptimConfig, TrainConfig
+from svg_t2i.monitor import Meter
+from svg_t2i.optimizer import UpdateGuard, ema_decay, ema_update, learning_rate, make_optimizer
+from svg_t2i.parallel import World, clip_gradients, gradient_sync, local_tensors
+from svg_t2i.settings import TrainConfig
 
 
 class FlowObjective(nn.Module):
@@ -38,7 +37,7 @@ class FlowObjective(nn.Module):
     def __init__(self, transformer: SVGDiT, config: TrainConfig):
         super().__init__()
         self.transformer = transformer
-        self.flow = config.flow
+        self.flow, self.channels = config.flow, transformer.config.in_channels
         self.seed, self.precision = config.train.seed, config.train.precision
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -46,8 +45,8 @@ class FlowObjective(nn.Module):
         patch = self.transformer.config.patch_size
         lengths = tuple(h * w // patch**2 for h, w in batch.sizes)
         keys = random_keys(self.seed, batch.positions)
-        shift_tokens = (batch.resolutions // LATENT_PIXELS) ** 2 if self.flow.shift else None
-        timesteps = draw_timesteps(keys, self.flow.snr_type, self.flow.mu, shift_tokens)
+        factor = self.flow.factor(batch.resolutions, self.channels)
+        timesteps = shift_time(draw_timesteps(keys, self.flow.snr_type, self.flow.mu), factor)
         noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
         noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
         with mixed_precision(self.precision, noisy.device):
@@ -60,116 +59,75 @@ class TrainState:
     """What a run carries from step to step; with the configuration, all a checkpoint needs."""
 
     transformer: SVGDiT
-    ema: SVGDiT  # running average of its weights
+    emas: dict[float, dict[str, Tensor]]  # by decay: running averages of its weights, by name
     optimizer: torch.optim.AdamW
+    guard: UpdateGuard
     step: int = 0  # updates done
 
     @classmethod
-    def start(cls, transformer: SVGDiT, optim: OptimConfig) -> TrainState:
-        """A fresh state; the average starts as a copy of the weights."""
-        ema = copy.deepcopy(transformer).eval().requires_grad_(False)
-        return cls(transformer, ema, make_optimizer(transformer.parameters(), optim))
+    def start(cls, transformer: SVGDiT, config: TrainConfig) -> TrainState:
+        """A fresh state; averages start as copies of the weights. A model to be sharded is sharded before."""
+        weights = transformer.state_dict(keep_vars=True)  # their names do not tell what wraps the blocks
+        emas = {
+            decay: {name: weight.detach().clone() for name, weight in weights.items()}
+            for decay in config.train.ema_decays
+        }
+        guard = UpdateGuard(config.train.spike_factor, next(iter(weights.values())).device)
+        return cls(transformer, emas, make_optimizer(weights.values(), config.optim), guard)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The trained weights."""
+        return self.optimizer.param_groups[0]["params"]
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The average that samples come from."""
+        return next(iter(self.emas.values()))
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor by name, not copied: what a checkpoint stores, and fills in place on resume."""
         moments = {
             f"{name}.{key}": value
-            for name, weight in self.transformer.named_parameters()
+            for name, weight in self.transformer.state_dict(keep_vars=True).items()
             for key, value in self.optimizer.state[weight].items()
         }
-        return {"model": self.transformer.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments}
-
-
-def make_optimizer(weights: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW whose moments exist from the start, so that a checkpoint can be loaded into them."""
-    optimizer = torch.optim.AdamW(
-        weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
-    for weight in optimizer.param_groups[0]["params"]:
-        optimizer.state[weight] = {
-            "step": torch.zeros((), device=weight.device),
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
-        }
-    return optimizer
-
-
-def learning_rate(step: int, optim: OptimConfig) -> float:
-    """Rate of the update after `step` updates."""
-    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup_steps))
-
-
-def ema_update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """ema ← decay · ema + (1 − decay) · weights, in place."""
-    torch._foreach_lerp_(list(ema), list(weights), 1 - decay)
+        names = ["ema", *(f"ema_{decay:g}" for decay in list(self.emas)[1:])]
+        averages = dict(zip(names, self.emas.values(), strict=True))
+        guard = {"mean_norm": self.guard.mean_norm}
+        return {"model": self.transformer.state_dict(), **averages, "optimizer": moments, "guard": guard}
 
 
 def train_step(
     state: TrainState,
     objective: nn.Module,
-    steps: Iterator[list[TrainBatch | FeatureBatch]],
+    batches: Sequence[TrainBatch | FeatureBatch],
     frozen: FrozenNetworks,
     config: TrainConfig,
     world: World,
     meter: Meter,
 ) -> None:
-    """One update from the next micro-batches of this rank. `objective` is the wrapped `FlowObjective`."""
-    weights = state.optimizer.param_groups[0]["params"]
-    state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config.optim)
+    """One update from this rank's micro-batches. `objective` is the parallelised `FlowObjective`."""
+    train, weights = config.train, state.weights
+    state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config.optim, train.max_steps)
 
-    micro_batches = next(steps)
-    for i, micro_batch in enumerate(micro_batches, start=1):
-        batch = frozen.prepare(micro_batch, state.transformer)
-        with gradient_sync(objective, enabled=i == len(micro_batches)):
+    meter.phase("encode")
+    micro_batches = frozen.prepare(batches, state.transformer, world.device)
+    meter.phase("model")
+    for i, batch in enumerate(micro_batches):
+        with gradient_sync(objective, i == len(micro_batches) - 1, config.parallel.data_parallel):
             losses, timesteps = objective(batch)
-            (losses.sum() * world.size / config.train.global_batch_size).backward()
+            (losses.sum() * (world.size / train.global_batch_size)).backward()  # ranks are averaged over
         meter.add_losses(losses.detach(), timesteps, batch)
 
-    grad_norm = clip_grad_norm_(weights, config.train.grad_clip, foreach=True)
-    skip = grad_norm.isfinite().logical_not().float()  # the same on every rank: gradients are averaged by now
+    meter.phase("update")
+    grad_norm = clip_gradients(weights, train.grad_clip)
+    skip = state.guard.skip(grad_norm)
     state.optimizer.found_inf = skip  # the fused update leaves weights and moments alone where this is 1
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    ema_update(list(state.ema.parameters()), weights, config.train.ema_decay)
+    for decay, ema in state.emas.items():
+        decay = ema_decay(state.step, decay, train.ema_warmup)
+        ema_update(local_tensors(ema.values()), local_tensors(weights), decay)
     state.step += 1
     meter.add_update(grad_norm, skip)
-
-
-class Meter:
-    """Sums of what is logged, kept on the device between two `read`s."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.bins = LossBins(device=world.device)
-        self._sums = torch.zeros(4, device=world.device)  # losses, samples | gradient norm, skipped updates
-        self._updates = self._text_tokens = self._samples = 0
-        self.total_skipped = 0  # as of the last `read`
-
-    def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
-        """Per-sample losses (B,) at timesteps (B,)."""
-        self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
-        self.bins.update(timesteps, losses)
-        self._text_tokens += sum(batch.text.lengths)
-        self._samples += len(losses)
-
-    def add_update(self, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Gradient norm before clipping, and 1 if the update was skipped."""
-        self._sums[2:] += torch.stack((grad_norm, skipped))
-        self._updates += 1
-
-    def read(self) -> dict[str, Any]:
-        """Means over all ranks since the last call, from which counting starts anew. Waits for the device."""
-        loss, samples, grad_norm, skipped = reduce_sum(self._sums, self.world).tolist()
-        reduce_sum(self.bins.totals, self.world)
-        self.total_skipped += round(skipped / self.world.size)
-        values = {
-            "loss": loss / max(samples, 1),
-            "grad_norm": grad_norm / max(self._updates * self.world.size, 1),
-            "skipped": round(skipped / self.world.size),
-            "samples": round(samples),
-            "text_tokens": self._text_tokens / max(self._samples, 1),
-            "loss_bins": self.bins.pop(),
-        }
-        self._sums.zero_()
-        self._updates = self._text_tokens = self._samples = 0
-        return values

@@ -6,7 +6,7 @@ from PIL import Image
 
 from autoencoder.images import crop_square, crop_to_size, frontier_sizes, nearest_bucket, to_rgb
 from autoencoder.manifest import ResumableSampler
-from svg_t2i.training import ema_update
+from svg_t2i.optimizer import ema_update
 
 EMA_DECAY = 0.95  # the release's default
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -15,27 +16,32 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from autoencoder.config import UserError, to_dict
 from svg_t2i.checkpoint import (
     check_fingerprints,
-    clean,
     export,
     find_checkpoint,
     init_from,
-    load_checkpoint,
     load_transformer,
-    newest_checkpoint,
     read_meta,
     read_transformer,
-    save_checkpoint,
     save_transformer,
 )
 from svg_t2i.model import MODELS, DiTConfig, SVGDiT
 from svg_t2i.published import export_published
-from svg_t2i.settings import OptimConfig
+from svg_t2i.saving import COMMITTED, META, clean, load_checkpoint, newest_checkpoint, save_checkpoint
+from svg_t2i.settings import AutoencoderSource, DataConfig, LoopConfig, OptimConfig, TrainConfig
 from svg_t2i.training import TrainState
 
 SIZES = DiTConfig(
     dim=16, n_layers=1, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(4, 2, 2), in_channels=4,
     cap_feat_dim=8, multiple_of=16,
 )  # fmt: skip
+CONFIG = TrainConfig(
+    model="tiny",
+    results_dir="unused",
+    data=DataConfig(path="unused"),
+    train=LoopConfig(max_steps=1, global_batch_size=1, micro_batch_size=1),
+    autoencoder=AutoencoderSource(config="unused"),
+    optim=OptimConfig(lr=0.1),
+)
 FINGERPRINTS = {"autoencoder": {"encoder": "e1", "stats": "s1", "channels": 4}, "text_encoder": "t1"}
 
 
@@ -49,7 +55,7 @@ def randomise(model):
 @pytest.fixture
 def state():
     """A state with moments, and an average that differs from the weights."""
-    state = TrainState.start(randomise(SVGDiT(SIZES)), OptimConfig(lr=0.1))
+    state = TrainState.start(randomise(SVGDiT(SIZES)), CONFIG)
     for weight in state.transformer.parameters():
         weight.grad = torch.randn_like(weight)
     state.optimizer.step()
@@ -80,7 +86,7 @@ def test_every_tensor_comes_back(tmp_path, state, meta):
     folder = save_checkpoint(tmp_path, 12, state.tensors(), meta)
     assert folder == tmp_path / "0000012"
     assert read_meta(folder)["step"] == 12
-    fresh = TrainState.start(SVGDiT(SIZES), OptimConfig(lr=0.1))
+    fresh = TrainState.start(SVGDiT(SIZES), CONFIG)
     load_checkpoint(folder, fresh.tensors())
     for part, tensors in state.tensors().items():
         assert_equal(fresh.tensors()[part], tensors)
@@ -91,7 +97,7 @@ def test_raw_and_averaged_weights_are_told_apart(tmp_path, state, meta):
     folder = save_checkpoint(tmp_path / "checkpoints", 1, state.tensors(), meta)
     for source in (folder, tmp_path):  # the checkpoint, and the run it belongs to
         assert_equal(load_transformer(source, ema=False).state_dict(), state.transformer.state_dict())
-        assert_equal(load_transformer(source, ema=True).state_dict(), state.ema.state_dict())
+        assert_equal(load_transformer(source, ema=True).state_dict(), state.ema)
     assert not load_transformer(folder).training
     assert find_checkpoint(tmp_path) == folder
 
@@ -109,8 +115,9 @@ def test_untrusted_index_is_not_executed(tmp_path, state, meta, content):
         stored.state_dict_metadata["ema.x_embedder.bias"] = BytesStorageMetadata()
         index.write_bytes(pickle.dumps(stored))
     facts = json.loads((folder / "meta.json").read_text())
-    facts["files"][".metadata"] = index.stat().st_size
-    (folder / "meta.json").write_text(json.dumps(facts))
+    facts["files"][".metadata"]["size"] = index.stat().st_size
+    (folder / META).write_text(json.dumps(facts))
+    (folder / COMMITTED).write_text(hashlib.sha256((folder / META).read_bytes()).hexdigest())
     for load in (load_transformer, lambda folder: load_checkpoint(folder, state.tensors())):
         with pytest.raises(UserError, match="0000001.*cannot be loaded here"):
             load(folder)
@@ -147,6 +154,7 @@ def test_broken_checkpoint_is_passed_over(tmp_path, state, meta, damage, caplog)
         facts.write_text("{")
     else:
         facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 99}))
+        (bad / COMMITTED).write_text(hashlib.sha256(facts.read_bytes()).hexdigest())
     assert newest_checkpoint(tmp_path) == good
     assert str(bad) in caplog.text
     save_checkpoint(tmp_path, 10, state.tensors(), meta)  # the run comes by again and replaces it
@@ -165,7 +173,7 @@ def test_other_shapes_are_refused_by_name(tmp_path, state, meta):
 def test_export_round_trip(tmp_path, state, meta):
     folder = save_checkpoint(tmp_path / "checkpoints", 1, state.tensors(), meta)
     out = export(tmp_path, tmp_path / "out")
-    assert_equal(load_transformer(out).state_dict(), state.ema.state_dict())
+    assert_equal(load_transformer(out).state_dict(), state.ema)
     assert read_meta(out)["fingerprints"] == FINGERPRINTS
     raw = export(folder, tmp_path / "raw", ema=False)
     assert_equal(load_transformer(raw).state_dict(), state.transformer.state_dict())
@@ -192,14 +200,16 @@ def test_fingerprints_must_agree_and_are_named(tmp_path):
 @pytest.fixture
 def published(tmp_path, state, monkeypatch):
     monkeypatch.setitem(MODELS, "published-like", SIZES)
-    return export_published(state.transformer, state.ema, "published-like", tmp_path / "published")
+    ema = SVGDiT(SIZES)
+    ema.load_state_dict(state.ema)
+    return export_published(state.transformer, ema, tmp_path / "published")
 
 
 def test_published_folder_loads(published, state):
     stored = torch.load(published / "consolidated.00-of-01.pth", weights_only=True)
     assert "norm_final.weight" in stored
     assert_equal(load_transformer(published, ema=False).state_dict(), state.transformer.state_dict())
-    assert_equal(load_transformer(published, ema=True).state_dict(), state.ema.state_dict())
+    assert_equal(load_transformer(published, ema=True).state_dict(), state.ema)
     assert read_transformer(published).config == SIZES
     assert read_meta(published) == {}
 
@@ -207,7 +217,7 @@ def test_published_folder_loads(published, state):
 def test_published_flags_and_widths_are_taken_from_the_files(tmp_path, monkeypatch):
     plain = SVGDiT(DiTConfig(**{**vars(SIZES), "qk_norm": False, "in_channels": 6, "cap_feat_dim": 10}))
     monkeypatch.setitem(MODELS, "published-like", SIZES)
-    folder = export_published(plain, plain, "published-like", tmp_path)
+    folder = export_published(plain, plain, tmp_path)
     assert load_transformer(folder).config == plain.config
 
 

@@ -1,6 +1,5 @@
 """The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from svg_t2i.frozen import CaptionCache
 from svg_t2i.packing import TextFeatures
 from svg_t2i.settings import LoopConfig, OptimConfig, TrainConfig, changed_settings
 from svg_t2i.train import main
-from svg_t2i.training import FlowObjective, TrainState, ema_update, learning_rate
+from svg_t2i.training import FlowObjective
 
 
 @pytest.fixture
@@ -181,40 +180,6 @@ def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
 def test_mistakes_are_named(train, override, message):
     with pytest.raises(UserError, match=message):
         train("run", override)
-
-
-def test_warm_up_is_linear_then_constant():
-    rates = [learning_rate(step, OptimConfig(lr=1.0, warmup_steps=4)) for step in range(6)]
-    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(0, OptimConfig(lr=0.5)) == 0.5
-
-
-def test_ema_update_is_the_weighted_mean():
-    weights, ema = [torch.randn(3, 5), torch.randn(7)], [torch.randn(3, 5), torch.randn(7)]
-    expected = [0.95 * e.double() + 0.05 * w.double() for e, w in zip(ema, weights)]
-    ema_update(ema, weights, 0.95)
-    for actual, value in zip(ema, expected):
-        torch.testing.assert_close(actual.double(), value, atol=1e-7, rtol=0)
-
-
-def test_optimizer_matches_plain_adamw():
-    """Moments made in advance, and the skip flag at 0, change nothing about AdamW."""
-    optim = OptimConfig(lr=1e-2, weight_decay=0.1)
-    module = torch.nn.Linear(4, 3)
-    module.config = None
-    plain = copy.deepcopy(module)
-    state = TrainState.start(module, optim)
-    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
-    x = torch.randn(8, 4)
-    for _ in range(5):
-        for model, optimizer in ((module, state.optimizer), (plain, reference)):
-            model(x).square().mean().backward()
-            if optimizer is state.optimizer:
-                optimizer.found_inf = torch.zeros(())
-            optimizer.step()
-            optimizer.zero_grad()
-    torch.testing.assert_close(module.weight, plain.weight, atol=1e-6, rtol=0)
-    assert {"weight.step", "weight.exp_avg", "bias.exp_avg_sq"} <= state.tensors()["optimizer"].keys()
 
 
 class CountingEncoder:

@@ -1,0 +1,36 @@
+"""Write the weights of a run or checkpoint as files to share.
+
+    python -m svg_t2i.export results/stage3_1024 exported                  # config.json, model.safetensors
+    python -m svg_t2i.export results/stage3_1024 exported --published      # consolidated*.pth, model_args.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from autoencoder.config import run_entry
+from svg_t2i.checkpoint import export, export_as_published
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m svg_t2i.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="results folder (its newest checkpoint), one checkpoint, or a published folder")
+    parser.add_argument("out", help="a folder that does not exist yet")
+    parser.add_argument("--published", action="store_true", help="the release's file names: raw and averaged weights")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
+    weights.add_argument("--ema_decay", type=float, help="the average with this decay, where the run keeps several")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    average = not arguments.raw if arguments.ema_decay is None else arguments.ema_decay
+    write = export_as_published if arguments.published else export
+    print(f"wrote {write(arguments.folder, arguments.out, average)}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,92 @@
+"""Every way of spreading a run over processes, against the same run in one process; and checkpoints that change hands.
+
+All runs of the same number of processes share one start: each rank plays through the list of runs.
+"""
+
+import os
+
+import pytest
+from torch.distributed.tensor import DTensor
+
+from svg_t2i.checkpoint import read_transformer
+from svg_t2i.train import main
+from svg_t2i.training import TrainState
+
+RUNS = {
+    "ddp": ["train.micro_batch_size=1"],
+    "sdp": ["parallel.data_parallel=sdp", "train.micro_batch_size=1"],
+    "fsdp": ["parallel.data_parallel=fsdp", "train.micro_batch_size=1", "parallel.activation_checkpointing=selective"],
+    "hsdp": ["parallel.data_parallel=hsdp", "parallel.shard_size=1", "train.micro_batch_size=1"],
+    "frozen": [
+        "parallel.data_parallel=sdp", "parallel.shard_frozen=true", "parallel.activation_checkpointing=full",
+        "train.micro_batch_size=2", "train.async_checkpoints=false",
+    ],
+}  # fmt: skip
+COMMON = ["train.ckpt_every=2", "train.max_steps=4", "train.ema_decay=[0.9,0.5]"]
+
+
+AFTER = {"fsdp after ddp": "ddp", "hsdp after sdp": "sdp", "sdp after sdp": "sdp"}  # its first half
+
+
+def play(parts, folder, ports):
+    """All runs, one after another, on this rank; -> the names of those that trained sharded weights."""
+    sharded, start = [], TrainState.start.__func__
+    runs = RUNS | {name: RUNS[name.split()[0]] for name in AFTER}
+    for (name, settings), port in zip(runs.items(), ports, strict=True):
+
+        def spy(cls, *arguments, name=name):
+            state = start(cls, *arguments)
+            if isinstance(state.weights[0], DTensor):
+                sharded.append(name)
+            return state
+
+        os.environ["MASTER_PORT"] = str(port)
+        TrainState.start = classmethod(spy)
+        main(["--config", str(parts / "train.yaml"), f"results_dir={folder / name}", *COMMON, *settings])
+    return sharded
+
+
+@pytest.fixture(scope="module")
+def runs(toy_parts, tmp_path_factory, run_processes, free_port):
+    """Folder with the runs of two processes, and "one", that of a single one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, source in AFTER.items():
+        (folder / name / "checkpoints").mkdir(parents=True)
+        (folder / name / "checkpoints" / "0000002").symlink_to(folder / source / "checkpoints" / "0000002")
+    sharded, _ = run_processes(play, 2, toy_parts, folder, [free_port() for _ in [*RUNS, *AFTER]])
+    assert sharded == [name for name in [*RUNS, *AFTER] if name != "ddp"]
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder / 'one'}", *COMMON])
+    return folder
+
+
+def difference(folder, one, two, step=4):
+    """Largest one between two runs, over raw weights and both averages."""
+    return max(
+        (a[key] - b[key]).abs().max().item()
+        for ema in (False, True, 0.5)
+        for a, b in [[read_transformer(folder / run / "checkpoints" / f"{step:07d}", ema).state for run in (one, two)]]
+        for key in a
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_compute_what_one_does(runs, name):
+    assert difference(runs, "one", name, step=2) <= 1e-6
+    assert difference(runs, "one", name) <= 1e-6
+
+
+def test_a_run_goes_on_exactly_where_it_stopped(runs):
+    assert difference(runs, "sdp", "sdp after sdp") == 0
+
+
+@pytest.mark.parametrize("name", ["fsdp after ddp", "hsdp after sdp"])
+def test_a_run_goes_on_in_another_mode(runs, name):
+    assert difference(runs, "one", name) <= 1e-6
+
+
+def test_one_process_goes_on_with_shards(runs, toy_parts, tmp_path):
+    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "two" / "checkpoints" / "0000002").symlink_to(runs / "fsdp" / "checkpoints" / "0000002")
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / 'two'}", *COMMON])
+    (tmp_path / "one").symlink_to(runs / "one")
+    assert difference(tmp_path, "one", "two") <= 1e-6
