@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from autoencoder.config import UserError
+from autoencoder.data import TrainLoader
 from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
 from autoencoder.manifest import ImageSource, ResumableSampler, sample_rng
 from svg_t2i.text import build_prompt
@@ -127,16 +128,6 @@ def collate(items: Sequence[TrainItem]) -> TrainBatch:
     )
 
 
-class TrainLoader(DataLoader[TrainBatch]):
-    """A DataLoader whose workers' user errors arrive as the one message they were raised with."""
-
-    def __iter__(self) -> Iterator[TrainBatch]:
-        try:
-            yield from super().__iter__()
-        except UserError as error:  # torch re-raises it with the worker's traceback as message
-            raise UserError(str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip()) from None
-
-
 class _Positions(Sampler[tuple[int, int]]):
     """The (position, index) pairs of a ResumableSampler."""
 
@@ -161,7 +152,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-) -> TrainLoader:
+) -> TrainLoader[TrainBatch]:
     """This rank's micro-batches of steps `resume_step` … `total_steps` − 1, in order, on the host.
 
     A step is global_batch_size / (world_size · micro_batch_size) consecutive micro-batches on every rank. The

@@ -11,7 +11,7 @@ REPO_ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "autoencoder": [
         {"config"},
-        {"images", "weights", "parallel"},
+        {"images", "weights", "parallel", "collectives"},
         {"manifest", "encoder_table", "positions", "published_keys"},
         {"encoders", "decoder", "residual", "latents"},
         {"hy_decoder", "drift"},
@@ -19,8 +19,9 @@ FLOORS = {
         {"model"},
         {"losses"},
         {"data", "metrics", "sweep"},
-        {"evaluation"},
+        {"evaluation", "settings"},
         {"training"},
+        {"callbacks"},
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
@@ -39,13 +40,13 @@ ONLY_IN = {
     "transformers": {"svg_t2i.text"},
     "tokenizers": {"svg_t2i.text"},
     "timm": {"autoencoder.encoder_table", "autoencoder.encoders", "autoencoder.residual"},
-    "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
+    "pytorch_lightning": {"autoencoder.training", "autoencoder.callbacks", "autoencoder.train"},
     "omegaconf": {"autoencoder.config"},
     "torchmetrics": {"autoencoder.metrics"},
     "matplotlib": {"autoencoder.drift"},
     "torch.distributed": {
+        "autoencoder.collectives",
         "autoencoder.parallel",
-        "autoencoder.training",
         "svg_t2i.parallel",
         "svg_t2i.checkpoint",
         "svg_t2i.training",
