@@ -1,7 +1,8 @@
 """The autoencoder's losses: L1 + LPIPS, and a patch discriminator balanced by an adaptive weight.
 
 Everything here works on *groups*: a batch is one tensor (n, 3, H, W) or a list of them, one per image size, with
-values in [-1, 1]. Images count equally whatever their size and grouping.
+values in [-1, 1]. Images count equally whatever their size and grouping. Under several processes `average` makes λ and
+g those of the global batch.
 
 The adversarial term enters as  total = nll + λ·f·g  (VQGAN, arXiv 2012.09841, eq. 7) with λ the ratio of the two
 gradients at the decoder's last layer and f = 0 before `disc_start`. Both gradients are taken once, at the
@@ -15,7 +16,7 @@ generator; disc_loss, logits_real, logits_fake of the discriminator. All are det
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +43,7 @@ class LossConfig:
     disc_num_layers: int = 3
     disc_ndf: int = 64  # channels after the discriminator's first convolution
     disc_in_channels: int = 3
-    disc_per_image: bool = False  # every image alone through the discriminator: BatchNorm statistics per image
+    disc_per_image: bool = False  # BatchNorm statistics per image, as if each went alone through the discriminator
 
     def __post_init__(self) -> None:
         for name in ("disc_start", "disc_weight", "disc_factor", "perceptual_weight"):
@@ -63,8 +64,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_loss(lossconfig: Mapping[str, Any], source: str = "config") -> AutoencoderLoss:
-    """The loss of a `lossconfig` mapping {target, params}.
+def build_loss(
+    lossconfig: Mapping[str, Any], source: str = "config", norm: type[nn.BatchNorm2d] | None = None
+) -> AutoencoderLoss:
+    """The loss of a `lossconfig` mapping {target, params}; `norm` as in AutoencoderLoss.
 
     Raises:
         ConfigError: unknown target or parameter.
@@ -73,10 +76,25 @@ def build_loss(lossconfig: Mapping[str, Any], source: str = "config") -> Autoenc
     target = lossconfig.get("target", "autoencoder.losses.AutoencoderLoss")
     defaults = resolve_target(target, f"{source}: model.params.lossconfig.target", LOSSES)
     params = {**defaults, **(lossconfig.get("params") or {})}
-    return AutoencoderLoss(build(LossConfig, params, f"{source}: model.params.lossconfig.params"))
+    return AutoencoderLoss(build(LossConfig, params, f"{source}: model.params.lossconfig.params"), norm=norm)
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------
+
+
+class PerImageBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d as if the images of a batch came one by one: the statistics of each, in a single pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            variances, means = torch.var_mean(x.float(), dim=(2, 3))  # (n, C)
+            left = (1 - self.momentum) ** torch.arange(len(x) - 1, -1, -1, device=x.device)  # of image i at the end
+            for running, values in ((self.running_mean, means), (self.running_var, variances)):
+                running.mul_((1 - self.momentum) ** len(x)).add_(self.momentum * (left @ values))
+            self.num_batches_tracked += len(x)
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class PatchDiscriminator(nn.Module):
@@ -85,14 +103,16 @@ class PatchDiscriminator(nn.Module):
     Widths ndf·min(2^i, 8); 4×4 kernels; stride 2 in the first `n_layers` convolutions, then 1.
     """
 
-    def __init__(self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3):
+    def __init__(
+        self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3, norm: type[nn.BatchNorm2d] = nn.BatchNorm2d
+    ):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = ndf
         for i in range(1, n_layers + 1):
             stride, previous, width = 2 if i < n_layers else 1, width, ndf * min(2**i, 8)
             # BatchNorm takes over the bias.
-            layers += [nn.Conv2d(previous, width, 4, stride, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.Conv2d(previous, width, 4, stride, padding=1, bias=False), norm(width)]
             layers += [nn.LeakyReLU(0.2)]
         layers += [nn.Conv2d(width, 1, 4, padding=1)]
         self.main = nn.Sequential(*layers)
@@ -101,6 +121,12 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
+
+    @property
+    def smallest_side(self) -> int:
+        """Pixels an image needs at least to get a logit."""
+        strided = sum(isinstance(layer, nn.Conv2d) and layer.stride[0] == 2 for layer in self.main)
+        return 3 * 2**strided
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
@@ -158,16 +184,22 @@ class AutoencoderLoss(nn.Module):
     Args:
         config: weights and the discriminator's size.
         perceptual: replaces LPIPS; called with (x, x̂), returns (n, 1, 1, 1).
+        norm: the discriminator's normalisation; by default BatchNorm2d, per image where the config says so.
 
-    `perceptual_loss` and `discriminator` are None where the config gives them no weight.
+    `perceptual_loss` and `discriminator` are None where the config gives them no weight. `average` is the mean of a
+    tensor over the processes that share a batch, to be set where there are several.
     """
 
-    def __init__(self, config: LossConfig, perceptual: nn.Module | None = None):
+    def __init__(
+        self, config: LossConfig, perceptual: nn.Module | None = None, norm: type[nn.BatchNorm2d] | None = None
+    ):
         super().__init__()
         self.config = config
+        self.average: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.perceptual_loss = (perceptual or build_lpips()) if config.perceptual_weight > 0 else None
+        norm = norm or (PerImageBatchNorm if config.disc_per_image else nn.BatchNorm2d)
         size = (config.disc_in_channels, config.disc_ndf, config.disc_num_layers)
-        self.discriminator = PatchDiscriminator(*size) if config.adversarial else None
+        self.discriminator = PatchDiscriminator(*size, norm) if config.adversarial else None
         self.logvar = nn.Parameter(torch.tensor(config.logvar_init), requires_grad=False)  # in no optimiser
 
     def train(self, mode: bool = True) -> AutoencoderLoss:
@@ -212,7 +244,7 @@ class AutoencoderLoss(nn.Module):
         """Loss of the discriminator: images should score above 1, reconstructions below −1 (hinge)."""
         adversary = hinge_loss if self.config.disc_loss == "hinge" else vanilla_loss
         losses, logits, counts = [], [], []
-        for x, y in zip(self._for_discriminator(images), self._for_discriminator(recons)):
+        for x, y in zip(_groups(images), _groups(recons)):
             real, fake = self.discriminator(x).float(), self.discriminator(y.detach()).float()
             losses.append(adversary(real, fake))
             logits.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
@@ -237,23 +269,20 @@ class AutoencoderLoss(nn.Module):
 
     def adversarial(self, recons: Images) -> Tensor:
         """g = −mean over all patch logits pooled: larger images count more, as published."""
-        logits = [self.discriminator(group).float().flatten() for group in self._for_discriminator(recons)]
-        return -torch.cat(logits).mean()
+        logits = torch.cat([self.discriminator(group).float().flatten() for group in _groups(recons)])
+        count = self.average(torch.full_like(logits[0], len(logits)))  # a process may have more than another
+        return -logits.sum() / count
 
     def adaptive_weight(
         self, nll_grads: Sequence[Tensor], g_grads: Sequence[Tensor], recons: Sequence[Tensor], last_layer: Tensor
     ) -> Tensor:
         """λ = clamp(‖∂nll/∂W‖ / (‖∂g/∂W‖ + 1e-4), 0, 1e4) · disc_weight, from gradients at the reconstructions."""
-        norms = [
-            torch.autograd.grad(recons, last_layer, grads, retain_graph=True)[0].float().norm()
+        of_layer = [
+            torch.autograd.grad(recons, last_layer, grads, retain_graph=True)[0].float().flatten()
             for grads in (nll_grads, g_grads)
         ]
-        return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4) * self.config.disc_weight
-
-    def _for_discriminator(self, images: Images) -> list[Tensor]:
-        """What goes through the discriminator at a time: BatchNorm takes its statistics over it."""
-        groups = _groups(images)
-        return [image for group in groups for image in group.split(1)] if self.config.disc_per_image else groups
+        nll_norm, g_norm = self.average(torch.stack(of_layer)).norm(dim=1)
+        return (nll_norm / (g_norm + 1e-4)).clamp(0.0, 1e4) * self.config.disc_weight
 
 
 def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

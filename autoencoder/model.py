@@ -48,7 +48,8 @@ class ModelConfig:
     ckpt_path: autoencoder checkpoint, relative to the working directory, the YAML file, the repository or its svg_t2i.
     ddconfig, hyconfig: one of the two decoders. extra_vit_config: the residual branch of the "R" variants.
     num_layer: row of the published statistics. lossconfig and is_train concern training only. embed_dim is accepted and
-    changes nothing: in the release it sizes a norm (`norm_vit`) that is never applied.
+    changes nothing: in the release it sizes a norm (`norm_vit`) that is never applied. use_ema (own): take the averaged
+    weights of the checkpoint, which training keeps with ema_decay.
     """
 
     ckpt_path: str | None = None
@@ -60,6 +61,7 @@ class ModelConfig:
     extra_vit_config: ResidualConfig | None = None
     is_train: bool = True
     num_layer: int = -1
+    use_ema: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in ("ddconfig", "hyconfig") if getattr(self, name) is not None]
@@ -180,12 +182,13 @@ class SVGAutoencoder(nn.Module):
 
         Only what DROPPED names is left out. UserError naming keys and remedy otherwise.
         """
-        self._load_state(read_state_dict(path, "autoencoder checkpoint"), path)
+        self._load_state(read_state_dict(path, "autoencoder checkpoint", self.config.use_ema), path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything needed to load this autoencoder again (the drawing at the top); each file atomically."""
         folder = Path(folder)
-        params = replace(self.config, ckpt_path=None, dinoconfig=replace(self.config.dinoconfig, weights=None))
+        dinoconfig = replace(self.config.dinoconfig, weights=None)
+        params = replace(self.config, ckpt_path=None, use_ema=False, dinoconfig=dinoconfig)
         config = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint(), "params": to_dict(params)}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.stats is not None:
@@ -246,7 +249,9 @@ class SVGAutoencoder(nn.Module):
         params = build(ModelConfig, _params(config, source), source)
         if checkpoint is None and params.ckpt_path is not None:
             checkpoint = _locate(params.ckpt_path, base)
-        state = {} if checkpoint is None else read_state_dict(checkpoint, "autoencoder checkpoint")
+        state = {}
+        if checkpoint is not None:
+            state = read_state_dict(checkpoint, "autoencoder checkpoint", params.use_ema)
         if any(name.startswith("encoder.") for name in state):
             params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
         model = cls(params)

@@ -1,16 +1,15 @@
 """Train the SVG autoencoder:  python -m autoencoder.train --config FILE [--devices N] [key.sub=value ...]
 
-Everything is in the config file (see `autoencoder.training` for its schema and the folder that a run writes); further
-arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there. This module holds what
-stands outside the training step: logging, checkpoints, the entry.
+Everything is in the config file (`autoencoder.settings` has its schema, `autoencoder.training` draws the folder that a
+run writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,141 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 
+from autoencoder.callbacks import AtomicCheckpointIO, AveragedWeights, Checkpoints, ConsoleLogger, ReconstructionGrid
+from autoencoder.collectives import SyncedBatchNorm
 from autoencoder.config import UserError, find_config, load_config, run_entry, save_config, to_dict
-from autoencoder.images import image_grid, to_float, to_pil
-from autoencoder.losses import build_loss
+from autoencoder.encoders import build_encoder
+from autoencoder.latents import LatentStats
+from autoencoder.losses import AutoencoderLoss, build_loss
 from autoencoder.model import SVGAutoencoder
-from autoencoder.training import AutoencoderModule, AutoencoderTrainConfig, ImageDataModule, TrainerConfig
-from autoencoder.weights import read_file, read_state_dict
+from autoencoder.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
+from autoencoder.training import AutoencoderModule, ImageDataModule, peak_memory
+from autoencoder.weights import EMA_KEY, read_file, read_state_dict
 
 logger = logging.getLogger("autoencoder")
 
 # What Lightning remarks on that is meant to be so: few workers, a frozen encoder, no validation data.
 LIGHTNING_REMARKS = ("does not have many workers", "in eval mode at the start", "Total length of `list`", "treespec")
-
-# -- logging ----------------------------------------------------------------------------------------------------------
-
-
-class ConsoleLogger(Logger):
-    """One line per report, for runs whose output is not a terminal (there, Lightning draws a progress bar)."""
-
-    SHOWN = {"rec_loss": "rec", "p_loss": "lpips", "g_loss": "g", "disc_loss": "d", "lr": "lr"}
-    SHOWN |= {"images_per_s": "images/s"}
-
-    def __init__(self, total_steps: int):
-        super().__init__()
-        self.total_steps = total_steps
-
-    name = version = None
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        prefix = "validation  " if "val/rec_loss" in metrics else ""
-        values = {name.rpartition("/")[2]: value for name, value in metrics.items()}
-        shown = "  ".join(f"{label} {values[name]:.4g}" for name, label in self.SHOWN.items() if name in values)
-        print(f"step {step}/{self.total_steps}  {prefix}{shown}", flush=True)
-
-
-class ReconstructionGrid(Callback):
-    """Every n steps: images of the current batch above their reconstructions, as TensorBoard image `train/images`."""
-
-    COLUMNS = 8
-
-    def __init__(self, every: int):
-        self.every = every
-
-    @rank_zero_only
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, module: AutoencoderModule, outputs: Any, batch: list[Tensor], batch_index: int
-    ) -> None:
-        boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-        if trainer.global_step % self.every or not module.step_complete or not boards:
-            return
-        images = [to_float(batch[0][: self.COLUMNS])]
-        module.eval()
-        rows = [*images, *module.reconstruct(images)]
-        module.train()  # the encoder stays in eval mode
-        grid = image_grid([to_pil(image) for row in rows for image in row], columns=len(rows[0]))
-        pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8).view(grid.height, grid.width, 3)
-        for board in boards:
-            board.experiment.add_image("train/images", pixels, trainer.global_step, dataformats="HWC")
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-class Checkpoints(Callback):
-    """Every n steps and at the end: step_….ckpt, and last.ckpt pointing to it."""
-
-    def __init__(self, folder: Path, every: int):
-        self.folder, self.every = folder, every
-
-    def on_train_batch_end(self, trainer: Trainer, module: AutoencoderModule, *_: Any) -> None:
-        step = trainer.global_step
-        if module.step_complete and (step % self.every == 0 or step == trainer.max_steps):
-            path = self.folder / f"step_{step:07d}.ckpt"
-            trainer.save_checkpoint(path)  # all processes take part
-            if trainer.is_global_zero:
-                link = self.folder / "last.ckpt.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(path.name)
-                os.replace(link, self.folder / "last.ckpt")
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that an interrupted save leaves no half file; reads tensors only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read_file(path, "checkpoint to resume from")
-
-
-def check_resumable(module: LightningModule, state: Mapping[str, Tensor], path: Path) -> None:
-    """UserError unless a checkpoint's weights are those of the configured networks."""
-    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in (module.state_dict(), state)]
-    differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    if differing:
-        raise UserError(
-            f"{path} does not fit the configured model ({len(differing)} entries differ, such as {differing[0]}): "
-            "restore the model section it was started with, or start a new run in another training.logdir "
-            "(model.init_weight takes over what fits)"
-        )
-
-
-def load_initial_weights(module: LightningModule, state: Mapping[str, Tensor], source: str) -> None:
-    """Take over the entries whose name and shape fit, and name the others; UserError if none of the decoder fits."""
-    own = module.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    if not any(name.startswith("decoder.") for name in fitting):
-        raise UserError(f"model.init_weight {source}: no decoder weight in it fits model.params")
-    module.load_state_dict(fitting, strict=False)
-    for what, names in (("not used", state.keys() - fitting.keys()), ("not in it", own.keys() - fitting.keys())):
-        if names:
-            logger.warning("init_weight %s: %d entries %s: %s", source, len(names), what, ", ".join(sorted(names)))
-
-
-# -- entry ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:
@@ -180,16 +65,22 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     world_size = devices * config.training.trainer.num_nodes
     data = ImageDataModule(config.data, config.training)
     total_steps = data.total_steps(world_size)
-    module, step = build_module(config, last, learning_rate(config, data, world_size), total_steps)
-    if step >= total_steps:
-        print(f"{folder}: trained for {step} steps already; raise training.trainer.max_steps to go on")
+    module, first_step = build_module(config, data, last, world_size)
+    if first_step >= total_steps:
+        print(f"{folder}: trained for {first_step} steps already; raise training.trainer.max_steps to go on")
         return
-    trainer = build_trainer(config, folder, devices, total_steps, data, first_step=step)
+    trainer = build_trainer(config, folder, devices, data, first_step)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-        print(f"{'resuming at step ' + str(step) if last else 'training'}: {folder}", flush=True)
+        print(f"{'resuming at step ' + str(first_step) if last else 'training'}: {folder}", flush=True)
+    started = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=last)
+    if trainer.is_global_zero:
+        minutes = (time.perf_counter() - started) / 60
+        memory = peak_memory(trainer.strategy.root_device)
+        steps = total_steps - first_step
+        print(f"{steps} steps in {minutes:.1f} minutes, at most {memory:.2f} GiB: {folder}", flush=True)
 
 
 def find_last_checkpoint(folder: Path, resume: bool) -> Path | None:
@@ -205,51 +96,152 @@ def find_last_checkpoint(folder: Path, resume: bool) -> Path | None:
     return None
 
 
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
 def build_module(
-    config: AutoencoderTrainConfig, last: Path | None, rate: float, total_steps: int
+    config: AutoencoderTrainConfig, data: ImageDataModule, last: Path | None, world_size: int
 ) -> tuple[AutoencoderModule, int]:
     """The networks, with the weights of `last` (a run to resume) or else `model.init_weight`; and the step reached."""
-    params, source = config.model.params, last or config.model.init_weight
-    state, step = {}, 0
+    model, training = config.model, config.training
+    checkpoint, state = {"global_step": 0}, {}
     if last:
         checkpoint = read_file(last, "checkpoint to resume from")
-        state, step = checkpoint["state_dict"], checkpoint["global_step"]
-    elif source:
-        state = read_state_dict(source, "model.init_weight")
-    if any(name.startswith("encoder.") for name in state):
-        params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))  # the checkpoint brings them
-    autoencoder = SVGAutoencoder.from_config({"model": {"params": to_dict(params)}})
-    module = AutoencoderModule(autoencoder, build_loss(params.lossconfig), rate, total_steps, config.training)
+        state = checkpoint["state_dict"]
+    elif model.init_weight:
+        state = read_state_dict(model.init_weight, "model.init_weight")
+    autoencoder = build_autoencoder(model, state, resumed=last is not None)
+    norm = SyncedBatchNorm if training.trainer.sync_batchnorm else None
+    loss = build_loss(model.params.lossconfig, norm=norm)
+    check_discriminator(loss, data, training.trainer.sync_batchnorm)
+    rate = learning_rate(config, data, world_size)
+    module = AutoencoderModule(autoencoder, loss, rate, data.total_steps(world_size), training)
     if last:
-        check_resumable(module, state, last)
+        check_resumable(module, checkpoint, last)
         module.load_state_dict(state)
-    elif source:
-        load_initial_weights(module, state, source)
+        if EMA_KEY in checkpoint and training.ema_decay is None:
+            logger.warning("%s has averaged weights; they end here, as training.ema_decay is not set", last)
+    elif state:
+        load_initial_weights(module, state, model.init_weight)
     autoencoder.encoder.fingerprint()  # UserError if nothing brought its weights
-    return module, step
+    if training.latent_stats is not None:
+        module.noise_scale = noise_scale(autoencoder, training.latent_stats)
+    return module, checkpoint["global_step"]
+
+
+def build_autoencoder(model: ModelSection, state: Mapping[str, Tensor], resumed: bool) -> SVGAutoencoder:
+    """The configured autoencoder, without the weights of its encoder if those in `state` will take their place."""
+    params = model.params
+    brought = any(name.startswith("encoder.") for name in state)
+    if brought:
+        params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
+    autoencoder = SVGAutoencoder.from_config({"model": {"params": to_dict(params)}})
+    if brought and not resumed and not autoencoder.encoder.loaded and not has_encoder(autoencoder, state):
+        autoencoder.encoder = build_encoder(model.params.dinoconfig)
+    return autoencoder
+
+
+def has_encoder(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether `state` holds all of the module's encoder."""
+    own = {name: tensor.shape for name, tensor in module.state_dict().items() if name.startswith("encoder.")}
+    return all(name in state and state[name].shape == shape for name, shape in own.items())
+
+
+def check_discriminator(loss: AutoencoderLoss, data: ImageDataModule, synchronised: bool) -> None:
+    """UserError for images too small for the discriminator, and where its statistics cannot be synchronised."""
+    if loss.discriminator is None:
+        return
+    smallest, side = loss.discriminator.smallest_side, min(map(min, data.buckets))
+    if side < smallest:
+        raise UserError(
+            f"the discriminator needs images of {smallest} px or more, data.params asks for {side}: raise the "
+            "resolution, lower disc_num_layers, or train without (model.params.lossconfig.params.disc_weight=0)"
+        )
+    if synchronised and loss.config.disc_per_image:
+        raise UserError(
+            "training.trainer.sync_batchnorm: the discriminator takes its statistics of every image alone, there is "
+            "nothing to synchronise; leave it out, or set model.params.lossconfig.params.disc_per_image=false"
+        )
+    if synchronised and len(data.buckets) > 1:
+        raise UserError(
+            "training.trainer.sync_batchnorm: processes have images of different sizes at the same time, which have no "
+            "common statistics; leave it out, or train on squares (data.params.max_aspect=1)"
+        )
+
+
+def noise_scale(autoencoder: SVGAutoencoder, path: str) -> Tensor:
+    """Deviations (D,) of the latents from a file of statistics; UserError if they are another encoder's."""
+    config, residual = autoencoder.config, autoencoder.config.extra_vit_config
+    made_up = residual.output_dim if residual is not None and residual.published_stats else 0
+    stats = LatentStats.load(path, autoencoder.channels, config.num_layer, made_up)
+    if residual is None or residual.frozen:  # else training changes the latents that they were measured on
+        autoencoder.set_stats(stats)
+    return stats.std
+
+
+def check_resumable(module: AutoencoderModule, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """UserError unless a checkpoint has the weights of the configured networks, and trains the same of them."""
+    shapes = [{(name, x.shape) for name, x in s.items()} for s in (module.state_dict(), checkpoint["state_dict"])]
+    differing = sorted({name for name, _ in shapes[0] ^ shapes[1]})
+    trained = [len(optimizer["param_groups"][0]["params"]) for optimizer in checkpoint["optimizer_states"]]
+    if not differing and trained[0] != len(module.trainable_parameters()):
+        differing = ["the number of trained weights (extra_vit_config.frozen)"]
+    if differing:
+        raise UserError(
+            f"{path} does not fit the configured model ({len(differing)} entries differ, such as {differing[0]}): "
+            "restore the model section it was started with, or start a new run in another training.logdir "
+            "(model.init_weight takes over what fits)"
+        )
+
+
+def load_initial_weights(module: AutoencoderModule, state: Mapping[str, Tensor], source: str) -> None:
+    """Take over the entries whose name and shape fit, and name the others; the encoder all or nothing.
+
+    Raises:
+        UserError: no weight matrix of the decoder fits.
+    """
+    own, whole_encoder = module.state_dict(), has_encoder(module, state)
+    fitting = {
+        name: value
+        for name, value in state.items()
+        if name in own and own[name].shape == value.shape and (whole_encoder or not name.startswith("encoder."))
+    }
+    if not any(name.startswith("decoder.") and value.ndim > 1 for name, value in fitting.items()):
+        raise UserError(f"model.init_weight {source}: no decoder weight in it fits model.params")
+    module.load_state_dict(fitting, strict=False)
+    for what, names in (("not used", state.keys() - fitting.keys()), ("not in it", own.keys() - fitting.keys())):
+        if names and rank_zero_only.rank == 0:
+            logger.warning("init_weight %s: %d entries %s: %s", source, len(names), what, ", ".join(sorted(names)))
+
+
+# -- trainer ----------------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
-    config: AutoencoderTrainConfig, folder: Path, devices: int, total_steps: int, data: ImageDataModule, first_step: int
+    config: AutoencoderTrainConfig, folder: Path, devices: int, data: ImageDataModule, first_step: int
 ) -> Trainer:
     """Lightning's Trainer, told to leave steps, sampling and checkpoints to us."""
     training, trainer = config.training, config.training.trainer
     world_size = devices * trainer.num_nodes
-    epoch = data.steps_per_epoch(world_size)
-    every = training.save_every_n_train_steps or (training.save_every_n_epochs or 1) * epoch
+    total_steps, epoch = data.total_steps(world_size), data.steps_per_epoch(world_size)
+    saves = [training.save_every_n_train_steps, training.save_every_n_epochs and training.save_every_n_epochs * epoch]
     boards = training.image_logger_type == "tensorboard"
-    callbacks = [ReconstructionGrid(training.log_images_every_n_steps)] if boards else []
     tty = sys.stderr.isatty()
     return Trainer(
         accelerator=trainer.accelerator,
         devices=devices,
         num_nodes=trainer.num_nodes,
-        # A backward pass reaches one of the two players: the other's parameters are unused.
-        strategy=DDPStrategy(find_unused_parameters=True) if world_size > 1 else "auto",
+        # A backward pass reaches one of the two players: the other's parameters are unused. Buffers differ between
+        # processes only in the discriminator's running statistics, which nothing reads.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world_size > 1 else "auto",
         precision=trainer.precision,
         max_steps=total_steps,
         max_epochs=-1,
-        callbacks=[*callbacks, Checkpoints(folder / "checkpoints", every)],
+        callbacks=[
+            *([AveragedWeights(training.ema_decay)] if training.ema_decay is not None else []),
+            *([ReconstructionGrid(training.log_images_every_n_steps)] if boards else []),
+            Checkpoints(folder / "checkpoints", [every for every in saves if every] or [epoch], training.keep_last_k),
+        ],
         logger=[
             TensorBoardLogger(folder, name="", version="", purge_step=first_step + 1),
             *([] if tty else [ConsoleLogger(total_steps)]),
@@ -267,8 +259,7 @@ def build_trainer(
 
 def learning_rate(config: AutoencoderTrainConfig, data: ImageDataModule, world_size: int) -> float:
     """`base_learning_rate`, times the images per step where `scale_lr` asks for it."""
-    scale = data.params.batch_size * config.training.accumulate_grad_batches * world_size
-    return config.model.base_learning_rate * (scale if config.training.scale_lr else 1)
+    return config.model.base_learning_rate * (data.images_per_step(world_size) if config.training.scale_lr else 1)
 
 
 def process_count(trainer: TrainerConfig) -> int:

@@ -1,161 +1,85 @@
-"""Training of the autoencoder with Lightning: config schema, data module, training module, callbacks.
+"""Training of the autoencoder with Lightning: the data module, and the module with the training step.
 
 A *step* is one update of the decoder, on `batch_size · accumulate_grad_batches · processes` images. Step counts in
 configs, logs and checkpoints are of this kind (Lightning's `global_step` sees the decoder's optimiser only), with one
 published exception: `disc_start` counts the steps of both optimisers together, so 5000 means step 2500.
 
-The data is one endless stream of permutations; a sample's crop is a function of (seed, position in the stream). So
-the order depends neither on workers nor on the number of processes, and a checkpoint needs to keep a position only:
+The data is one endless stream of permutations; a sample's crop and latent noise are functions of (seed, position in
+the stream). So neither workers nor the number of processes matter, and a checkpoint needs to keep a position only:
 
     logs/<config name>/
         config.yaml                     as it was run, overrides included
         events.out.tfevents.*           scalars and reconstruction grids for TensorBoard
         checkpoints/
-            step_0005000.ckpt           Lightning file: weights under encoder. / decoder. / loss., optimisers, position
+            step_0005000.ckpt           Lightning file: weights under encoder. / extra_vit. / decoder. / loss., both
+                                        optimisers, position; with ema_decay also ema_state_dict, see `callbacks`
             last.ckpt -> step_...ckpt   the newest; where a restarted run goes on
 """
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
+from autoencoder.collectives import mean_over_processes
 from autoencoder.config import UserError, build, resolve_target
-from autoencoder.data import DATA, BatchStream, ImageDataset, group_by_size
+from autoencoder.data import (
+    DATA,
+    BatchStream,
+    CropSizes,
+    ImageBatch,
+    ImageDataset,
+    TrainLoader,
+    group_by_size,
+    validation_batches,
+)
 from autoencoder.images import to_float
 from autoencoder.losses import AutoencoderLoss
-from autoencoder.manifest import ResumableSampler
-from autoencoder.model import ModelConfig, SVGAutoencoder
-
-# -- config: the published YAML schema, own fields marked -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """`training.trainer`. Length of the run: `max_steps` (own) or `max_epochs`."""
-
-    devices: int | Literal["auto"] = "auto"
-    num_nodes: int = 1
-    strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"] = "auto"  # several processes: DDP in any case
-    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
-    max_epochs: int | None = None
-    max_steps: int | None = None
-    precision: Literal[32, "32", "32-true", "bf16-mixed"] = 32
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.max_epochs is None:
-            raise UserError("give max_steps or max_epochs")
-        for name in ("devices", "num_nodes", "max_epochs", "max_steps"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"{name} = {value} must be at least 1")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """`training`."""
-
-    trainer: TrainerConfig
-    logdir: str = "logs"
-    scale_lr: bool = False  # learning rate = base_learning_rate · batch size over all processes and accumulation
-    accumulate_grad_batches: int = 1
-    save_every_n_train_steps: int | None = None
-    save_every_n_epochs: int | None = None
-    image_logger_type: Literal["tensorboard", "none"] = "tensorboard"
-    # own
-    seed: int = 0
-    log_every_n_steps: int = 50
-    log_images_every_n_steps: int = 1000
-    validate_every_n_steps: int = 5000
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("accumulate_grad_batches", "log_every_n_steps", "log_images_every_n_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1")
-
-
-MODELS = {
-    "autoencoder.model.SVGAutoencoder": SVGAutoencoder,
-    "ldm.models.dinov3_decoder_native_resolution.DinoDecoder": SVGAutoencoder,
-    "ldm.models.dinov3_decoder_imagenet.DinoDecoder": SVGAutoencoder,
-}
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """`model`."""
-
-    base_learning_rate: float
-    params: ModelConfig
-    target: str = "autoencoder.model.SVGAutoencoder"
-    init_weight: str | None = None  # a previous stage's checkpoint, loaded as far as names and shapes agree
-
-    def __post_init__(self) -> None:
-        resolve_target(self.target, "model.target", MODELS)
-        if self.params.lossconfig is None:
-            raise UserError("params.lossconfig is missing; training needs it")
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """`data`: which params are right depends on the target, see `autoencoder.data.DATA`."""
-
-    target: str
-    params: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AutoencoderTrainConfig:
-    """The whole file."""
-
-    training: TrainingConfig
-    model: ModelSection
-    data: DataSection
-    resume: bool = True  # own: go on from checkpoints/last.ckpt; false: refuse a folder that is not empty
-
+from autoencoder.metrics import PER_IMAGE, ImageMetrics, to_8bit
+from autoencoder.model import SVGAutoencoder
+from autoencoder.settings import DataSection, TrainingConfig
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
 class ImageDataModule(LightningDataModule):
-    """Batches are lists of uint8 groups. Its checkpoint state is the position in the stream."""
+    """Batches of uint8 groups of equal size. Its checkpoint state is the position in the stream."""
 
     def __init__(self, section: DataSection, training: TrainingConfig):
         super().__init__()
         params = resolve_target(section.target, "data.target", DATA)
         self.params = build(params, section.params, "data.params")
-        if self.params.batch_size < 1:
-            raise UserError(f"data.params.batch_size = {self.params.batch_size} must be at least 1")
         self.training = training
         self.train_source, self.val_source, self.buckets = self.params.sources()
         self.position = 0  # samples consumed before `self.first_step`
         self.first_step = 0
 
+    def images_per_step(self, world_size: int) -> int:
+        return self.params.batch_size * self.training.accumulate_grad_batches * world_size
+
     def steps_per_epoch(self, world_size: int) -> int:
-        batch = self.params.batch_size * self.training.accumulate_grad_batches * world_size
-        return max(1, len(self.train_source) // batch)
+        return max(1, len(self.train_source) // self.images_per_step(world_size))
 
     def total_steps(self, world_size: int) -> int:
         trainer = self.training.trainer
         return trainer.max_steps or trainer.max_epochs * self.steps_per_epoch(world_size)
 
-    def _consumed(self) -> int:
-        batch = self.params.batch_size * self.training.accumulate_grad_batches * self.trainer.world_size
-        return self.position + (self.trainer.global_step - self.first_step) * batch
-
     def state_dict(self) -> dict[str, int]:
-        return {"position": self._consumed(), "seed": self.training.seed}
+        steps = self.trainer.global_step - self.first_step
+        position = self.position + steps * self.images_per_step(self.trainer.world_size)
+        return {"position": position, "seed": self.training.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state["seed"] != self.training.seed:
@@ -166,32 +90,30 @@ class ImageDataModule(LightningDataModule):
         self.position = state["position"]
 
     def train_dataloader(self) -> DataLoader:
-        trainer, accumulate = self.trainer, self.training.accumulate_grad_batches
+        trainer = self.trainer
         self.first_step = trainer.global_step
-        global_batch = self.params.batch_size * trainer.world_size
-        first = math.ceil(self.position / global_batch)  # exact unless the batch size has changed since
-        sampler = ResumableSampler(
-            length=len(self.train_source),
+        # Exact as long as the number of images per step is the same; if it has changed, what remains of the current
+        # window of images is dealt out anew, and some of it may come twice or not at all.
+        first = math.ceil(self.position / self.images_per_step(trainer.world_size))
+        stream = BatchStream(
+            CropSizes(self.train_source, self.buckets),
+            shape=(self.training.accumulate_grad_batches, trainer.world_size, self.params.batch_size),
             rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            global_batch_size=global_batch,
-            total_steps=first + (trainer.max_steps - trainer.global_step) * accumulate,
-            resume_step=first,
+            steps=range(first, first + trainer.max_steps - trainer.global_step),
             seed=self.training.seed,
+            window=self.params.bucket_window,
         )
-        dataset = ImageDataset(self.train_source, self.buckets, self.training.seed)
-        return self._loader(dataset, BatchStream(sampler, self.params.batch_size))
+        return self._loader(ImageDataset(self.train_source, self.buckets, self.training.seed), stream)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_source is None:
             return []
-        indices = range(self.trainer.global_rank, len(self.val_source), self.trainer.world_size)
-        starts = range(0, len(indices), self.params.batch_size)
-        batches = [[(i, i) for i in indices[start : start + self.params.batch_size]] for start in starts]
+        sizes = CropSizes(self.val_source, self.buckets)
+        batches = validation_batches(sizes, self.params.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), batches)
 
     def _loader(self, dataset: ImageDataset, batches: Any) -> DataLoader:
-        return DataLoader(
+        return TrainLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.params.num_workers,
@@ -223,14 +145,17 @@ class AutoencoderModule(LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        for name, module in autoencoder.named_children():
-            self.add_module(name, module)
+        self.encoder, self.extra_vit = autoencoder.encoder, autoencoder.extra_vit
+        self.decoder = autoencoder.decoder
         self.encode, self.decode = autoencoder.encode, autoencoder.decode
         self.trainable_parameters = autoencoder.trainable_parameters
         self.draws = autoencoder.draws_in_training()
+        self.register_buffer("noise_scale", None, persistent=False)  # (D,): what latent_noise is measured in
         self.loss = loss
+        loss.average = mean_over_processes
         self.learning_rate, self.total_steps, self.training_config = learning_rate, total_steps, training
         self.meter = Meter()
+        self.validation_sums = torch.zeros(0)
         self.micro_steps, self.step_complete = 0, False
         self.train()
 
@@ -240,11 +165,19 @@ class AutoencoderModule(LightningModule):
             players.append(list(self.loss.discriminator.parameters()))
         return [torch.optim.Adam(player, self.learning_rate, betas=(0.5, 0.9), fused=True) for player in players]
 
-    def reconstruct(self, images: list[Tensor]) -> list[Tensor]:
-        """Groups of (n, 3, H, W) in [-1, 1] → groups of the same shapes."""
-        return [self.decode(self.encode(group)) for group in images]
+    def reconstruct(self, images: list[Tensor], noise_at: list[list[int]] | None = None) -> list[Tensor]:
+        """Groups of (n, 3, H, W) in [-1, 1] → groups of the same shapes.
 
-    def training_step(self, batch: list[Tensor], batch_index: int) -> None:
+        noise_at: stream positions of the images, to decode from noisy latents.
+        """
+        latents = [self.encode(group) for group in images]
+        if noise_at is not None:
+            tau, seed = self.training_config.latent_noise, self.training_config.seed
+            noise = (latent_noise(x, at, tau, seed, self.noise_scale) for x, at in zip(latents, noise_at))
+            latents = [x + y.to(x.dtype) for x, y in zip(latents, noise)]
+        return [self.decode(group) for group in latents]
+
+    def training_step(self, batch: ImageBatch, batch_index: int) -> None:
         step, part = self.global_step, self.micro_steps % self.training_config.accumulate_grad_batches
         self.micro_steps += 1
         self.step_complete = part + 1 == self.training_config.accumulate_grad_batches
@@ -252,29 +185,35 @@ class AutoencoderModule(LightningModule):
         if self.draws:  # a resumed run draws the same masks
             torch.manual_seed(hash((self.training_config.seed, step, part, self.global_rank)))
 
-        images = [to_float(group) for group in batch]
-        recons = self.reconstruct(images)
+        images = [to_float(group) for group in batch.images]
+        recons = self.reconstruct(images, batch.positions if self.training_config.latent_noise else None)
         loss, logs = self.loss.generator_loss(images, recons, self.decoder.last_layer, step=2 * step)
-        self._turn(loss, decoder_optimizer, step)
+        logs |= self._turn("decoder", loss, decoder_optimizer, step)
         if self.loss.disc_factor(2 * step + 1) > 0:
             loss, more_logs = self.loss.discriminator_loss(images, recons, step=2 * step + 1)
-            self._turn(loss, others[0].optimizer, step)  # the bare optimiser: Lightning does not count its steps
-            logs |= more_logs
+            # The bare optimiser: Lightning does not count its steps.
+            logs |= more_logs | self._turn("discriminator", loss, others[0].optimizer, step)
 
         self.meter.add(logs, sum(map(len, images)))
         if self.step_complete and self.global_step % self.training_config.log_every_n_steps == 0:
             self._report()
+        self.meter.count_time()
 
-    def _turn(self, loss: Tensor, optimizer: Any, step: int) -> None:
+    def _turn(self, player: str, loss: Tensor, optimizer: Any, step: int) -> dict[str, Tensor]:
         """Backward for one player, and its update once all micro-batches are in."""
         waiting = not self.step_complete and self.trainer.world_size > 1
         with self.trainer.strategy.block_backward_sync() if waiting else nullcontext():
             self.manual_backward(loss / self.training_config.accumulate_grad_batches)
-        if self.step_complete:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * self._schedule(step)
-            optimizer.step()
-            optimizer.zero_grad()
+        if not self.step_complete:
+            return {}
+        logs, limit = {}, self.training_config.trainer.gradient_clip_val
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate * self._schedule(step)
+            if limit is not None:
+                logs[f"grad_norm_{player}"] = clip_grad_norm_(group["params"], limit, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return logs
 
     def _schedule(self, step: int) -> float:
         config = self.training_config
@@ -284,7 +223,7 @@ class AutoencoderModule(LightningModule):
 
     def _report(self) -> None:
         """Log means since the last report, over all processes: the only device synchronisation of the loop."""
-        metrics = self.meter.read(self.trainer.strategy.reduce)
+        metrics = self.meter.read()
         if not math.isfinite(metrics["total_loss"]):
             raise UserError(
                 f"training diverged: total_loss = {metrics['total_loss']} at step {self.global_step}; lower "
@@ -292,25 +231,88 @@ class AutoencoderModule(LightningModule):
             )
         metrics["images_per_s"] *= self.trainer.world_size
         metrics["lr"] = self.learning_rate * self._schedule(self.global_step - 1)
-        for log in self.loggers:
-            log.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=self.global_step)
+        metrics["memory_gib"] = peak_memory(self.device)
+        self._log("train", metrics)
         self.log("rec_loss", metrics["rec_loss"], prog_bar=True, logger=False)
 
-    def validation_step(self, batch: list[Tensor], batch_index: int) -> None:
-        images = [to_float(group) for group in batch]
-        terms = self.loss.reconstruction(images, self.reconstruct(images))
-        for name, value in (("rec_loss", terms.rec), ("p_loss", terms.perceptual)):
-            self.log(f"val/{name}", value.mean(), batch_size=len(value), sync_dist=True)
-        self.log("step", float(self.global_step))  # Lightning's word for the x axis
+    def _log(self, what: str, metrics: Mapping[str, float]) -> None:
+        for log in self.loggers:
+            log.log_metrics({f"{what}/{name}": value for name, value in metrics.items()}, step=self.global_step)
+
+    # -- validation: means over all images, each counted once --
+
+    def on_validation_epoch_start(self) -> None:
+        columns = len(PER_IMAGE) + 2
+        self.validation_sums = torch.zeros(columns, dtype=torch.float64, device=self.device)  # …, rec_loss, images
+
+    def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
+        images = [to_float(group) for group in batch.images]
+        recons = self.reconstruct(images)
+        measure = ImageMetrics(self.loss.perceptual_loss)
+        columns = torch.cat([measure(levels, to_8bit(recon)) for levels, recon in zip(batch.images, recons)])  # (n, 6)
+        rec = self.loss.reconstruction(images, recons).rec[:, None]
+        self.validation_sums += torch.cat([columns, rec, torch.ones_like(rec)], dim=1).sum(dim=0)
+
+    def on_validation_epoch_end(self) -> None:
+        *sums, count = mean_over_processes(self.validation_sums).tolist()
+        means = {name: total / count for name, total in zip((*PER_IMAGE, "rec_loss"), sums)}
+        if self.loss.perceptual_loss is None:
+            del means["lpips"]
+        self._log("val", means)
+
+    # -- what is not training does not count as its time --
+
+    def on_train_start(self) -> None:
+        self.meter.begin()
+
+    def on_train_batch_start(self, batch: ImageBatch, batch_index: int) -> None:
+        self.meter.arrived()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.meter.begin()
+
+    def on_validation_end(self) -> None:
+        self.meter.begin()
+
+
+def latent_noise(
+    latents: Tensor, positions: Sequence[int], tau: float, seed: int, scale: Tensor | None = None
+) -> Tensor:
+    """Noise σ·ε for latents (n, D, h, w) of the images at these stream positions, in fp32, from (seed, position).
+
+    ε ~ N(0, 1) per element and σ ~ |N(0, τ²)| per image (RAE, arXiv 2510.11690), in units of `scale` (D,) or of 1.
+    """
+    noise = torch.empty(latents.shape, device=latents.device)
+    for row, position in zip(noise, positions):
+        entropy = np.random.SeedSequence(seed, spawn_key=(position, 0)).generate_state(1, np.uint64)
+        generator = torch.Generator(latents.device).manual_seed(int(entropy[0]))
+        sigma = tau * torch.randn((), generator=generator, device=latents.device).abs()
+        row.normal_(generator=generator).mul_(sigma)
+    return noise if scale is None else noise * scale[:, None, None]
 
 
 class Meter:
-    """Sums of logged values, kept on the device until they are read."""
+    """Sums of logged values, kept on the device until they are read; and time, of training alone."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.images, self.since = 0, time.perf_counter()
+        self.images = 0
+        self.busy = self.waited = 0.0  # seconds; waiting for data is part of being busy
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the time since `begin` or `count_time`."""
+        self.since = time.perf_counter()
+
+    def arrived(self) -> None:
+        """All that time was spent waiting for a batch."""
+        self.waited += time.perf_counter() - self.since
+
+    def count_time(self) -> None:
+        """It was spent training."""
+        self.busy += time.perf_counter() - self.since
+        self.begin()
 
     def add(self, logs: Mapping[str, Tensor], images: int) -> None:
         for name, value in logs.items():
@@ -318,13 +320,22 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
         self.images += images
 
-    def read(self, reduce: Callable[..., Tensor]) -> dict[str, float]:
-        """Means over calls and, by `reduce`, over processes; images/s of this process. Starts afresh."""
+    def read(self) -> dict[str, float]:
+        """Means over calls and processes; speed of this process, and its share of time without data. Starts afresh."""
         means = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()])  # (k,)
-        metrics = dict(zip(self.sums, reduce(means, reduce_op="mean").tolist()))
-        metrics["images_per_s"] = self.images / (time.perf_counter() - self.since)
+        metrics = dict(zip(self.sums, mean_over_processes(means).tolist()))
+        self.count_time()
+        metrics |= {"images_per_s": self.images / self.busy, "data_wait": self.waited / self.busy}
         self.__init__()
         return metrics
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has used at most: of the GPU, or of main memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _as_list(value: Any) -> list:

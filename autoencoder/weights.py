@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from autoencoder.config import UserError
 
+EMA_KEY = "ema_state_dict"  # in Lightning checkpoints: averaged weights, by the names they have in `state_dict`
+
 
 def read_file(path: str | Path, what: str) -> dict[str, Any]:
     """The dictionary in a `.safetensors` or torch file, on the CPU. Nothing but tensors and plain values is unpickled.
@@ -49,14 +51,22 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
     return content
 
 
-def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a plain state dict, or of the entry `state_dict` (Lightning) or `model` (MAE), by name."""
+def read_state_dict(path: str | Path, what: str, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, or of the entry `state_dict` (Lightning) or `model` (MAE), by name.
+
+    ema: averaged weights in place of those that have an average; UserError if there are none.
+    """
     content = read_file(path, what)
     state = content.get("state_dict", content.get("model", content))
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = ", ".join(list(map(str, content))[:8]) or "nothing"
         raise UserError(f"{what} {path}: neither a state dict nor a Lightning checkpoint with one; it holds: {found}")
-    return dict(state)
+    if ema and EMA_KEY not in content:
+        raise UserError(
+            f"{what} {path} has no averaged weights, it was trained without training.ema_decay; leave out "
+            "model.params.use_ema"
+        )
+    return {**state, **content[EMA_KEY]} if ema else dict(state)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:

@@ -45,7 +45,7 @@ def test_generator_loss_is_the_plain_formula(shapes, per_image):
     )
     total.backward()
 
-    reference = make_loss(disc_per_image=per_image)
+    reference = make_loss()  # plain BatchNorm
     recons, logvar = reconstruct(features, layer), torch.tensor(0.1)
     nll = sum(
         (((x - y).abs() + 0.7 * (x - y).square().mean((1, 2, 3), keepdim=True)) / logvar.exp() + logvar).sum()
@@ -60,6 +60,27 @@ def test_generator_loss_is_the_plain_formula(shapes, per_image):
     torch.testing.assert_close(logs["d_weight"], weight)
     torch.testing.assert_close(layer.grad, torch.autograd.grad(nll + weight * g, layer)[0], rtol=1e-4, atol=1e-4)
     assert all(parameter.grad is None for parameter in loss.parameters())
+
+
+def test_per_image_statistics_are_those_of_images_that_come_alone():
+    images, features, layer = make_groups((3, 32, 48), (2, 48, 32))
+    loss, reference = make_loss(disc_per_image=True), make_loss()  # plain BatchNorm
+    recons = [group.detach() for group in reconstruct(features, layer)]
+    total, logs = loss.discriminator_loss(images, recons, step=0)
+    total.backward()
+    singles = [group.split(1) for group in (torch.cat([x, y]) for x, y in zip(images, recons))]
+    for group, pair in zip(singles, images):  # as it goes through: a size's images, then their reconstructions
+        n = len(pair)
+        logits = [reference.discriminator(image) for image in group]
+        terms = [0.5 * (F.relu(1 - logits[i]).mean() + F.relu(1 + logits[n + i]).mean()) / 5 for i in range(n)]
+        sum(terms).backward()
+    for (name, ours), theirs in zip(loss.discriminator.named_parameters(), reference.discriminator.parameters()):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-5 + 1e-3 * theirs.grad.abs().max(), name
+    for ours, theirs in zip(loss.discriminator.buffers(), reference.discriminator.buffers()):
+        torch.testing.assert_close(ours, theirs)
+    for one in (loss, reference):
+        one.eval()
+    torch.testing.assert_close(loss.discriminator(images[0]), reference.discriminator(images[0]))
 
 
 def test_discriminator_counts_images_equally():
@@ -137,7 +158,8 @@ def test_lpips_is_torchmetrics_lpips(monkeypatch):
         nn.init.normal_(parameter, std=0.05)
     weights = {f"features.{key}": value for key, value in trunk.state_dict().items()}
     monkeypatch.setattr("torchvision.models.VGG16_Weights.get_state_dict", lambda *args, **kwargs: weights)
-    monkeypatch.setattr("torchvision.models.vgg.nn.init.kaiming_normal_", lambda *args, **kwargs: None)  # slow, unused
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):  # slow, and overwritten below
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
     model = build_lpips()
 
     peer = _LPIPS(net="vgg", pnet_rand=True)

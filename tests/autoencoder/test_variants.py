@@ -12,7 +12,7 @@ from autoencoder import train as entry
 from autoencoder.config import UserError, build, read_config
 from autoencoder.latents import LatentStats
 from autoencoder.model import DROPPED, ModelConfig, SVGAutoencoder
-from autoencoder.training import AutoencoderTrainConfig
+from autoencoder.settings import AutoencoderTrainConfig
 
 D, R = 48, 8
 DINO = {"weights": "random", "overrides": {"embed_dim": D, "depth": 1, "num_heads": 3}}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole recipe at toy size, from nothing to pictures, without any download but the Python packages:
+#
+#   bash scripts/quickstart.sh                      draws shapes, trains on them, asks for combinations never seen
+#   bash scripts/quickstart.sh --short              a few steps of everything: it runs, and learns nothing
+#   bash scripts/quickstart.sh --data my.jsonl      on your images and captions: {"path": ..., "prompt": ...} per line
+#   bash scripts/quickstart.sh --resolution 128     with --data: side of the square crops, a multiple of 64
+#   bash scripts/quickstart.sh --output DIR         somewhere else than outputs/quickstart
+#
+# Look at samples.png and report.json in the output folder afterwards. OMP_NUM_THREADS sets how many cores are used.
+set -euo pipefail
+
+script=$(realpath "${BASH_SOURCE[0]}")
+source "$(dirname "$script")/environment.sh"
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
+    exit
+    ;;
+esac
+activate_environment
+install -r requirements.txt
+set_threads
+export PYTHONPATH="$REPO_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+exec python "$REPO_ROOT/scripts/quickstart/recipe.py" "$@"

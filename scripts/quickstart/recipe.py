@@ -1,0 +1,269 @@
+"""The whole recipe at toy size: data, autoencoder, latent statistics, text encoder, DiT, pictures, score.
+
+Every step is the command a real run uses; this file only calls them one after another, on a small problem. Started by
+scripts/quickstart.sh. The output folder afterwards:
+
+    data/                     train.jsonl, unseen.jsonl, images/          (not with --data)
+    autoencoder/quickstart/   checkpoints, TensorBoard scalars and reconstructions
+    latent_stats.safetensors  mean and deviation of every latent channel
+    text_encoder/             small random Gemma-2 and a word tokenizer, Hugging Face format
+    transformer/              checkpoints and TensorBoard scalars of the DiT
+    prompts.jsonl, samples/   what was asked for; one PNG per picture, data.json
+    reconstructions.png       pictures above what the autoencoder makes of them
+    samples.png               labelled grid, the first picture for each prompt
+    report.json               fractions of right colour, place and shape; seconds per phase
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from draw import SIZE, all_things, draw, write_data_set, write_jsonl
+from PIL import Image
+from score import score
+
+from autoencoder.config import UserError, run_entry
+from autoencoder.images import crop_square, image_grid, save_png, to_float, to_pil, to_uint8_tensor
+from autoencoder.manifest import Manifest
+from autoencoder.model import SVGAutoencoder
+from svg_t2i.text import make_toy_text_encoder
+
+AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
+TRANSFORMER = "configs/svg_t2i/quickstart.yaml"
+ZOOM = 2  # of the pictures in the grids
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train and how much to sample."""
+
+    copies: int  # pictures per seen combination
+    autoencoder_steps: int
+    transformer_steps: int
+    prompts: int  # how many of the unseen things, or of the user's captions
+    pictures_per_prompt: int
+
+
+FULL = Plan(copies=6, autoencoder_steps=1600, transformer_steps=500, prompts=40, pictures_per_prompt=2)
+SHORT = Plan(copies=1, autoencoder_steps=20, transformer_steps=20, prompts=8, pictures_per_prompt=1)
+
+
+@dataclass
+class Recipe:
+    """The commands, on the images of `manifest` cropped to `resolution`², with all results in `output`."""
+
+    output: Path
+    manifest: Path
+    resolution: int
+    plan: Plan
+    processes: int  # in training
+    threads: int  # of all processes together
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.checkpoint = self.output / "autoencoder" / "quickstart" / "checkpoints" / "last.ckpt"
+        self.stats = self.output / "latent_stats.safetensors"
+        # Divides the batch sizes, so that a step costs the same at any resolution.
+        self.batch_shrink = max(1, round((self.resolution / SIZE) ** 2))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        print(f"\n=== {name.replace('_', ' ')}", flush=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        print(f"    {self.seconds[name]:.1f} s", flush=True)
+
+    def run(self, *command: str | os.PathLike | int | float, processes: int = 1) -> None:
+        """Runs `python -m ...`, showing the command; a failure ends the recipe with its exit status."""
+        words = [str(word) for word in command]
+        print(f"$ python -m {shlex.join(words)}", flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads // processes)}
+        status = subprocess.run([sys.executable, "-m", *words], env=environment, check=False).returncode
+        if status:
+            raise SystemExit(status)
+
+    def train_autoencoder(self) -> None:
+        self.run(
+            *("autoencoder.train", "--config", AUTOENCODER, "--devices", self.processes),
+            f"data.params.json_path={self.manifest}",
+            f"data.params.train_resol={self.resolution}",
+            f"data.params.batch_size={max(1, 8 // self.batch_shrink // self.processes)}",
+            f"training.logdir={self.output / 'autoencoder'}",
+            f"training.trainer.max_steps={self.plan.autoencoder_steps}",
+            processes=self.processes,
+        )
+
+    def measure_latents(self) -> None:
+        self.run(
+            *("autoencoder.measure_latents", AUTOENCODER, "--checkpoint", self.checkpoint),
+            *("--manifest", self.manifest, "--resolution", self.resolution, "--max-aspect", 1),
+            *("--output", self.stats),
+        )
+
+    def make_text_encoder(self, captions: Sequence[str]) -> None:
+        make_toy_text_encoder(captions, self.output / "text_encoder")
+
+    def train_transformer(self) -> None:
+        batch = max(4, 32 // self.batch_shrink)
+        self.run(
+            *("torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"),
+            *("-m", "svg_t2i.train", "--config", TRANSFORMER),
+            f"results_dir={self.output / 'transformer'}",
+            f"data.path={self.manifest}",
+            f"data.resolution={self.resolution}",
+            f"train.max_steps={self.plan.transformer_steps}",
+            f"train.ckpt_every={self.plan.transformer_steps}",
+            f"train.global_batch_size={batch}",
+            f"train.micro_batch_size={batch // self.processes}",
+            f"autoencoder.checkpoint={self.checkpoint}",
+            f"autoencoder.stats={self.stats}",
+            f"text_encoder.path={self.output / 'text_encoder'}",
+            processes=self.processes,
+        )
+
+    def sample(self, prompts: Sequence[str]) -> list[Image.Image]:
+        """Pictures for the prompts, `pictures_per_prompt` in a row for each."""
+        prompt_file = self.output / "prompts.jsonl"
+        write_jsonl(prompt_file, [{"prompt": prompt} for prompt in prompts])
+        self.run(
+            *("svg_t2i.sample", "--checkpoint", self.output / "transformer", "--prompts", prompt_file),
+            *("--output", self.output / "samples", "--resolution", f"{self.resolution}x{self.resolution}"),
+            *("--system_prompt", "empty", "--solver", "dpm", "--num_inference_steps", 16, "--time_shift", 8),
+            *("--guidance_scale", 2, "--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
+        )
+        records = json.loads((self.output / "samples" / "data.json").read_text(encoding="utf-8"))
+        return [Image.open(record["image_url"]).convert("RGB") for record in records]
+
+    def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+        """What the trained autoencoder makes of pictures; also written as reconstructions.png."""
+        autoencoder = SVGAutoencoder.from_config(AUTOENCODER, self.checkpoint).eval()
+        images = torch.stack([to_float(to_uint8_tensor(picture)) for picture in pictures])
+        with torch.inference_mode():
+            reconstructions = [to_pil(image) for image in autoencoder.decode(autoencoder.encode(images))]
+        rows = [row[:10] for row in (pictures, reconstructions)]
+        self.write_grid("reconstructions.png", [picture for row in rows for picture in row], len(rows[0]), None)
+        return reconstructions
+
+    def write_grid(
+        self, name: str, pictures: Sequence[Image.Image], columns: int, labels: Sequence[str] | None
+    ) -> None:
+        zoomed = [picture.resize([ZOOM * side for side in picture.size], Image.NEAREST) for picture in pictures]
+        save_png(image_grid(zoomed, columns, labels), self.output / name)
+
+    def write_report(self, results: dict[str, object]) -> None:
+        report = {**results, "seconds": self.seconds, "processes": self.processes}
+        path = self.output / "report.json"
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def train(self, captions: Sequence[str]) -> None:
+        """Everything up to a trained DiT."""
+        with self.phase("autoencoder"):
+            self.train_autoencoder()
+        with self.phase("latent_statistics"):
+            self.measure_latents()
+        with self.phase("text_encoder"):
+            self.make_text_encoder(captions)
+        with self.phase("transformer"):
+            self.train_transformer()
+
+
+def run_on_shapes(recipe: Recipe) -> None:
+    """Draws the shapes, trains on them, and scores pictures of combinations that training never saw."""
+    with recipe.phase("data"):
+        pictures, unseen = write_data_set(recipe.manifest.parent, recipe.plan.copies)
+        print(f"{pictures} pictures; {len(unseen)} things whose colour, shape and place never meet in training")
+    recipe.train([thing.caption for thing in all_things()])
+    wanted = unseen[:: len(unseen) // recipe.plan.prompts]
+    with recipe.phase("samples"):
+        samples = recipe.sample([thing.caption for thing in wanted])
+    with recipe.phase("score"):
+        per_prompt = recipe.plan.pictures_per_prompt
+        first = samples[::per_prompt]
+        recipe.write_grid("samples.png", first, columns=8, labels=[thing.caption for thing in wanted])
+        result = score(samples, [thing for thing in wanted for _ in range(per_prompt)])
+        drawn = [draw(thing) for thing in wanted]
+        reconstruction = score(recipe.reconstruct(drawn), wanted)
+    recipe.write_report({**result, "pictures": len(samples), "reconstruction": reconstruction})
+    print(f"\nOf {len(samples)} pictures of things that training never saw,")
+    for name in ("colour", "place", "shape"):
+        print(f"  {result[name]:4.0%} have the right {name}")
+    print(f"(Pictures of such things that only went through the autoencoder: {percentages(reconstruction)}.)")
+
+
+def run_on_data(recipe: Recipe) -> None:
+    """Trains on the user's images; shows some of them, their reconstructions, and samples for their captions."""
+    manifest = Manifest.open(recipe.manifest)
+    recipe.train([caption for sample in manifest for caption in sample.captions])
+    step = max(1, len(manifest) // recipe.plan.prompts)
+    loaded = [manifest.load(index) for index in range(0, len(manifest), step)][: recipe.plan.prompts]
+    originals = [crop_square(image, recipe.resolution, None) for image, _ in loaded]
+    captions = [sample.captions[0] for _, sample in loaded]
+    with recipe.phase("samples"):
+        samples = recipe.sample(captions)[:: recipe.plan.pictures_per_prompt]
+    with recipe.phase("reconstructions"):
+        recipe.reconstruct(originals)
+        recipe.write_grid("samples.png", samples, columns=8, labels=captions)
+    recipe.write_report({"images": len(manifest)})
+
+
+def percentages(fractions: dict[str, float]) -> str:
+    return ", ".join(f"{name} {fractions[name]:.0%}" for name in ("colour", "place", "shape"))
+
+
+def divide_cores() -> tuple[int, int]:
+    """Training processes, and threads of all of them together: OMP_NUM_THREADS, which quickstart.sh sets.
+
+    On a CPU two processes of one thread each outrun one process of two threads, and far more so when something else
+    runs on the machine. A GPU serves one process.
+    """
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    return (1 if torch.cuda.is_available() else min(2, threads)), threads
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/quickstart.sh",
+        description="Autoencoder, DiT and pictures at toy size, with no download.",
+    )
+    parser.add_argument("--short", action="store_true", help="a few steps of everything: it runs, and learns nothing")
+    parser.add_argument("--data", type=Path, help='your images and captions: JSONL of {"path": ..., "prompt": ...}')
+    parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares (default: 128)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_arguments(argv)
+    output, own_data = args.output.resolve(), args.data is not None
+    if own_data and not args.data.is_file():
+        raise UserError(f"--data {args.data}: there is no such file; give a JSONL of {{path, prompt}}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    processes, threads = divide_cores()
+    recipe = Recipe(
+        output=output,
+        manifest=args.data.resolve() if own_data else output / "data" / "train.jsonl",
+        resolution=args.resolution if own_data else SIZE,
+        plan=SHORT if args.short else FULL,
+        processes=processes,
+        threads=threads,
+    )
+    (run_on_data if own_data else run_on_shapes)(recipe)
+    print(f"\n{sum(recipe.seconds.values()):.0f} seconds. Look at {output / 'samples.png'} and report.json beside it.")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,175 @@
+"""The quickstart's data set is what its captions say, and its scorer reads it back and is not easily pleased.
+
+The recipe itself runs in .ci/run (`scripts/quickstart.sh --short`).
+"""
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from autoencoder.config import UserError
+from autoencoder.manifest import Manifest
+
+FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
+PROPERTIES = ("colour", "shape", "place", "size")
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return pytest.importorskip("draw")
+
+
+@pytest.fixture
+def score(monkeypatch, draw):
+    return pytest.importorskip("score")
+
+
+def test_clean_pictures_score_full_marks(draw, score):
+    things = draw.all_things()
+    assert score.score([draw.draw(thing) for thing in things], things) == dict.fromkeys((*PROPERTIES, "all"), 1.0)
+
+
+def test_jittered_noisy_pictures_score_full_marks(draw, score):
+    """A decoder's small errors are forgiven: jitter, blur and noise of 10 grey levels."""
+    things = random.Random(0).sample(draw.all_things(), 80)
+    pictures = []
+    for index, thing in enumerate(things):
+        rng = np.random.default_rng(index)
+        picture = np.asarray(draw.draw(thing, rng).filter(ImageFilter.GaussianBlur(0.7)), dtype=float)
+        pictures.append(Image.fromarray((picture + rng.normal(0, 10, picture.shape)).clip(0, 255).astype(np.uint8)))
+    assert score.score(pictures, things) == dict.fromkeys((*PROPERTIES, "all"), 1.0)
+
+
+@pytest.mark.parametrize("wrong", PROPERTIES)
+def test_one_wrong_property_costs_that_property_alone(draw, score, wrong):
+    things = random.Random(1).sample(draw.all_things(), 24)
+    words = {
+        "colour": list(draw.COLOURS),
+        "shape": list(draw.SHAPES),
+        "place": list(draw.PLACES),
+        "size": list(draw.SIZES),
+    }[wrong]
+    others = [
+        replace(thing, **{wrong: words[(words.index(getattr(thing, wrong)) + 1) % len(words)]}) for thing in things
+    ]
+    fractions = score.score([draw.draw(other) for other in others], things)
+    assert fractions == {name: float(name != wrong) for name in PROPERTIES} | {"all": float(wrong == "size")}
+
+
+def test_unclear_pictures_score_nothing(draw, score):
+    noise = np.random.default_rng(0).integers(0, 256, (draw.SIZE, draw.SIZE, 3), dtype=np.uint8)
+    plain = Image.new("RGB", (draw.SIZE, draw.SIZE), draw.GROUND)
+    speck = plain.copy()
+    speck.paste(draw.COLOURS["red"], (30, 30, 36, 36))
+    filled = Image.new("RGB", plain.size, draw.COLOURS["red"])
+    for picture in (plain, speck):
+        assert score.read_picture(picture) == score.Reading(None, None, None, None)
+    for picture in (Image.fromarray(noise), filled):
+        assert score.read_picture(picture).shape is None
+
+
+def test_chance_scores_low(draw, score):
+    """Pictures of other things are right about as often as dice."""
+    things = draw.all_things()
+    shuffled = random.Random(2).sample(things, len(things))[:120]
+    fractions = score.score([draw.draw(thing) for thing in shuffled], things[:120])
+    assert fractions["colour"] < 0.3
+    assert fractions["place"] < 0.35
+    assert fractions["shape"] < 0.4
+    assert fractions["all"] < 0.05
+
+
+def test_a_thing_between_two_places_is_at_neither(draw, score):
+    picture = draw.draw(draw.Thing("red", "circle", "left", "small"))
+    moved = Image.new("RGB", picture.size, draw.GROUND)
+    moved.paste(picture, (7, 7))  # half way from the left to the bottom
+    assert score.read_picture(moved).place is None
+
+
+def test_wrong_sizes_and_counts_are_errors(draw, score):
+    with pytest.raises(ValueError, match="32x32"):
+        score.read_picture(Image.new("RGB", (32, 32)))
+    with pytest.raises(ValueError, match="0 pictures"):
+        score.score([], [])
+    with pytest.raises(ValueError, match="hexagon"):
+        draw.shape_mask("hexagon", (32, 32), 10)
+
+
+def test_unseen_things_never_meet_in_training_but_their_pairs_do(draw, tmp_path):
+    pictures, unseen = draw.write_data_set(tmp_path, copies=1)
+    captions = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    seen = {thing for thing in draw.all_things() if thing.caption in captions}
+    assert len(captions) == pictures == len(seen) == 200
+    assert len(unseen) == 40
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "unseen.jsonl").read_text().splitlines()] == [
+        thing.caption for thing in unseen
+    ]
+
+    def words(things, names):
+        return {tuple(getattr(thing, name) for name in names) for thing in things}
+
+    assert not words(seen, ("colour", "shape", "place")) & words(unseen, ("colour", "shape", "place"))
+    for pair in itertools.combinations(PROPERTIES, 2):
+        assert words(unseen, pair) <= words(seen, pair)
+
+
+def test_data_set_is_deterministic_and_a_manifest(draw, score, tmp_path):
+    for name in ("a", "b"):
+        draw.write_data_set(tmp_path / name, copies=1, seed=3)
+    draw.write_data_set(tmp_path / "c", copies=1, seed=4)
+    first, again, other = (sorted((tmp_path / name / "images").iterdir()) for name in "abc")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert sum(p.read_bytes() != q.read_bytes() for p, q in zip(first, other, strict=True)) > 150
+
+    things = {thing.caption: thing for thing in draw.all_things()}
+    manifest = Manifest.open(tmp_path / "a" / "train.jsonl")
+    for index in range(0, len(manifest), 10):
+        image, sample = manifest.load(index)
+        assert all(score.read_picture(image).matches(things[sample.captions[0]]).values())
+
+
+def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
+    (tmp_path / "images").mkdir()
+    things = draw.all_things()[:6]
+    for index, thing in enumerate(things):
+        draw.draw(things[0] if index == 5 else thing).save(tmp_path / "images" / f"{index}.png")
+    records = [{"caption": thing.caption, "image_url": f"elsewhere/{i}.png"} for i, thing in enumerate(things)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    fractions = score.score_folder(tmp_path)
+    assert fractions["colour"] == 1.0
+    assert fractions["place"] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--output", "full"], "full is not empty"), (["--data", "none.jsonl"], "none.jsonl: there is no such file")],
+)
+def test_recipe_refuses_bad_input_and_touches_nothing(score, monkeypatch, tmp_path, arguments, message):
+    recipe = pytest.importorskip("recipe")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("mine")
+    with pytest.raises(UserError, match=message):
+        recipe.main(arguments)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "kept.txt"]
+
+
+def test_help_needs_no_installation(tmp_path):
+    """Quickstart explains itself before anything is installed: no Python in sight."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "sed", "dirname", "realpath"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    command = ["bash", str(FOLDER.parent / "quickstart.sh"), "--help"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True, check=True)
+    for option in ("--short", "--data", "--resolution", "--output"):
+        assert option in done.stdout
+    assert not done.stderr
