@@ -32,7 +32,7 @@ from autoencoder.manifest import JoinedSources
 from svg_t2i import feature_cache
 from svg_t2i.data import T2IDataset, cache_fingerprint, make_datasets, open_sources
 from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision
-from svg_t2i.loader import plain_user_errors, read_ahead
+from svg_t2i.loader import read_ahead
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import World, main_first, reduce_sum, start_world
 from svg_t2i.settings import LATENT_PIXELS, TrainConfig, locate
@@ -154,15 +154,14 @@ class CacheWriter:
         ranges = [range(number * size, min((number + 1) * size, count)) for number in mine]
         loaded = iter(read_ahead(_Samples(self.dataset), list(chain(*ranges)), num_workers, prefetch * 8))
         started, replaced = time.perf_counter(), 0
-        with plain_user_errors():
-            for done, (number, indices) in enumerate(zip(mine, ranges), start=1):
-                replaced += self._write(shards[number], islice(loaded, len(indices)))
-                seconds = time.perf_counter() - started
-                log.info(
-                    "%s: %d of %d shards here, %.1f images/s, %.0f min left",
-                    self.folder, done, len(mine), sum(map(len, ranges[:done])) / seconds,
-                    seconds / done * (len(mine) - done) / 60,
-                )  # fmt: skip
+        for done, (number, indices) in enumerate(zip(mine, ranges), start=1):
+            replaced += self._write(shards[number], islice(loaded, len(indices)))
+            seconds = time.perf_counter() - started
+            log.info(
+                "%s: %d of %d shards here, %.1f images/s, %.0f min left",
+                self.folder, done, len(mine), sum(map(len, ranges[:done])) / seconds,
+                seconds / done * (len(mine) - done) / 60,
+            )  # fmt: skip
         if replaced:
             log.warning("%s: %d unusable samples hold the features of the ones after them", self.folder, replaced)
 

@@ -8,15 +8,15 @@ manifests, so that the parent has nothing to do but to hand over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from autoencoder.config import UserError
+from autoencoder.data import TrainLoader as PlainLoader
 from autoencoder.order import SampleOrder
 from svg_t2i.batching import deal_by_tokens, deal_evenly
 from svg_t2i.data import T2IDataset, TrainBatch
@@ -100,27 +100,17 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[TrainBatch | FeatureBatch]]:
         step: list[TrainBatch | FeatureBatch] = []
-        with plain_user_errors():
-            for batch, last_of_step in self._loader:
-                step.append(batch)
-                self.replaced += batch.replaced
-                if last_of_step:
-                    yield step
-                    step = []
+        for batch, last_of_step in self._loader:
+            step.append(batch)
+            self.replaced += batch.replaced
+            if last_of_step:
+                yield step
+                step = []
 
 
-@contextmanager
-def plain_user_errors() -> Iterator[None]:
-    """User errors raised in a worker of a DataLoader arrive as the one message they were raised with."""
-    try:
-        yield
-    except UserError as error:  # torch re-raises it with the worker's traceback as message
-        raise UserError(str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip()) from None
-
-
-def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: int) -> DataLoader:
+def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: int) -> PlainLoader:
     """dataset[key] for each key of `sampler`, in order, read by workers (none: when asked for)."""
-    return DataLoader(
+    return PlainLoader(
         dataset,
         sampler=sampler,
         batch_size=None,
