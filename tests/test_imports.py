@@ -12,11 +12,10 @@ FLOORS = {
     "autoencoder": [
         {"config", "collectives"},
         {"images", "weights", "order", "parallel", "encoder_table", "published_keys"},
-        {"positions", "spans", "metrics", "latents", "decoder"},
-        {"manifest", "encoders", "residual", "hy_decoder", "drift"},
+        {"positions", "spans", "latents", "decoder", "losses"},
+        {"manifest", "encoders", "residual", "hy_decoder", "drift", "metrics"},
         {"tar_shards", "striped"},
         {"model"},
-        {"losses"},
         {"data", "sweep"},
         {"settings", "evaluation"},
         {"training"},

@@ -90,7 +90,7 @@ def test_batches_are_those_made_from_images(toy_parts, parts, cache):
     model = SVGDiT(load_config(TrainConfig, toy_parts / "train.yaml").model_config(32, 32))
     dropped = 0
     for ours, theirs in zip(itertools.chain(*features), itertools.chain(*images), strict=True):
-        a, b = frozen.prepare(ours, model), frozen.prepare(theirs, model)
+        a, b = frozen.prepare([ours, theirs], model, torch.device("cpu"))
         order = [ours.positions.tolist().index(position) for position in theirs.positions.tolist()]
         assert tuple(a.sizes[i] for i in order) == b.sizes
         assert torch.equal(a.resolutions[order], b.resolutions)
