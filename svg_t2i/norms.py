@@ -33,6 +33,7 @@ class _FastRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis, in x's dtype; weight broadcasts to x."""
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+    trains_on_cpu = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if trains_on_cpu and not torch.compiler.is_compiling():
         return _FastRMSNorm.apply(x, weight, eps)[0]
     return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)

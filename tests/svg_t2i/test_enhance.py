@@ -5,7 +5,14 @@ import torch
 from transformers import BertConfig, BertModel
 
 from autoencoder.config import UserError
-from svg_t2i.enhance import INSTRUCTION, MAX_NEW_TOKENS, _continue, causal_model, enhance, tidy
+from svg_t2i import enhance as enhance_module
+from svg_t2i.enhance import INSTRUCTION, _continue, causal_model, enhance, tidy
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    assert enhance_module.MAX_NEW_TOKENS == 196
+    monkeypatch.setattr(enhance_module, "MAX_NEW_TOKENS", 24)
 
 
 @torch.no_grad()
@@ -16,7 +23,7 @@ def test_decoding_is_greedy_with_the_encoder_s_own_weights(toy_pipeline):
     start = ids.shape[1]
     causal = causal_model(encoder.model)
     assert causal.lm_head.weight is encoder.model.embed_tokens.weight
-    for _ in range(MAX_NEW_TOKENS):
+    for _ in range(24):
         hidden = encoder.model(input_ids=ids).last_hidden_state[:, -1]
         ids = torch.cat([ids, (hidden @ encoder.model.embed_tokens.weight.T).argmax(dim=1, keepdim=True)], dim=1)
         if ids[0, -1] == encoder.tokenizer.eos_token_id:
