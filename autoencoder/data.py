@@ -161,7 +161,7 @@ def group_by_size(items: Sequence[tuple[int, Tensor]]) -> ImageBatch:
     )
 
 
-class TrainLoader(DataLoader[T]):
+class PlainLoader(DataLoader[T]):
     """A DataLoader whose workers' user errors arrive as the one message they were raised with."""
 
     def __iter__(self) -> Iterator[T]:

@@ -41,7 +41,7 @@ from autoencoder.data import (
     CropSizes,
     ImageBatch,
     ImageDataset,
-    TrainLoader,
+    PlainLoader,
     group_by_size,
     validation_batches,
 )
@@ -113,7 +113,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), batches)
 
     def _loader(self, dataset: ImageDataset, batches: Any) -> DataLoader:
-        return TrainLoader(
+        return PlainLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.params.num_workers,

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from autoencoder.config import UserError
-from autoencoder.data import TrainLoader as PlainLoader
+from autoencoder.data import PlainLoader
 from autoencoder.order import SampleOrder
 from svg_t2i.batching import deal_by_tokens, deal_evenly
 from svg_t2i.data import T2IDataset, TrainBatch

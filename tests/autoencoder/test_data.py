@@ -13,7 +13,7 @@ from autoencoder.data import (
     BatchStream,
     CropSizes,
     ImageDataset,
-    TrainLoader,
+    PlainLoader,
     group_by_size,
     validation_batches,
 )
@@ -114,7 +114,7 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
 
     def load(world_size, rank, workers):
         batches = BatchStream(CropSizes(source, BUCKETS), (1, world_size, 4 // world_size), rank, range(5), 3, 64)
-        return list(TrainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=group_by_size))
+        return list(PlainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=group_by_size))
 
     def images(batches):
         groups = [pair for batch in batches for pair in zip(batch.positions, batch.images)]
@@ -149,7 +149,7 @@ def test_a_workers_user_error_arrives_as_it_was(tmp_path, workers):
     source = make_source(tmp_path)
     source.max_errors = 0
     (tmp_path / "3.png").write_bytes(b"no image")
-    loader = TrainLoader(ImageDataset(source, BUCKETS, 0), batch_size=None, sampler=[(0, 3)], num_workers=workers)
+    loader = PlainLoader(ImageDataset(source, BUCKETS, 0), batch_size=None, sampler=[(0, 3)], num_workers=workers)
     with pytest.raises(UserError, match=r"manifest.jsonl: more than 0 unusable images") as caught:
         list(loader)
     assert "Traceback" not in str(caught.value)
