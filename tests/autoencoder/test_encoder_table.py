@@ -21,7 +21,7 @@ from autoencoder.encoder_table import MODELS
 from autoencoder.encoders import EncoderConfig, FrozenEncoder
 from autoencoder.model import SVGAutoencoder
 from autoencoder.published_keys import ONLY_OFFICIAL, canonical
-from autoencoder.training import AutoencoderTrainConfig
+from autoencoder.settings import AutoencoderTrainConfig
 
 
 @cache
