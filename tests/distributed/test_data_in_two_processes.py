@@ -11,9 +11,15 @@ from svg_t2i.checkpoint import read_transformer
 
 BOTH = """
 import sys
-from svg_t2i import cache_features, train
-cache_features.main([*sys.argv[1:], "--shard-size", "2"])
-train.main(sys.argv[1:])
+from autoencoder.config import load_config
+from svg_t2i.cache_features import *
+from svg_t2i import train
+
+config = load_config(TrainConfig, sys.argv[2], sys.argv[3:])
+with start_world() as world:
+    train.start_logging(world)
+    fill_caches(config, world, batch_size=32, shard_size=2, latent_dtype=torch.float32)
+    train.run(config, world)
 """
 
 
