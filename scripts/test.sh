@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them all; further arguments go to pytest:
+# Installs what the tests need and runs them all, one process a core; further arguments go to pytest:
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/svg_t2i -k solvers
@@ -8,7 +8,8 @@ set -euo pipefail
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/environment.sh"
 activate_environment
 install -r requirements.txt
-install -e ".[dev]"
+install -e ".[dev,app]"
+export OMP_NUM_THREADS=1  # a process a core: more threads would only wait for each other
 set_threads
 cd "$REPO_ROOT"
-exec python -m pytest "$@"
+exec python -m pytest -n "${TEST_PROCESSES:-$(nproc 2>/dev/null || sysctl -n hw.ncpu)}" --dist loadfile "$@"

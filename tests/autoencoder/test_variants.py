@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from autoencoder import measure_latents
 from autoencoder import train as entry
 from autoencoder.config import UserError, build, read_config
-from autoencoder.latents import LatentStats
+from autoencoder.latents import LatentStats, StatsAccumulator
 from autoencoder.model import DROPPED, ModelConfig, SVGAutoencoder
 from autoencoder.settings import AutoencoderTrainConfig
 
@@ -107,9 +106,16 @@ def test_bf16(images):
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
+def measured(model: SVGAutoencoder, images: torch.Tensor) -> LatentStats:
+    moments = StatsAccumulator()
+    with torch.no_grad():
+        moments.update(model.encode(images))
+    return moments.result(model.latent_fingerprint())
+
+
 def test_statistics_cover_all_channels_or_are_made_up_on_request(tmp_path, images):
     model = make()
-    stats = measure_latents.measure(model, [((images + 1) * 127.5).to(torch.uint8)])
+    stats = measured(model, images)
     assert stats.channels == D + R
     stats.save(tmp_path / "own.safetensors")
     model.set_stats(LatentStats.load(tmp_path / "own.safetensors", D + R))
@@ -124,7 +130,7 @@ def test_statistics_cover_all_channels_or_are_made_up_on_request(tmp_path, image
 
 def test_statistics_belong_to_the_residual_weights_and_matching(images):
     model = make()
-    stats = measure_latents.measure(model, [((images + 1) * 127.5).to(torch.uint8)])
+    stats = measured(model, images)
     fingerprint = model.latent_fingerprint()
     assert model.bfloat16().latent_fingerprint() == fingerprint
     with torch.no_grad():

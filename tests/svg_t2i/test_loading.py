@@ -42,7 +42,7 @@ def add_transformer(folder, monkeypatch):
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "axes_dims": (4, 6, 6), "multiple_of": 32}
     small = DiTConfig(in_channels=32, cap_feat_dim=32, **sizes)
     monkeypatch.setitem(MODELS, NAME, small)
-    export_published(SVGDiT(small), SVGDiT(small), NAME, folder)
+    export_published(SVGDiT(small), SVGDiT(small), folder)
 
 
 def test_the_published_folder_is_enough(published, monkeypatch):
