@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -150,6 +151,8 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
     if config.activation_checkpointing != "none":
         _checkpoint_activations(module, config.activation_checkpointing)
     if config.compile:
+        # else a graph would insist that sizes which are equal by chance in the first batch are so in all
+        torch.fx.experimental._config.use_duck_shape = False
         for block in _blocks(module):
             block.compile(dynamic=True)
     if world.size == 1:

@@ -200,13 +200,13 @@ def train(
             batches = next(steps)
             train_step(state, objective, batches, frozen, config, world, meter)
             meter.phase("aside")
-            next_step()
             last = state.step == loop.max_steps
             if last or state.step % loop.log_every == 0:
                 values = meter.read()
                 stop_if_diverged(values, meter, config)
                 logger.write(state.step, values, learning_rate(state.step - 1, config.optim, loop.max_steps))
             with logger.excluded():
+                next_step()
                 if config.samples.every and (last or state.step % config.samples.every == 0):
                     grid = sample_grid(state, frozen, config, world)
                     if grid is not None:

@@ -4,6 +4,9 @@ All runs of the same number of processes share one start: each rank plays throug
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed.tensor import DTensor
@@ -88,5 +91,20 @@ def test_one_process_goes_on_with_shards(runs, toy_parts, tmp_path):
     (tmp_path / "two" / "checkpoints").mkdir(parents=True)
     (tmp_path / "two" / "checkpoints" / "0000002").symlink_to(runs / "fsdp" / "checkpoints" / "0000002")
     main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / 'two'}", *COMMON])
+    (tmp_path / "one").symlink_to(runs / "one")
+    assert difference(tmp_path, "one", "two") <= 1e-6
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(runs, toy_parts, tmp_path, repo_root):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    settings = [f"results_dir={tmp_path / 'two'}", *COMMON, *RUNS["fsdp"], "resume=false"]
+    result = subprocess.run(
+        [*command, Path(__file__).with_name("fail_once.py"), "--config", toy_parts / "train.yaml", *settings],
+        env={**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("resumed from") == 1
+    assert "step 3/4" in result.stdout
     (tmp_path / "one").symlink_to(runs / "one")
     assert difference(tmp_path, "one", "two") <= 1e-6

@@ -1,0 +1,109 @@
+"""What a run reports: operation counts, phases, TensorBoard and Weights & Biases, pictures, traces."""
+
+import json
+import math
+import sys
+import time
+import types
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoencoder.config import UserError
+from svg_t2i.flops import peak_tflops, training_flops
+from svg_t2i.model import DiTConfig, SVGDiT
+from svg_t2i.monitor import Phases, loss_scalars
+from svg_t2i.packing import TextFeatures
+from svg_t2i.train import main
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_operations_are_those_that_torch_counts(patch):
+    sizes = DiTConfig(
+        dim=64, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=2, axes_dims=(8, 12, 12), in_channels=20,
+        cap_feat_dim=48, patch_size=patch,
+    )  # fmt: skip
+    model, images, texts = SVGDiT(sizes), [24 // patch**2, 16 // patch**2], [5, 7]
+    latents = [torch.randn(20, 4, 6, requires_grad=True), torch.randn(20, 4, 4, requires_grad=True)]
+    features = torch.randn(12, 48)
+    with FlopCounterMode(display=False) as counter:
+        sum(v.sum() for v in model(latents, torch.rand(2), TextFeatures(features, (5, 7)))).backward()
+    joint = sum((i + t) ** 2 for i, t in zip(images, texts)) * sizes.n_layers
+    refined = sum(i**2 + t**2 for i, t in zip(images, texts)) * sizes.n_refiner_layers
+    attention = 3 * 4 * sizes.dim * (joint + refined)  # torch does not count the CPU's attention
+    timesteps = 2 * len(images) * 256 * sizes.modulation_dim  # sinusoids get no gradient, so it takes one product less
+    assert training_flops(sizes, images, texts) == counter.get_total_flops() + attention + timesteps
+
+
+def test_peaks_are_found_by_name():
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("NVIDIA H100 PCIe") == 756.0
+    assert peak_tflops("cpu") is None
+
+
+def test_phases_add_up_and_go_on():
+    phases = Phases(torch.device("cpu"))
+    assert phases.pop() == {}
+    for name in ("data", "model", "data"):
+        phases.start(name)
+        time.sleep(0.02)
+    first = phases.pop()
+    assert first["data"] >= 0.04
+    assert 0.02 <= first["model"] < first["data"]
+    assert phases.pop().keys() == {"data"}  # still under way
+
+
+def test_empty_loss_bins_are_left_out():
+    assert loss_scalars([1.0, math.nan]) == {"loss_at_t/0.00-0.50": 1.0}
+
+
+def run(toy_parts, folder, *overrides):
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder}", *overrides])
+
+
+def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
+    run(
+        toy_parts, tmp_path, "train.max_steps=12", "train.log_every=6", "monitor.peak_tflops=0.001",
+        "monitor.profile_steps=1", "samples.every=12", "samples.prompts=[a picture, much noise, number]",
+        "samples.num_inference_steps=2", "train.ema_decay=[0.9,0.99]", "train.ema_warmup=true",
+    )  # fmt: skip
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    names = {name.removeprefix("train/") for name in board.Tags()["scalars"]}
+    assert names >= {
+        "loss", "grad_norm", "lr", "skipped", "text_tokens", "images_per_second", "tokens_per_second",
+        "flop_utilisation", "share_of_data", "share_of_encode", "share_of_model", "share_of_update",
+    }  # fmt: skip
+    assert any(name.startswith("loss_at_t/") for name in names)
+    shares = [board.Scalars(f"train/share_of_{phase}")[-1].value for phase in ("data", "encode", "model", "update")]
+    assert 0.5 < sum(shares) <= 1.01
+    assert [event.step for event in board.Scalars("train/loss")] == [6, 12]
+    assert board.Tags()["images"] == ["samples"]
+    with Image.open(tmp_path / "samples" / "0000012.png") as grid:
+        assert grid.width >= 3 * 64
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+
+
+def test_wandb_gets_the_same_scalars(toy_parts, tmp_path, monkeypatch):
+    logged, started = {}, {}
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: started.update(options) or types.SimpleNamespace(
+        log=lambda values, step: logged.setdefault(step, values), finish=lambda: logged.setdefault("finished", True)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run(toy_parts, tmp_path / "named", "monitor.wandb_project=p", "train.max_steps=2", "monitor.tensorboard=false")
+    assert started["project"] == "p"
+    assert started["name"] == "named"
+    assert started["config"]["train"]["max_steps"] == 2
+    assert logged[2]["train/loss"] > 0
+    assert logged["finished"]
+    assert not (tmp_path / "named" / "tensorboard").exists()
+
+
+def test_missing_wandb_is_named(toy_parts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(toy_parts, tmp_path, "monitor.wandb_project=p")

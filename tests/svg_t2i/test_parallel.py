@@ -1,0 +1,103 @@
+"""Blocks that are recomputed or compiled compute the same; one graph per kind of block serves every number of tokens."""
+
+import pytest
+import torch
+from torch import nn
+
+from autoencoder.config import UserError
+from svg_t2i.model import DiTConfig, SVGDiT
+from svg_t2i.packing import TextFeatures
+from svg_t2i.parallel import World, clip_gradients, compiled_graphs, parallelize
+from svg_t2i.settings import ParallelConfig
+
+SIZES = DiTConfig(
+    dim=32, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(4, 6, 6), in_channels=4,
+    cap_feat_dim=8, multiple_of=32,
+)  # fmt: skip
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def model():
+    model = SVGDiT(SIZES)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.2)
+    return model
+
+
+def gradients(model, sizes, lengths):
+    """Those of a batch of latents of these sizes with captions of these lengths."""
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(4, *size, generator=generator) for size in sizes]
+    text = TextFeatures(torch.randn(sum(lengths), 8, generator=generator), tuple(lengths))
+    model.zero_grad()
+    velocity = model(latents, torch.rand(len(sizes), generator=generator), text)
+    sum(v.square().mean() for v in velocity).backward()
+    return {name: weight.grad.clone() for name, weight in model.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_blocks_give_the_same_gradients_under_the_same_names(model, mode):
+    batch = ([(2, 3), (2, 2)], [5, 2])
+    expected = gradients(model, *batch)
+    forwards = []
+    for block in model.layers:
+        block.feed_forward.register_forward_hook(lambda *_: forwards.append(1))
+    parallelize(model, ParallelConfig(activation_checkpointing=mode), "fp32", ALONE)
+    actual = gradients(model, *batch)
+    assert len(forwards) == 2 * len(model.layers)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def test_selective_keeps_what_is_dear(model):
+    """Attention runs once, and half of the matrix products of a block are not repeated."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = ([(4, 4)] * 2, [5, 5])
+
+    def operations(mode):
+        again = SVGDiT(SIZES)
+        parallelize(again, ParallelConfig(activation_checkpointing=mode), "fp32", ALONE)
+        with FlopCounterMode(display=False) as counter:
+            gradients(again, *batch)
+        return counter.get_total_flops()
+
+    none, selective, full = (operations(mode) for mode in ("none", "selective", "full"))
+    assert none < selective < (none + 2 * full) / 3
+
+
+def test_compiled_blocks_need_no_new_graphs_for_new_shapes(model, monkeypatch):
+    eager = {}
+    batches = [([(2, 3), (2, 2)], [5, 2]), ([(4, 3), (1, 2), (3, 3)], [3, 7, 4]), ([(5, 5), (2, 1)], [9, 8])]
+    for i, batch in enumerate(batches):
+        eager[i] = gradients(model, *batch)
+    torch._dynamo.reset()
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend="eager", **options))
+    parallelize(model, ParallelConfig(compile=True), "fp32", ALONE)
+    before = compiled_graphs()
+    gradients(model, *batches[0])
+    warm = compiled_graphs()
+    assert warm > before
+    assert warm - before <= 6  # three kinds of block, in two parts around attention, which stays eager on the CPU
+    for i, batch in enumerate(batches):
+        for name, gradient in gradients(model, *batch).items():
+            torch.testing.assert_close(gradient, eager[i][name], atol=1e-4, rtol=1e-4)
+    assert compiled_graphs() == warm
+
+
+def test_clip_returns_the_norm_before():
+    layer = nn.Linear(3, 2)
+    layer(torch.ones(1, 3)).sum().backward()
+    before = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm()
+    torch.testing.assert_close(clip_gradients(list(layer.parameters()), 0.1), before)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in layer.parameters()]).norm(), torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("settings", [{"shard_size": 2}, {"data_parallel": "hsdp", "shard_size": 0}])
+def test_shard_size_belongs_to_hsdp(settings):
+    with pytest.raises(UserError, match="shard_size"):
+        ParallelConfig(**settings)
