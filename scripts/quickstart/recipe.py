@@ -55,7 +55,7 @@ class Plan:
     pictures_per_prompt: int
 
 
-FULL = Plan(copies=6, autoencoder_steps=1600, transformer_steps=500, prompts=40, pictures_per_prompt=2)
+FULL = Plan(copies=6, autoencoder_steps=2000, transformer_steps=600, prompts=40, pictures_per_prompt=2)
 SHORT = Plan(copies=1, autoencoder_steps=20, transformer_steps=20, prompts=8, pictures_per_prompt=1)
 
 
