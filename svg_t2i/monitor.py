@@ -157,6 +157,12 @@ class ProgressLogger:
         if self.wandb is not None:
             self.wandb.log({"samples": _wandb().Image(grid)}, step=step)
 
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of an evaluation; the same on every rank."""
+        if self.board is not None or self.wandb is not None:
+            log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._record({f"eval/{name}": value for name, value in values.items()}, step)
+
     def _record(self, scalars: Mapping[str, float], step: int) -> None:
         if self.board is not None:
             for name, value in scalars.items():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from autoencoder.images import image_grid, save_png
+from svg_t2i.evaluation import evaluate
 from svg_t2i.frozen import FrozenNetworks
 from svg_t2i.model import SVGDiT
 from svg_t2i.parallel import World, to_main, whole_tensor
@@ -28,6 +29,23 @@ def averaged_transformer(state: TrainState, config: TrainConfig, world: World) -
     return model
 
 
+def averaged_pipeline(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> SVGT2IPipeline:
+    """A pipeline over the averaged weights and the run's own frozen networks, on every rank."""
+    transformer = averaged_transformer(state, config, world)
+    pipeline = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def evaluate_averaged(
+    state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World
+) -> dict[str, float]:
+    """The metrics of the `evaluation` section, of the averaged weights; the same on every rank."""
+    pipeline = averaged_pipeline(state, frozen, config, world)
+    with frozen.whole():
+        return evaluate(pipeline, config.evaluation, world)
+
+
 def sample_grid(
     state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World
 ) -> Image.Image | None:
@@ -38,11 +56,11 @@ def sample_grid(
     """
     settings, side = config.samples, config.data.resolution
     own = list(range(world.rank, len(settings.prompts), world.size))
-    transformer = averaged_transformer(state, config, world)
+    pipeline = averaged_pipeline(state, frozen, config, world)
     pictures: list[Image.Image] = []
     with frozen.whole():
         if own:
-            pictures = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder)(
+            pictures = pipeline(
                 [settings.prompts[i] for i in own],
                 system_prompt=settings.system_prompt,
                 height=settings.height or side,
@@ -52,7 +70,7 @@ def sample_grid(
                 solver=settings.solver,
                 time_shift=settings.time_shift,
                 seed=[settings.seed + i for i in own],
-            )
+            ).images
     gathered = to_main(list(zip(own, pictures, strict=True)), world)
     if not world.is_main:
         return None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from autoencoder.config import REPO_ROOT, UserError, build, to_dict
+from svg_t2i.evaluation_config import EvaluationConfig
 from svg_t2i.flow import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.model import MODELS, DiTConfig
 
@@ -275,6 +276,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluation: EvaluationConfig | None = None  # metrics of the averaged weights, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
     init_from: str | None = None  # folder to take first weights from

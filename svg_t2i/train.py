@@ -29,7 +29,7 @@ from svg_t2i.model import SVGDiT
 from svg_t2i.monitor import Meter, ProgressLogger, profiling
 from svg_t2i.optimizer import learning_rate
 from svg_t2i.parallel import World, from_main, main_first, parallelize, start_world
-from svg_t2i.samples import sample_grid
+from svg_t2i.samples import evaluate_averaged, sample_grid
 from svg_t2i.settings import TrainConfig, changed_settings, locate
 from svg_t2i.training import FlowObjective, TrainState, train_step
 
@@ -211,6 +211,9 @@ def train(
                     grid = sample_grid(state, frozen, config, world)
                     if grid is not None:
                         logger.pictures(state.step, grid)
+                evaluation = config.evaluation
+                if evaluation and evaluation.every and (last or state.step % evaluation.every == 0):
+                    logger.metrics(state.step, evaluate_averaged(state, frozen, config, world))
                 if last or state.step % loop.ckpt_every == 0:
                     saver.save(state.step, state.tensors(), meta)
                     frozen.captions.clear()  # as a resumed run would find it

@@ -200,6 +200,8 @@ def run_on_shapes(recipe: Recipe) -> None:
     for name in ("colour", "place", "shape"):
         print(f"  {result[name]:4.0%} have the right {name}")
     print(f"(Pictures of such things that only went through the autoencoder: {percentages(reconstruction)}.)")
+    if recipe.plan is SHORT:
+        print("So few steps teach nothing; --short shows that everything runs. Leave it out to learn the shapes.")
 
 
 def run_on_data(recipe: Recipe) -> None:

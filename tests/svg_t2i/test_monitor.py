@@ -69,6 +69,9 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
         toy_parts, tmp_path, "train.max_steps=12", "train.log_every=6", "monitor.peak_tflops=0.001",
         "monitor.profile_steps=1", "samples.every=12", "samples.prompts=[a picture, much noise, number]",
         "samples.num_inference_steps=2", "train.ema_decay=[0.9,0.99]", "train.ema_warmup=true",
+        "evaluation.every=6", "evaluation.metrics=[mmd]", f"evaluation.manifest={toy_parts / 'manifest.jsonl'}",
+        "evaluation.num_images=4", "evaluation.sampling.width=64", "evaluation.sampling.height=64",
+        "evaluation.sampling.num_inference_steps=1",
     )  # fmt: skip
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -82,6 +85,9 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     assert 0.5 < sum(shares) <= 1.01
     assert [event.step for event in board.Scalars("train/loss")] == [6, 12]
     assert board.Tags()["images"] == ["samples"]
+    evaluated = board.Scalars("eval/mmd")
+    assert [event.step for event in evaluated] == [6, 12]
+    assert all(math.isfinite(event.value) for event in evaluated)
     with Image.open(tmp_path / "samples" / "0000012.png") as grid:
         assert grid.width >= 3 * 64
     assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
