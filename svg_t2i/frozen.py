@@ -158,10 +158,7 @@ def load_autoencoder(source: AutoencoderSource) -> SVGAutoencoder:
     for name in ("checkpoint", "encoder_weights"):
         if getattr(source, name) is not None:
             raise UserError(f"autoencoder.{name} is for a YAML config; the folder {path} brings its own weights")
-    autoencoder = SVGAutoencoder.from_pretrained(path)
-    if stats is not None:
-        autoencoder.set_stats(LatentStats.load(stats, autoencoder.channels))
-    return autoencoder
+    return SVGAutoencoder.from_pretrained(path, stats=stats)
 
 
 def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
