@@ -132,11 +132,37 @@ class Level(nn.Module):
         return self.upsample(x)
 
 
-class ConvDecoder(nn.Module):
+class Decoder(nn.Module):
     """Raw latents (B, z, h, w) → images (B, out_ch, s·h, s·w), s = `scale` = 16; the last layer is not clipped.
 
+    The skeleton of both published decoders, which set `mid`, `norm_out` and `conv_out` and supply `stem` and `levels`.
     Weights are kept channels-last, which the convolutions of CPUs and tensor cores prefer; state dicts are unaffected.
     """
+
+    scale: int
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight at which the adaptive loss weight compares gradients (out_ch, ch, 3, 3)."""
+        return self.conv_out.weight
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid(self.stem(latents))  # (B, C, h, w)
+        for level in self.levels():
+            x = level(x)  # ×2 after each level but the finest
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_ch, 16h, 16w)
+
+    def stem(self, latents: Tensor) -> Tensor:
+        """What comes before the middle: (B, z, h, w) → (B, C, h, w)."""
+        raise NotImplementedError
+
+    def levels(self) -> Iterator[Level]:
+        """From the coarsest, as they are computed."""
+        raise NotImplementedError
+
+
+class ConvDecoder(Decoder):
+    """The latent-diffusion decoder of `ddconfig`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -161,21 +187,8 @@ class ConvDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight at which the adaptive loss weight compares gradients (out_ch, ch, 3, 3)."""
-        return self.conv_out.weight
-
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid(self.stem(latents))  # (B, C, h, w)
-        for level in self.levels():
-            x = level(x)  # ×2 after each level but the finest
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_ch, 16h, 16w)
-
     def stem(self, latents: Tensor) -> Tensor:
-        """What comes before the middle: (B, z, h, w) → (B, C, h, w)."""
         return self.conv_in(latents)
 
     def levels(self) -> Iterator[Level]:
-        """From the coarsest, as they are computed."""
         return reversed(self.up)

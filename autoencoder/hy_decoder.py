@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.config import UserError
-from autoencoder.decoder import GROUPS, Level, Middle
+from autoencoder.decoder import GROUPS, Decoder, Level, Middle
 
 SHORTCUT_CHANNELS = 8  # the residual branch's, at the end of the latent
 
@@ -105,11 +105,8 @@ class HyLevel(Level):
             self.upsample = ShuffleUpsample(out_channels, upsampled)
 
 
-class HyDecoder(nn.Module):
-    """Raw latents (B, z, h, w) → images (B, out_channels, s·h, s·w), s = `scale` = 16; the last layer is not clipped.
-
-    Weights are kept channels-last, as in ConvDecoder.
-    """
+class HyDecoder(Decoder):
+    """The decoder of `hyconfig`."""
 
     def __init__(self, config: HyDecoderConfig) -> None:
         super().__init__()
@@ -128,23 +125,10 @@ class HyDecoder(nn.Module):
         self.register_state_dict_post_hook(_emit_published)
         self.register_load_state_dict_pre_hook(_accept_published)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight at which the adaptive loss weight compares gradients (out_channels, C, 3, 3)."""
-        return self.conv_out.weight
-
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid(self.stem(latents))  # (B, C, h, w)
-        for level in self.levels():
-            x = level(x)  # ×2 after each level but the last
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, 16h, 16w)
-
     def stem(self, latents: Tensor) -> Tensor:
-        """What comes before the middle: (B, z, h, w) → (B, C, h, w)."""
         return self.conv_in(latents) + self._shortcut(latents)
 
     def levels(self) -> Iterator[HyLevel]:
-        """From the coarsest, as they are computed."""
         return iter(self.up)
 
     def _shortcut(self, latents: Tensor) -> Tensor:

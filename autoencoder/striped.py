@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.decoder import AttentionBlock, ConvDecoder, ResidualBlock, Upsample
-from autoencoder.hy_decoder import HyDecoder, ShuffleUpsample, pixel_shuffle
+from autoencoder.decoder import AttentionBlock, Decoder, ResidualBlock, Upsample
+from autoencoder.hy_decoder import ShuffleUpsample, pixel_shuffle
 
 STRIPE_BYTES = 2**27  # of a stripe of a feature map; a few of them exist at a time
 PLAIN_PIXELS = 2**22  # images (all of a batch together) of up to 2048×2048 are decoded plainly: 11 GB in fp32
 
 
 @torch.no_grad()
-def decode(decoder: ConvDecoder | HyDecoder, latents: Tensor) -> Tensor:
+def decode(decoder: Decoder, latents: Tensor) -> Tensor:
     """What `decoder(latents)` gives; images beyond `PLAIN_PIXELS` one by one and in stripes. No gradients.
 
     latents (B, z, h, w), in the decoder's dtype → images (B, 3, 16h, 16w).
@@ -40,7 +40,7 @@ def decode(decoder: ConvDecoder | HyDecoder, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_in_stripes(decoder: ConvDecoder | HyDecoder, latents: Tensor, stripe_bytes: int = STRIPE_BYTES) -> Tensor:
+def decode_in_stripes(decoder: Decoder, latents: Tensor, stripe_bytes: int = STRIPE_BYTES) -> Tensor:
     """What `decoder(latents)` gives in eval mode, up to rounding, with `stripe_bytes` per temporary. No gradients."""
     x = decoder.stem(latents)  # (B, C, h, w)
     for layer in _layers(decoder):
@@ -49,7 +49,7 @@ def decode_in_stripes(decoder: ConvDecoder | HyDecoder, latents: Tensor, stripe_
     return _assembled(_convolved(decoder.conv_out, x, activation, stripe_bytes), x)
 
 
-def _layers(decoder: ConvDecoder | HyDecoder) -> Iterator[nn.Module]:
+def _layers(decoder: Decoder) -> Iterator[nn.Module]:
     """All between the stem and `norm_out`, in the order of the computation."""
     yield from (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2)
     for level in decoder.levels():

@@ -12,6 +12,7 @@ B samples, T tokens, C channels per token. Times and coefficients keep their flo
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -227,13 +228,9 @@ def timestep_range(snr_type: str) -> tuple[float, float] | None:
         return None
     if snr_type == "uniform":
         return 0.0, 1.0
-    try:
-        kind, low, high = snr_type.split("_")
-        bounds = float(low), float(high)
-        if kind == "uniform" and 0 <= bounds[0] < bounds[1] <= 1:
-            return bounds
-    except ValueError:
-        pass
+    named = re.fullmatch(r"uniform_(\d*\.?\d+)_(\d*\.?\d+)", snr_type)
+    if named and 0 <= float(named[1]) < float(named[2]) <= 1:
+        return float(named[1]), float(named[2])
     raise ValueError(f"snr_type {snr_type!r}: use 'uniform', 'lognorm' or 'uniform_LOW_HIGH', 0 <= LOW < HIGH <= 1")
 
 
