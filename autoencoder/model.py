@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoencoder import striped
 from autoencoder.config import REPO_ROOT, ConfigError, UserError, build, find_config, read_config, to_dict
 from autoencoder.decoder import ConvDecoder, DecoderConfig
 from autoencoder.encoders import EncoderConfig, build_encoder
@@ -131,8 +132,12 @@ class SVGAutoencoder(nn.Module):
             return torch.cat([features, residual], dim=1).contiguous(memory_format=torch.channels_last)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents (B, D, h, w) → images (B, 3, 16h, 16w), nominally in [-1, 1] but not clipped."""
-        return self.decoder(latents.to(self.decoder.last_layer.dtype))
+        """Raw latents (B, D, h, w) → images (B, 3, 16h, 16w), nominally in [-1, 1] but not clipped.
+
+        Without gradients, images beyond 2048×2048 are decoded in little memory (`striped`), equal up to rounding.
+        """
+        latents = latents.to(self.decoder.last_layer.dtype)
+        return self.decoder(latents) if torch.is_grad_enabled() else striped.decode(self.decoder, latents)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw → normalised latents, fp32. UserError without statistics."""
