@@ -1,4 +1,4 @@
-"""Blocks that are recomputed or compiled compute the same; one graph per kind of block serves every number of tokens."""
+"""Recomputed and compiled blocks compute the same; one graph per kind of block serves every number of tokens."""
 
 import pytest
 import torch
