@@ -84,10 +84,15 @@ def start_world(timeout_minutes: int = 30) -> Iterator[World]:
     else:
         device = torch.device("cpu")
     if size > 1:
-        gpu = device.type == "cuda"
+        gpu, timeout = device.type == "cuda", timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",  # objects and checkpoints travel over gloo
-            timeout=timedelta(minutes=timeout_minutes),
+            # torchrun keeps the store when it restarts: addresses of dead processes must not be found in it
+            store=dist.PrefixStore(f"attempt {restarts}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
             device_id=device if gpu else None,  # NCCL's barrier has to know its GPU
         )
     try:

@@ -34,7 +34,7 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def run_processes():
-    """run_processes(function, size, *arguments) -> its picklable results by rank, or all tracebacks."""
+    """run_processes(function, size, *arguments) -> its (picklable) results by rank; fails with every traceback."""
 
     def run(function, size, *arguments):
         port = _free_port()

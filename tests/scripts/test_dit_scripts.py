@@ -43,7 +43,7 @@ def tiny(toy_parts, tmp_path):
         [
             f"results_dir={tmp_path}/run data.path={toy_parts}/manifest.jsonl data.resolution=64 data.num_workers=0",
             f"autoencoder.config={toy_parts}/autoencoder autoencoder.checkpoint=null autoencoder.stats=null",
-            f"text_encoder.path={toy_parts}/text_encoder model=tiny train.precision=fp32",
+            f"text_encoder.path={toy_parts}/text_encoder model=tiny train.precision=fp32 parallel.compile=false",
             "train.max_steps=2 train.global_batch_size=4 train.micro_batch_size=2 train.log_every=1",
         ]
     )

@@ -1,4 +1,4 @@
-"""Recomputed or compiled blocks compute the same; one graph per kind of block serves every number of tokens."""
+"""Recomputed and compiled blocks compute the same; one graph per kind of block serves every number of tokens."""
 
 import pytest
 import torch

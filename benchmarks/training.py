@@ -1,0 +1,266 @@
+"""Time whole optimiser steps of ours against diffusers' Lumina2Transformer2DModel, in one process.
+
+Both have the same sizes and weights and see the same latents and captions; a step is noise, forward, loss, backward,
+gradient clipping, fused AdamW and one running average. The peer gets captions padded to the longest and a mask, as it
+wants them. Steps alternate, so that a busy machine slows all alike. Timings are medians.
+
+    python benchmarks/training.py                                  # two small models, CPU, uniform and ragged captions
+    python benchmarks/training.py --compile                        # compiled blocks against eager ones, too
+    python benchmarks/training.py --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner --peer none \
+        --pixels 1024 --batch 8 --compile [--live]                 # model FLOP utilisation on a GPU
+
+On a GPU every measured step of ours runs under torch.cuda.set_sync_debug_mode("error"): one that waited for the device
+would end the benchmark. --live adds steps that begin with images and captions: DINOv3 ViT-S+/16 and a model of
+Gemma-2-2b's size, both with random weights, encode them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from forward import lumina2_peer, randomise, timings
+from torch import Tensor, nn
+
+from autoencoder.latents import LatentStats
+from autoencoder.model import SVGAutoencoder
+from svg_t2i.data import TrainBatch
+from svg_t2i.flops import peak_tflops, training_flops
+from svg_t2i.frozen import FrozenNetworks, MicroBatch
+from svg_t2i.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.monitor import Meter
+from svg_t2i.packing import TextFeatures
+from svg_t2i.parallel import World, compiled_graphs, parallelize
+from svg_t2i.settings import AutoencoderSource, DataConfig, LoopConfig, ParallelConfig, TrainConfig
+from svg_t2i.text import TextEncoder, make_toy_text_encoder
+from svg_t2i.training import FlowObjective, TrainState, train_step
+
+UNIFORM_TOKENS = 128
+
+
+def ragged_lengths(count: int, seed: int = 0) -> tuple[int, ...]:
+    """Caption lengths in tokens, system prompt included: a tenth dropped (2 tokens), and of the others a third each
+    short (24 to 48), of middle length (49 to 128) and long (129 to 256), uniform within."""
+    generator = torch.Generator().manual_seed(seed)
+    ranges = ((24, 48), (49, 128), (129, 256))
+    lengths = []
+    for _ in range(count):
+        dropped, kind, within = torch.rand(3, generator=generator).tolist()
+        low, high = ranges[int(3 * kind)]
+        lengths.append(2 if dropped < 0.1 else low + int((high - low + 1) * within))
+    return tuple(lengths)
+
+
+class Ready:
+    """Stands in for the frozen networks: micro-batches come encoded."""
+
+    @staticmethod
+    def prepare(batches: list[MicroBatch], *_: object) -> list[MicroBatch]:
+        return batches
+
+
+class Ours:
+    """The training step of this project on one batch."""
+
+    def __init__(self, model: SVGDiT, options: argparse.Namespace, world: World, compile: bool = False):
+        self.config = TrainConfig(
+            model="benchmark",
+            results_dir="unused",
+            data=DataConfig(path="unused", resolution=options.pixels),
+            train=LoopConfig(1, options.batch, options.batch, precision=options.precision),
+            autoencoder=AutoencoderSource(config="unused"),
+            parallel=ParallelConfig(activation_checkpointing=options.checkpointing, compile=compile),
+        )
+        self.world = world
+        objective = FlowObjective(model, self.config)
+        self.objective = parallelize(objective, self.config.parallel, options.precision, world)
+        self.state = TrainState.start(model, self.config)
+        self.meter = Meter(world, self.config, model.config)
+
+    def step(self, batch: MicroBatch | TrainBatch, frozen: FrozenNetworks | type[Ready] = Ready) -> None:
+        train_step(self.state, self.objective, [batch], frozen, self.config, self.world, self.meter)
+
+
+class Peer:
+    """The same step around Lumina2Transformer2DModel."""
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace, compile: bool = False):
+        self.model, self.precision = model, options.precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), eps=1e-15, fused=True)
+        self.ema = [weight.detach().clone() for weight in model.parameters()]
+        if compile:
+            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+                block.compile(dynamic=True)
+
+    def step(self, clean: Tensor, captions: Tensor, mask: Tensor) -> None:
+        """clean (B, C, h, w), captions (B, L, D), mask (B, L)."""
+        timesteps, noise = torch.rand(len(clean), device=clean.device), torch.randn_like(clean)
+        t = timesteps[:, None, None, None]
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            velocity = self.model(t * clean + (1 - t) * noise, timesteps, captions, mask, return_dict=False)[0]
+        (velocity.float() - (clean - noise)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1e-4)
+
+
+class Batch:
+    """The same samples as each side wants them: latents of square images, captions of these lengths."""
+
+    def __init__(self, model: SVGDiT, options: argparse.Namespace, lengths: tuple[int, ...], device: torch.device):
+        side, config = options.pixels // 16, model.config
+        self.lengths = lengths
+        self.image_tokens = [(side // config.patch_size) ** 2] * len(lengths)
+        self.clean = torch.randn(len(lengths), config.in_channels, side, side, device=device)
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        self.captions, self.mask = torch.randn(*mask.shape, config.cap_feat_dim, device=device), mask.to(device)
+        tokens, sizes = model.pack(self.clean)
+        positions = torch.arange(len(lengths), device=device)
+        self.packed = MicroBatch(tokens, sizes, positions, TextFeatures.from_padded(self.captions, mask))
+        longest = TextFeatures(self.captions.flatten(0, 1), (max(lengths),) * len(lengths))
+        self.padded = replace(self.packed, text=longest)  # our step, paying for padding
+
+    def operations(self, config: DiTConfig) -> int:
+        """Useful ones of a step."""
+        return training_flops(config, self.image_tokens, self.lengths)
+
+
+def frozen_networks(options: argparse.Namespace, channels: int, device: torch.device) -> FrozenNetworks:
+    """DINOv3 ViT-S+/16 and a text model of Gemma-2-2b's size, with random weights."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    params = {"embed_dim": channels, "ddconfig": {"z_channels": channels, "ch": 32, "ch_mult": [1, 1, 1, 1, 1]}}
+    params["dinoconfig"] = {"model_name": "dinov3_vits16plus", "weights": "random"}
+    stats = LatentStats(torch.zeros(channels), torch.ones(channels))
+    autoencoder = SVGAutoencoder.from_config({"model": {"params": params}}, stats=stats)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        make_toy_text_encoder(["word"], Path(folder))
+        tokenizer = TextEncoder.from_pretrained(folder).tokenizer
+        text_model = Gemma2Model(Gemma2Config(attn_implementation="eager")).to(dtype)
+    text_encoder = TextEncoder(text_model, tokenizer, max_length=256)
+    return FrozenNetworks(autoencoder.to(device), text_encoder, cache_tokens=0, precision=options.precision)
+
+
+def live_batch(options: argparse.Namespace, lengths: tuple[int, ...]) -> TrainBatch:
+    """Images and captions of about these lengths, on the host."""
+    images = torch.randint(0, 256, (len(lengths), 3, options.pixels, options.pixels), dtype=torch.uint8)
+    if torch.cuda.is_available():
+        images = images.pin_memory()
+    captions = tuple(" ".join(["word"] * (length - 1)) for length in lengths)
+    return TrainBatch((images,), captions, torch.arange(len(lengths)))
+
+
+def without_waiting(step: Callable[[], None]) -> Callable[[], None]:
+    """The step, failing where it waits for a GPU."""
+
+    def checked() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
+def model_sizes(options: argparse.Namespace) -> DiTConfig:
+    if options.model is not None:
+        return replace(MODELS[options.model], in_channels=options.channels)
+    heads = options.dim // 32
+    return DiTConfig(
+        dim=options.dim, n_layers=options.layers, n_heads=heads, n_kv_heads=max(1, heads // 3), axes_dims=(8, 12, 12),
+        in_channels=options.channels, cap_feat_dim=256,
+    )  # fmt: skip
+
+
+def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], device: torch.device) -> None:
+    """Print a table for one distribution of caption lengths."""
+    sizes, world = model_sizes(options), World(0, 0, 1, device)
+    with device:
+        model = SVGDiT(sizes)
+    randomise(model)
+    batch = Batch(model, options, lengths, device)
+    gpu = device.type == "cuda"
+    check = without_waiting if gpu else lambda step: step
+
+    cases: dict[str, Callable[[], None]] = {}
+    eager = Ours(copy.deepcopy(model), options, world)
+    cases["ours"] = check(lambda: eager.step(batch.packed))
+    if len(set(lengths)) > 1:
+        cases["ours, padded"] = check(lambda: eager.step(batch.padded))
+    if options.compile:
+        compiled = Ours(copy.deepcopy(model), options, world, compile=True)
+        compiled.step(batch.packed)  # compiles, which waits for the device
+        graphs = compiled_graphs()
+        cases["ours, compiled"] = check(lambda: compiled.step(batch.packed))
+    if options.live:
+        frozen, live = frozen_networks(options, sizes.in_channels, device), live_batch(options, lengths)
+        stepper = compiled if options.compile else eager
+        cases["ours, encoding live"] = check(lambda: stepper.step(live, frozen))
+    if options.peer == "diffusers":
+        peer = Peer(lumina2_peer(model).to(device), options)
+        cases["diffusers"] = lambda: peer.step(batch.clean, batch.captions, batch.mask)
+        if options.compile:
+            fast = Peer(lumina2_peer(model).to(device), options, compile=True)
+            cases["diffusers, compiled"] = lambda: fast.step(batch.clean, batch.captions, batch.mask)
+
+    seconds = timings(cases, options.repeats, device)
+    if options.compile and compiled_graphs() != graphs and options.peer == "none":
+        raise RuntimeError(f"{compiled_graphs() - graphs} graphs were compiled after warm-up")
+    peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if gpu else None)
+    tokens = sum(lengths) + sum(batch.image_tokens)
+    print(f"\n{name} captions: {min(lengths)} to {max(lengths)} tokens; {tokens} tokens a step")
+    print(f"{'':24s}{'ms a step':>12s}{'images/s':>12s}{'TFLOP/s':>12s}{'utilisation':>13s}{'vs diffusers':>14s}")
+    for case, value in seconds.items():
+        rate = batch.operations(sizes) / value / 1e12
+        used = f"{rate / peak:.1%}" if peak else "–"
+        times = f"{seconds['diffusers'] / value:.2f}×" if "diffusers" in seconds else "–"
+        print(f"{case:24s}{1000 * value:12.1f}{len(lengths) / value:12.1f}{rate:12.2f}{used:>13s}{times:>14s}")
+    if gpu:
+        print(f"memory: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most, all cases together")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), help="a size of the table, instead of --dim and --layers")
+    parser.add_argument("--dim", type=int, default=192, help="width; heads are 32 wide")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--channels", type=int, default=384, help="latent channels")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the square images")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--captions", choices=["uniform", "ragged"], nargs="+", default=["uniform", "ragged"])
+    parser.add_argument("--peer", choices=["diffusers", "none"], default="diffusers")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none")
+    parser.add_argument("--compile", action="store_true", help="measure compiled blocks as well")
+    parser.add_argument("--live", action="store_true", help="measure steps that encode images and captions as well")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, where it is not known")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    device = torch.device(options.device)
+    options.precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, {options.precision}; {options.batch} images of {options.pixels} px")
+    lengths = {"uniform": (UNIFORM_TOKENS,) * options.batch, "ragged": ragged_lengths(options.batch)}
+    for name in options.captions:
+        compare(options, name, lengths[name], device)
+
+
+if __name__ == "__main__":
+    main()
