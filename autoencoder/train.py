@@ -69,7 +69,8 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     if first_step >= total_steps:
         print(f"{folder}: trained for {first_step} steps already; raise training.trainer.max_steps to go on")
         return
-    trainer = build_trainer(config, folder, devices, data, first_step)
+    two_players = module.loss.discriminator is not None
+    trainer = build_trainer(config, folder, devices, data, first_step, two_players)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -218,7 +219,12 @@ def load_initial_weights(module: AutoencoderModule, state: Mapping[str, Tensor],
 
 
 def build_trainer(
-    config: AutoencoderTrainConfig, folder: Path, devices: int, data: ImageDataModule, first_step: int
+    config: AutoencoderTrainConfig,
+    folder: Path,
+    devices: int,
+    data: ImageDataModule,
+    first_step: int,
+    two_players: bool,
 ) -> Trainer:
     """Lightning's Trainer, told to leave steps, sampling and checkpoints to us."""
     training, trainer = config.training, config.training.trainer
@@ -231,9 +237,9 @@ def build_trainer(
         accelerator=trainer.accelerator,
         devices=devices,
         num_nodes=trainer.num_nodes,
-        # A backward pass reaches one of the two players: the other's parameters are unused. Buffers differ between
+        # A backward pass reaches one of two players: the other's parameters are unused. Buffers differ between
         # processes only in the discriminator's running statistics, which nothing reads.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if world_size > 1 else "auto",
+        strategy=DDPStrategy(find_unused_parameters=two_players, broadcast_buffers=False) if world_size > 1 else "auto",
         precision=trainer.precision,
         max_steps=total_steps,
         max_epochs=-1,
