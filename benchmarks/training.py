@@ -123,7 +123,8 @@ class Batch:
         self.captions, self.mask = torch.randn(*mask.shape, config.cap_feat_dim, device=device), mask.to(device)
         tokens, sizes = model.pack(self.clean)
         positions = torch.arange(len(lengths), device=device)
-        self.packed = MicroBatch(tokens, sizes, positions, TextFeatures.from_padded(self.captions, mask))
+        text = TextFeatures.from_padded(self.captions, mask)
+        self.packed = MicroBatch(tokens, sizes, positions, torch.full_like(positions, options.pixels), text)
         longest = TextFeatures(self.captions.flatten(0, 1), (max(lengths),) * len(lengths))
         self.padded = replace(self.packed, text=longest)  # our step, paying for padding
 
@@ -155,7 +156,8 @@ def live_batch(options: argparse.Namespace, lengths: tuple[int, ...]) -> TrainBa
     if torch.cuda.is_available():
         images = images.pin_memory()
     captions = tuple(" ".join(["word"] * (length - 1)) for length in lengths)
-    return TrainBatch((images,), captions, torch.arange(len(lengths)))
+    positions = torch.arange(len(lengths))
+    return TrainBatch((images,), captions, positions, torch.full_like(positions, options.pixels))
 
 
 def without_waiting(step: Callable[[], None]) -> Callable[[], None]:

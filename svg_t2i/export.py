@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from autoencoder.config import run_entry
+from autoencoder.config import UserError, run_entry
 from svg_t2i.checkpoint import export, export_as_published
 
 
@@ -27,6 +27,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
+    if arguments.published and arguments.raw:
+        raise UserError("--raw does not go with --published, which writes raw and averaged weights")
     average = not arguments.raw if arguments.ema_decay is None else arguments.ema_decay
     write = export_as_published if arguments.published else export
     print(f"wrote {write(arguments.folder, arguments.out, average)}")

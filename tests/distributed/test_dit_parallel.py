@@ -27,6 +27,7 @@ RUNS = {
         "parallel.data_parallel=sdp", "parallel.shard_frozen=true", "parallel.activation_checkpointing=full",
         "train.micro_batch_size=2", "train.async_checkpoints=false",
     ],
+    "bf16": ["parallel.data_parallel=fsdp", "train.precision=bf16", "train.micro_batch_size=2"],
 }  # fmt: skip
 COMMON = [
     "train.ckpt_every=2", "train.max_steps=4", "train.ema_decay=[0.9,0.5]",
@@ -88,12 +89,20 @@ def logged(run, name):
     return [event.value for event in board.Scalars(f"train/{name}")]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
 def test_two_processes_compute_what_one_does(runs, name):
     assert difference(runs, "one", name, step=2) <= 1e-6
     assert difference(runs, "one", name) <= 1e-6
     for value in ("loss", "grad_norm", "text_tokens"):
         assert logged(runs / name, value) == pytest.approx(logged(runs / "one", value), rel=1e-5)
+
+
+def test_weights_in_bf16_follow_those_in_fp32(runs):
+    losses, exact = logged(runs / "bf16", "loss"), logged(runs / "one", "loss")
+    assert losses == pytest.approx(exact, rel=0.01)
+    assert losses != pytest.approx(exact, rel=1e-6)
+    stored = stored_tensors(runs / "bf16" / "checkpoints" / "0000004").values()
+    assert {entry.properties.dtype for entry in stored} == {torch.float32}
 
 
 def test_a_run_goes_on_exactly_where_it_stopped(runs):

@@ -8,10 +8,12 @@ import torch
 
 from autoencoder.config import UserError, load_config, to_dict
 from autoencoder.latents import LatentStats
+from autoencoder.model import SVGAutoencoder
+from svg_t2i import export
 from svg_t2i.checkpoint import read_transformer
 from svg_t2i.frozen import CaptionCache
 from svg_t2i.packing import TextFeatures
-from svg_t2i.settings import LoopConfig, OptimConfig, TrainConfig, changed_settings
+from svg_t2i.settings import FlowConfig, LoopConfig, OptimConfig, TrainConfig, changed_settings
 from svg_t2i.train import main
 from svg_t2i.training import FlowObjective
 
@@ -232,3 +234,76 @@ def test_every_shipped_config_is_valid(repo_root):
         assert config.micro_batches(processes) >= 1
         assert config.model_config(384, 2304).dim % 2 == 0
         assert isinstance(config.train, LoopConfig)
+
+
+def test_residual_latents_train_and_export(train, tmp_path):
+    """An R autoencoder has 8 channels more; the published file names carry the model away and back."""
+    vit = {"overrides": {"embed_dim": 32, "depth": 1, "num_heads": 1}, "outnorm": "per_image"}
+    encoder = {"model_name": "dinov3_vits16plus", "weights": "random"}
+    encoder["overrides"] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 40}
+    params = {"embed_dim": 32, "ddconfig": decoder, "dinoconfig": encoder, "extra_vit_config": vit}
+    stats = LatentStats(torch.zeros(40), torch.ones(40))
+    SVGAutoencoder.from_config({"model": {"params": params}}, stats=stats).save_pretrained(tmp_path / "residual")
+    tiny = ["model_overrides.dim=64", "model_overrides.n_layers=3", "model_overrides.axes_dims=[8,12,12]"]
+    tiny += ["model_overrides.multiple_of=256"]
+    folder = train("run", f"autoencoder.config={tmp_path / 'residual'}", "train.max_steps=1", *tiny)
+    assert read_transformer(folder).config.in_channels == 40
+    export.main([str(folder), str(tmp_path / "out"), "--published"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "consolidated.00-of-01.pth", "consolidated_ema.00-of-01.pth", "model_args.pth",
+    ]  # fmt: skip
+    again, before = (read_transformer(source, ema=False) for source in (tmp_path / "out", folder))
+    assert again.config == before.config
+    assert largest_difference({k: v for k, v in again.state.items() if k != "norm_final.weight"}, before.state) == 0
+
+
+def test_export_needs_a_name_to_look_published(train, tmp_path):
+    folder = train("run", "train.max_steps=1", "train.ema_decay=[0.9,0.5]")
+    with pytest.raises(UserError, match="export it without --published"):
+        export.main([str(folder), str(tmp_path / "out"), "--published"])
+    with pytest.raises(UserError, match="--raw"):
+        export.main([str(folder), str(tmp_path / "out"), "--published", "--raw"])
+    export.main([str(folder), str(tmp_path / "fast"), "--ema_decay", "0.5"])
+    export.main([str(folder), str(tmp_path / "slow")])
+    fast, slow, raw = (read_transformer(f, ema=e) for f, e in ((tmp_path / "fast", 0), (tmp_path / "slow", 0),
+                                                               (folder, False)))  # fmt: skip
+    assert 0 < largest_difference(fast.state, raw.state) < largest_difference(slow.state, raw.state)
+    with pytest.raises(UserError, match=r"no average with decay 0.7, only 0.9, 0.5"):
+        export.main([str(folder), str(tmp_path / "none"), "--ema_decay", "0.7"])
+
+
+def test_spikes_are_skipped_where_asked_for(train, monkeypatch, capsys):
+    forward, calls = FlowObjective.forward, []
+
+    def spoiled(self, batch):
+        losses, timesteps = forward(self, batch)
+        calls.append(1)
+        return (losses * 100 if len(calls) == 3 else losses), timesteps
+
+    monkeypatch.setattr(FlowObjective, "forward", spoiled)
+    folder = train("run", "train.spike_factor=5", "train.ckpt_every=1")
+    assert "1 updates skipped" in capsys.readouterr().out
+    assert largest_difference(weights(folder, 2), weights(folder, 3)) == 0
+    assert largest_difference(weights(folder, 3), weights(folder, 4)) > 0
+
+
+def test_another_average_starts_from_the_weights(train, capsys):
+    train("run", "train.max_steps=2")
+    folder = train("run", "train.max_steps=3", "train.ema_decay=[0.9999,0.0]", "train.ckpt_every=1")
+    assert "has no ema_0: it starts from the weights" in capsys.readouterr().out
+    now = read_transformer(folder, ema=0.0).state  # decay 0: the weights themselves
+    assert largest_difference(now, weights(folder, 3)) == 0
+
+
+def test_shift_rules():
+    sides = torch.tensor([256, 1024])
+    assert FlowConfig(shift=False).factor(sides, 384) == 1.0
+    constant = FlowConfig(shift_rule="constant", shift_factor=3.0)
+    assert constant.factor(sides, 384) == 3.0
+    torch.testing.assert_close(FlowConfig().factor(sides, 384).log(), torch.tensor([0.5, 1.15]))
+    by_dimension = FlowConfig(shift_rule="dimension").factor(sides, 384)
+    torch.testing.assert_close(by_dimension, torch.tensor([24.0, 384.0]).sqrt())  # 256 · 384 / 4096
+    for settings in ({"shift_rule": "constant"}, {"shift_factor": 3.0}):
+        with pytest.raises(UserError, match="shift_factor"):
+            FlowConfig(**settings)
