@@ -228,7 +228,8 @@ def timestep_range(snr_type: str) -> tuple[float, float] | None:
         return None
     if snr_type == "uniform":
         return 0.0, 1.0
-    named = re.fullmatch(r"uniform_(\d*\.?\d+)_(\d*\.?\d+)", snr_type)
+    number = r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"  # whatever float() reads, but for signs, inf and nan
+    named = re.fullmatch(f"uniform_{number}_{number}", snr_type)
     if named and 0 <= float(named[1]) < float(named[2]) <= 1:
         return float(named[1]), float(named[2])
     raise ValueError(f"snr_type {snr_type!r}: use 'uniform', 'lognorm' or 'uniform_LOW_HIGH', 0 <= LOW < HIGH <= 1")
