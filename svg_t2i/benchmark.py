@@ -37,7 +37,7 @@ from svg_t2i.frozen import load_autoencoder
 from svg_t2i.parallel import World, from_main, start_world
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.prompts import read_prompts
-from svg_t2i.sample import DTYPES, parse_resolution
+from svg_t2i.sample import add_parts, from_parts, parse_resolution
 from svg_t2i.settings import AutoencoderSource
 from svg_t2i.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.solvers import SOLVERS
@@ -191,15 +191,7 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
     """Load the model and claim the output folder for it and these settings."""
 
     def load() -> SVGT2IPipeline:
-        return SVGT2IPipeline.from_pretrained(
-            arguments.checkpoint,
-            autoencoder=arguments.autoencoder,
-            autoencoder_checkpoint=arguments.autoencoder_checkpoint,
-            latent_stats=arguments.latent_stats,
-            text_encoder=arguments.text_encoder,
-            use_ema=not arguments.raw_weights,
-            torch_dtype=DTYPES[arguments.dtype or ("bf16" if world.device.type == "cuda" else "fp32")],
-        ).to(world.device)
+        return from_parts(arguments, world.device).to(world.device)
 
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None and name != "run"}
     return claim(arguments.output, settings, load, command, world)
@@ -307,12 +299,7 @@ def add_verb(
     verb.add_argument("--output", type=Path, default=Path("outputs/benchmark") / name, help="%(default)s")
     model = verb.add_argument_group("model")
     model.add_argument("--checkpoint", help="results folder, checkpoint folder, or saved pipeline")
-    model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
-    model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
-    model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
-    model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
-    model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
-    model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU")
+    add_parts(model)
     model.add_argument("--device", default=None, help="default: cuda when there is one")
     how = verb.add_argument_group("sampling")
     how.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: 1024x1024")

@@ -62,17 +62,36 @@ def _time_shift(text: str) -> float | str:
     return text if text == "dynamic" else float(text)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", required=True, help="saved pipeline, results folder, checkpoint, Hub id, …")
-    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
+def add_parts(model: argparse._ArgumentGroup) -> None:
+    """The arguments that say which networks `from_parts` loads."""
     model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
     model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
     model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
     model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
-    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
     model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 without")
+
+
+def from_parts(arguments: argparse.Namespace, device: torch.device, **more: Any) -> SVGT2IPipeline:
+    """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
+    return SVGT2IPipeline.from_pretrained(
+        arguments.checkpoint,
+        autoencoder=arguments.autoencoder,
+        autoencoder_checkpoint=arguments.autoencoder_checkpoint,
+        latent_stats=arguments.latent_stats,
+        text_encoder=arguments.text_encoder,
+        use_ema=not arguments.raw_weights,
+        torch_dtype=DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        **more,
+    )
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", required=True, help="saved pipeline, results folder, checkpoint, Hub id, …")
+    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
+    add_parts(model)
+    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
     model.add_argument("--device", help="default: cuda when there is one")
     model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
@@ -160,18 +179,7 @@ def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline on this process's device, as the model arguments say."""
     device = torch.device(arguments.device or device)
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    pipeline = SVGT2IPipeline.from_pretrained(
-        arguments.checkpoint,
-        subfolder=arguments.subfolder,
-        autoencoder=arguments.autoencoder,
-        autoencoder_checkpoint=arguments.autoencoder_checkpoint,
-        latent_stats=arguments.latent_stats,
-        text_encoder=arguments.text_encoder,
-        guide=arguments.guide,
-        use_ema=not arguments.raw_weights,
-        torch_dtype=dtype,
-    )
+    pipeline = from_parts(arguments, device, subfolder=arguments.subfolder, guide=arguments.guide)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)
     else:
