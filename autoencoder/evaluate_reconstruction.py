@@ -52,6 +52,7 @@ KEY = 3  # columns that name a row of a table
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
         prog="python -m autoencoder.evaluate_reconstruction", description=__doc__.split("\n")[0]
     )
@@ -70,6 +71,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the same numbers on every GPU

@@ -161,6 +161,7 @@ def pooled(accumulators: list[StatsAccumulator]) -> StatsAccumulator:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(prog="python -m autoencoder.measure_latents", description=__doc__.split("\n")[0])
     add_model_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="changes of the config, key.sub=value")
@@ -177,6 +178,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     partial = arguments.output.with_suffix(".partial.safetensors")

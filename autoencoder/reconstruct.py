@@ -149,6 +149,7 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(prog="python -m autoencoder.reconstruct", description=__doc__.split("\n")[0])
     add_model_arguments(parser)
     parser.add_argument(
@@ -192,6 +193,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
 
 
 def main(argv: list[str]) -> None:
+    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     paths = find_images(arguments.images)[: arguments.max_images]
     jobs = prepare(paths, arguments.sizes)

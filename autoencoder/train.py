@@ -41,6 +41,7 @@ LIGHTNING_REMARKS = ("does not have many workers", "in eval mode at the start", 
 
 
 def main(argv: list[str]) -> None:
+    """The entry; `argv` without the program's name."""
     parser = argparse.ArgumentParser(prog="python -m autoencoder.train", description="Train the SVG autoencoder.")
     parser.add_argument("--config", required=True, help="YAML file, with or without .yaml, also from the repo root")
     parser.add_argument("--devices", type=int, help="processes on this machine, one per GPU (training.trainer.devices)")

@@ -146,6 +146,7 @@ def find_quickstart() -> Path:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(prog="svg_t2i.app", description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", help="as for svg_t2i.sample (default: the quickstart's toy model)")
     parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")

@@ -255,6 +255,7 @@ def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
         prog="svg_t2i.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -45,6 +45,7 @@ LATENT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
         prog="python -m svg_t2i.cache_features",
         description=__doc__,
@@ -69,6 +70,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     if config.data.all_sources[0].feature_cache is None:

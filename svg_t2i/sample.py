@@ -113,6 +113,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
     verb = argv[0] if argv and argv[0] in VERBS else "generate"
     parser = argparse.ArgumentParser(
         prog=f"svg_t2i.sample {verb}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

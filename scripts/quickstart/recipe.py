@@ -247,6 +247,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
+    """The entry; `argv` without the program's name."""
     args = parse_arguments(argv)
     output, own_data = args.output.resolve(), args.data is not None
     if own_data and not args.data.is_file():
