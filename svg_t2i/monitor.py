@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.config import UserError, to_dict
+from svg_t2i.data import TrainBatch
+from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.flops import peak_tflops, training_flops
 from svg_t2i.flow import LossBins
 from svg_t2i.frozen import MicroBatch
@@ -74,7 +76,12 @@ class Meter:
         # on the device: losses, samples | gradient norms, skipped updates, of these with non-finite norms
         self._sums = torch.zeros(5, device=world.device)
         self._text_tokens = self._image_tokens = self._operations = self._updates = 0
-        self.total_nonfinite = 0  # as of the last `read`
+        self._replaced = 0
+        self.total_nonfinite = self.total_replaced = 0  # as of the last `read`
+
+    def add_replaced(self, batches: Sequence[TrainBatch | FeatureBatch]) -> None:
+        """Count the samples of a step that stand in for unusable ones."""
+        self._replaced += sum(batch.replaced for batch in batches)
 
     def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
         """Per-sample losses (B,) at timesteps (B,)."""
@@ -95,15 +102,18 @@ class Meter:
         """Sums and means over all ranks since the last call, from which counting starts anew. Waits for the device."""
         loss, samples, grad_norm, skipped, nonfinite = reduce_sum(self._sums, self.world).tolist()
         reduce_sum(self.bins.totals, self.world)
-        host = torch.tensor((self._text_tokens, self._image_tokens, self._operations), dtype=torch.float32)
-        text, image, operations = reduce_sum(host.to(self.world.device), self.world).tolist()
+        counts = (self._text_tokens, self._image_tokens, self._operations, self._replaced)
+        host = torch.tensor(counts, dtype=torch.float32)
+        text, image, operations, replaced = reduce_sum(host.to(self.world.device), self.world).tolist()
         ranks = self.world.size
         self.total_nonfinite += round(nonfinite / ranks)
+        self.total_replaced += round(replaced)
         values = {
             "loss": loss / max(samples, 1),
             "grad_norm": grad_norm / max(self._updates * ranks - nonfinite, 1),
             "skipped": round(skipped / ranks),
             "samples": round(samples),
+            "replaced": self.total_replaced,
             "text_tokens": text / max(samples, 1),
             "tokens": text + image,
             "operations": operations / ranks,  # of one rank
@@ -111,7 +121,7 @@ class Meter:
             "phases": self.phases.pop(),
         }
         self._sums.zero_()
-        self._text_tokens = self._image_tokens = self._operations = self._updates = 0
+        self._text_tokens = self._image_tokens = self._operations = self._updates = self._replaced = 0
         return values
 
 
@@ -134,7 +144,7 @@ class ProgressLogger:
         seconds = time.perf_counter() - self._since
         self._since += seconds
         scalars = {"lr": lr, "images_per_second": values["samples"] / seconds}
-        scalars |= {key: values[key] for key in ("loss", "grad_norm", "skipped", "text_tokens")}
+        scalars |= {key: values[key] for key in ("loss", "grad_norm", "skipped", "replaced", "text_tokens")}
         scalars["tokens_per_second"] = values["tokens"] / seconds
         phases = {name: spent for name, spent in values["phases"].items() if name != "aside"}
         scalars |= {f"share_of_{name}": spent / seconds for name, spent in phases.items()}
@@ -190,7 +200,9 @@ def console_line(scalars: Mapping[str, float]) -> str:
     for name, label in (("share_of_data", "data"), ("flop_utilisation", "MFU")):
         if name in scalars:
             line += f"  {label} {scalars[name]:.0%}"
-    return line + (f"  {scalars['memory_gib']:.1f} GiB" if "memory_gib" in scalars else "")
+    if "memory_gib" in scalars:
+        line += f"  {scalars['memory_gib']:.1f} GiB"
+    return line + (f"  replaced {scalars['replaced']}" if scalars["replaced"] else "")
 
 
 def loss_scalars(bins: Sequence[float]) -> dict[str, float]:

@@ -130,6 +130,29 @@ def to_main(value: T, world: World) -> list[T]:
     return box
 
 
+class AnyRank:
+    """Whether any rank wants something, asked step by step between the hosts, without waiting for a device."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._wanted, self._sent = torch.zeros(1, dtype=torch.int32), None
+
+    def ask(self, wanted: bool) -> bool:
+        """The answer to the question asked by the call before, the same on all ranks; alone, to this one."""
+        if self.world.size == 1:
+            return wanted
+        answer = self.answer()
+        self._wanted.fill_(wanted)
+        self._sent = dist.all_reduce(self._wanted, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def answer(self) -> bool:
+        """Wait for the answer to the last question."""
+        if self._sent is not None:
+            self._sent.wait()
+        return bool(self._wanted.item())
+
+
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
     """Rank 0 runs the body before the others do (downloads, files that are made once)."""

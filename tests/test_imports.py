@@ -23,7 +23,7 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "batching", "draws", "norms", "prompts", "memory", "saving"},
+        {"attention", "flow", "batching", "draws", "norms", "prompts", "memory", "saving", "stopping"},
         {"packing"},
         {"model", "solvers", "guidance"},
         {"text", "flops", "published", "feature_cache"},

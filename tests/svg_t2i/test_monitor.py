@@ -93,6 +93,24 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
 
 
+def test_replaced_samples_are_reported(toy_parts, tmp_path, capsys):
+    """One image of seven is damaged, and every step is an epoch."""
+    lines = [json.loads(line) for line in (toy_parts / "manifest.jsonl").read_text().splitlines()]
+    (tmp_path / "damaged.png").write_bytes((toy_parts / "0.png").read_bytes()[:100])
+    for line in lines:
+        line["path"] = str(toy_parts / line["path"])
+    lines[2]["path"] = "damaged.png"
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = ["train.global_batch_size=7", "train.micro_batch_size=7", "train.max_steps=2"]
+    run(toy_parts, tmp_path / "run", f"data.path={tmp_path / 'm.jsonl'}", *settings)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/replaced")] == [1, 2]
+    output = capsys.readouterr().out
+    assert "damaged.png" in output
+    assert output.count("  replaced 1\n") == output.count("  replaced 2\n") == 1
+
+
 def test_wandb_gets_the_same_scalars(toy_parts, tmp_path, monkeypatch):
     logged, started = {}, {}
     module = types.ModuleType("wandb")

@@ -234,6 +234,14 @@ def test_every_shipped_config_is_valid(repo_root):
         assert config.micro_batches(processes) >= 1
         assert config.model_config(384, 2304).dim % 2 == 0
         assert isinstance(config.train, LoopConfig)
+        if path.name.startswith("stage"):
+            number = int(path.name[5])
+            assert config.train.global_batch_size == (1536 if number == 1 else 768)
+            assert config.optim.lr == 2e-4
+            assert config.text_encoder.max_length == (256 if number < 3 else 512)
+            assert config.data.resolution == (256, 512, 1024, 1024)[number - 1]
+            mix = config.data.caption_mix
+            assert mix.short + mix.middle + mix.long == pytest.approx(1)
 
 
 def test_residual_latents_train_and_export(train, tmp_path):
