@@ -7,6 +7,7 @@ device itself records in passing.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -215,20 +216,29 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("monitor.wandb_project is set, but wandb is not installed: pip install wandb") from error
+        raise UserError(
+            "monitor.wandb_project is set, but wandb is not installed: pip install wandb, or leave that setting out"
+        ) from error
     return wandb
 
 
 def start_wandb(config: TrainConfig) -> Any:
-    """A W&B run named after the results folder; a resumed run continues it.
+    """A W&B run named after the results folder; a resumed run continues it, by the id kept in results_dir/wandb_id.
 
     Raises:
         UserError: wandb is not installed.
     """
-    name = Path(config.results_dir).name
-    folder = str(Path(config.results_dir))
-    return _wandb().init(
-        project=config.monitor.wandb_project, name=name, id=name, resume="allow", config=to_dict(config), dir=folder
+    wandb, folder = _wandb(), Path(config.results_dir)
+    kept = folder / "wandb_id"
+    if not kept.exists():  # folders of two runs may have one name
+        kept.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=config.monitor.wandb_project,
+        name=folder.name,
+        id=kept.read_text().strip(),
+        resume="allow",
+        config=to_dict(config),
+        dir=str(folder),
     )
 
 

@@ -112,19 +112,46 @@ def test_replaced_samples_are_reported(toy_parts, tmp_path, capsys):
 
 
 def test_wandb_gets_the_same_scalars(toy_parts, tmp_path, monkeypatch):
-    logged, started = {}, {}
+    logged, starts = {}, []
     module = types.ModuleType("wandb")
-    module.init = lambda **options: started.update(options) or types.SimpleNamespace(
-        log=lambda values, step: logged.setdefault(step, values), finish=lambda: logged.setdefault("finished", True)
-    )
+
+    def init(**options):
+        starts.append(options)
+        finish = lambda: logged.setdefault("finished", True)  # noqa: E731
+        return types.SimpleNamespace(log=lambda values, step: logged.setdefault(step, values), finish=finish)
+
+    module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    run(toy_parts, tmp_path / "named", "monitor.wandb_project=p", "train.max_steps=2", "monitor.tensorboard=false")
-    assert started["project"] == "p"
-    assert started["name"] == "named"
-    assert started["config"]["train"]["max_steps"] == 2
+    for steps in (2, 3):  # the second goes on
+        settings = ["monitor.wandb_project=p", f"train.max_steps={steps}", "monitor.tensorboard=false"]
+        run(toy_parts, tmp_path / "named", *settings)
+    assert [start["project"] for start in starts] == ["p", "p"]
+    assert [start["name"] for start in starts] == ["named", "named"]
+    assert starts[0]["id"] == starts[1]["id"]
+    assert starts[0]["config"]["train"]["max_steps"] == 2
     assert logged[2]["train/loss"] > 0
     assert logged["finished"]
     assert not (tmp_path / "named" / "tensorboard").exists()
+
+
+def test_wandb_itself(toy_parts, tmp_path, monkeypatch):
+    """The library, without a network: it writes what it would send."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e .[wandb]")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(
+        toy_parts, tmp_path, "monitor.wandb_project=p", "train.max_steps=2", "samples.every=2",
+        "samples.prompts=[a picture, noise]", "samples.num_inference_steps=1",
+    )  # fmt: skip
+    wandb.teardown()  # its own process has written all
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    (record,) = folder.glob("*.wandb")
+    content = record.read_bytes()
+    for name in (b"train/loss", b"train/grad_norm", b"loss_at_t/", b"train/share_of_data", b"samples"):
+        assert name in content
+    (picture,) = folder.glob("files/media/images/samples_2_*.png")
+    with Image.open(picture) as sent, Image.open(tmp_path / "samples" / "0000002.png") as grid:
+        assert sent.tobytes() == grid.tobytes()
 
 
 def test_missing_wandb_is_named(toy_parts, tmp_path, monkeypatch):
