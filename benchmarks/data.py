@@ -28,9 +28,9 @@ from svg_t2i.data import T2IDataset
 from svg_t2i.loader import build_loader
 
 OPEN = """
-import resource, sys, time
+import re, sys, time
 import autoencoder.manifest as m
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024  # MiB
 imported, started = peak(), time.perf_counter()
 manifest = m.Manifest.open(sys.argv[1])
 seconds = time.perf_counter() - started
@@ -56,14 +56,17 @@ def write_short_manifest(path: Path, lines: int) -> None:
     template = b'{"path": "a/00000000.jpg", "prompt": "a red bird number 00000000"}\n'
     block = np.tile(np.frombuffer(template, dtype=np.uint8), (1_000_000, 1))  # (n, 67)
     ends = [template.index(b".jpg"), template.index(b'"}')]
+
+    def number(numbers: np.ndarray | int, digits: range) -> None:
+        for digit in digits:
+            for end in ends:
+                block[:, end - 1 - digit] = ord("0") + numbers // 10**digit % 10
+
+    number(np.arange(len(block)), range(6))
     with path.open("wb") as file:
         for first in range(0, lines, len(block)):
-            numbers = np.arange(first, min(first + len(block), lines))
-            for digit in range(8):
-                letters = ord("0") + numbers // 10**digit % 10
-                for end in ends:
-                    block[: len(numbers), end - 1 - digit] = letters
-            file.write(block[: len(numbers)].data)
+            number(first, range(6, 8))
+            file.write(block[: lines - first].data)
 
 
 def forget(path: Path) -> None:

@@ -20,6 +20,7 @@ bf16. Gradients are averaged over ranks: losses that are to be summed over all s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,6 +43,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from autoencoder.config import UserError
 from svg_t2i.settings import ParallelConfig
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -179,6 +182,12 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
     if config.activation_checkpointing != "none":
         _checkpoint_activations(module, config.activation_checkpointing)
     if config.compile:
+        if config.activation_checkpointing != "none" and (world.device.type != "cuda" or precision != "bf16"):
+            log.warning(
+                "parallel.compile does nothing with parallel.activation_checkpointing=%s on %s in %s: attention is not "
+                "traced there, and a recomputed block is compiled as a whole",
+                config.activation_checkpointing, world.device.type, precision,
+            )  # fmt: skip
         # else a graph would insist that sizes which are equal by chance in the first batch are so in all
         torch.fx.experimental._config.use_duck_shape = False
         for block in _blocks(module):

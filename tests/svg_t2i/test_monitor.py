@@ -77,7 +77,8 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     board.Reload()
     names = {name.removeprefix("train/") for name in board.Tags()["scalars"]}
     assert names >= {
-        "loss", "grad_norm", "lr", "skipped", "text_tokens", "images_per_second", "tokens_per_second",
+        "loss", "grad_norm", "lr", "skipped", "replaced", "ema_decay", "text_tokens", "text_tokens_std",
+        "images_per_second", "tokens_per_second", "memory_gib",
         "flop_utilisation", "share_of_data", "share_of_encode", "share_of_model", "share_of_update",
     }  # fmt: skip
     assert any(name.startswith("loss_at_t/") for name in names)
@@ -85,6 +86,8 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     assert 0.5 < sum(shares) <= 1.01
     assert [event.step for event in board.Scalars("train/loss")] == [6, 12]
     assert board.Tags()["images"] == ["samples"]
+    assert board.Scalars("train/ema_decay")[-1].value == pytest.approx(12 / 21)  # of update 12, still warming up
+    assert 0.01 < board.Scalars("train/memory_gib")[-1].value < 100
     evaluated = board.Scalars("eval/mmd")
     assert [event.step for event in evaluated] == [6, 12]
     assert all(math.isfinite(event.value) for event in evaluated)

@@ -1,6 +1,7 @@
 """The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
 
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from autoencoder.config import UserError, load_config, to_dict
 from autoencoder.latents import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
-from svg_t2i.checkpoint import read_transformer
+from svg_t2i.checkpoint import read_meta, read_transformer
 from svg_t2i.frozen import CaptionCache
 from svg_t2i.packing import TextFeatures
 from svg_t2i.settings import FlowConfig, LoopConfig, OptimConfig, TrainConfig, changed_settings
@@ -43,7 +44,7 @@ def logged_losses(output):
     return [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if line.startswith("step ")]
 
 
-def test_training_changes_the_weights_and_reports(train, capsys):
+def test_training_changes_the_weights_and_reports(train, capsys, repo_root):
     folder = train("run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
@@ -53,6 +54,12 @@ def test_training_changes_the_weights_and_reports(train, capsys):
     assert raw["final_layer.linear.weight"].abs().max() > 1e-4  # starts at zero
     assert 0 < averaged["final_layer.linear.weight"].abs().max() < raw["final_layer.linear.weight"].abs().max()
     assert list((folder / "tensorboard").iterdir())
+    meta = read_meta(folder)
+    assert meta["step"] == 4
+    assert meta["fingerprints"].keys() == {"autoencoder", "text_encoder"}
+    assert meta["config"]["train"]["seed"] == 0
+    head = subprocess.run(["git", "-C", repo_root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (meta["code"] or "").removesuffix("-dirty") == head.stdout.strip()
     assert load_config(TrainConfig, folder / "config.yaml").train.max_steps == 4
 
 
@@ -63,6 +70,14 @@ def test_result_does_not_depend_on_the_micro_batch_size(train, capsys):
         split = train(f"split{size}", f"train.micro_batch_size={size}")
         assert logged_losses(capsys.readouterr().out) == pytest.approx(losses, abs=1e-4)  # as printed
         assert largest_difference(weights(whole, 4), weights(split, 4)) <= 1e-6
+
+
+def test_result_does_not_depend_on_how_several_resolutions_are_packed(train, toy_parts):
+    sources = [f"{{path: {toy_parts / 'manifest.jsonl'}, resolution: {side}}}" for side in (64, 128)]
+    settings = ["data.path=null", f"data.sources=[{', '.join(sources)}]", "optim.eps=1e-8"]
+    whole = train("whole", *settings)
+    for name, dealt in (("single", "train.micro_batch_size=1"), ("tokens", "data.micro_batch_tokens=130")):
+        assert largest_difference(weights(whole, 4), weights(train(name, *settings, dealt), 4)) <= 1e-6
 
 
 def test_result_does_not_depend_on_worker_count(train):
