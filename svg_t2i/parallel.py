@@ -196,9 +196,7 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
         return module
     if config.data_parallel == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=devices, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
     shard = partial(
         fully_shard,
         mesh=_mesh(config, world),
