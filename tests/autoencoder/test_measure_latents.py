@@ -113,6 +113,7 @@ def test_several_resolutions_are_measured_alone_and_pooled(folder, capsys):
         stats = LatentStats.load(folder / f"{name}.safetensors", D)
         np.testing.assert_allclose(stats.mean.numpy(), values[key].mean(axis=1), atol=1e-5)
         np.testing.assert_allclose(stats.std.numpy(), values[key].std(axis=1, ddof=1), rtol=1e-4)
+        assert stats.resolutions == ((64, 128) if key == "all" else (key,))
     assert Image.open(folder / "s.png").size[0] > 500
     assert "s-64.safetensors: seen through the pooled statistics" in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 @pytest.fixture
 def model():
     model = SVGAutoencoder.from_config(published_config())
-    model.set_stats(LatentStats(torch.randn(D), torch.rand(D) + 0.5, encoder=model.encoder.fingerprint()))
+    model.set_stats(LatentStats(torch.randn(D), torch.rand(D) + 0.5, model.encoder.fingerprint(), (256, 512)))
     return model.eval()
 
 
@@ -108,6 +108,7 @@ def test_saved_folder_comes_back_identical(model, images, tmp_path):
     loaded = SVGAutoencoder.from_pretrained(tmp_path / "ae").eval()
     assert same(loaded, model, images)
     assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.stats.resolutions == (256, 512)
     assert torch.equal(loaded.normalize(loaded.encode(images)), model.normalize(model.encode(images)))
     other = LatentStats(torch.zeros(D), torch.ones(D))
     assert torch.equal(SVGAutoencoder.from_pretrained(tmp_path / "ae", stats=other).stats.mean, other.mean)
