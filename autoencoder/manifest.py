@@ -146,6 +146,10 @@ class JoinedSources(ImageSource):
         source, index = self._find(index)
         return source.load(index, shrink)
 
+    def read(self, index: int) -> tuple[Path | bytes, Sample]:
+        source, index = self._find(index)
+        return source.read(index)
+
     def _find(self, index: int) -> tuple[ImageSource, int]:
         index = range(len(self))[operator.index(index)]
         number = bisect_right(self.ends, index)

@@ -24,7 +24,7 @@ from autoencoder.manifest import ImageSource, JoinedSources
 from svg_t2i import checkpoint, saving, stopping
 from svg_t2i.data import TrainBatch, make_datasets, open_caches, open_sources
 from svg_t2i.feature_cache import FeatureBatch
-from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen
+from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, warn_of_statistics
 from svg_t2i.loader import TrainLoader, build_loader
 from svg_t2i.model import SVGDiT
 from svg_t2i.monitor import Meter, ProgressLogger, profiling
@@ -85,6 +85,8 @@ def run(config: TrainConfig, world: World) -> bool:
     manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)
     frozen = load_frozen(config, world)
+    if config.data.all_sources[0].feature_cache is None:  # cache_features has looked at the images
+        warn_of_statistics(config, frozen, manifest, world)
     transformer = make_transformer(config, frozen, first=newest is None, world=world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)

@@ -157,6 +157,49 @@ def test_measured_statistics_and_random_text_encoder_are_made_once(train, toy_pa
     assert stats.stat().st_mtime_ns == made
 
 
+def test_statistics_of_another_resolution_are_warned_of_with_numbers(train, tmp_path, capsys):
+    """The toy has fewer images than are compared, so that the numbers are known."""
+
+    def warnings(name, stats, *overrides):
+        capsys.readouterr()
+        train(name, f"autoencoder.stats={stats}", "train.max_steps=1", *overrides)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("the latent statistics")]
+
+    at_32 = ["data.resolution=32"]
+    assert warnings("measured", "measure", *at_32) == []
+    own = LatentStats.load(tmp_path / "measured" / "latent_stats.safetensors", 32)
+    assert own.resolutions == (32,)
+    shifted = own.mean + own.std, 2 * own.std  # seen through these, images of 32 px have means of -1/2
+    LatentStats(*shifted, own.encoder, (64,)).save(tmp_path / "shifted.safetensors")
+    (line,) = warnings("other", tmp_path / "shifted.safetensors", *at_32)
+    assert line.startswith(f"the latent statistics {tmp_path}/shifted.safetensors were measured at 64 px, ")
+    assert "training is at 32 px: on a few training images" in line
+    assert "means of 0.500 rms (at most 0.50" in line
+    assert "deviations from 0.50 to 0.50 instead of 1" in line
+    assert warnings("trusted", tmp_path / "shifted.safetensors") == []  # at 64 px, as they say
+    for file, mean in (("near", own.mean + 0.1 * own.std), ("far", own.mean + 3 * own.std)):
+        torch.save({"mean": mean[None], "std": own.std[None]}, tmp_path / f"{file}.pt")  # no resolution is recorded
+    assert warnings("near", tmp_path / "near.pt", *at_32) == []
+    (line,) = warnings("far", tmp_path / "far.pt", *at_32)
+    assert "far.pt do not fit the images, training is at 32 px" in line
+    assert "means of 3.000 rms" in line
+
+
+def test_statistics_are_measured_at_the_resolutions_of_all_sources(train, toy_parts, capsys):
+    manifest = toy_parts / "manifest.jsonl"
+    sources = ", ".join(f"{{path: {manifest}, resolution: {side}}}" for side in (32, 64))
+    settings = ["data.path=null", f"data.sources=[{sources}]", "train.max_steps=1"]
+    folder = train("both", *settings, "autoencoder.stats=measure")
+    stats = LatentStats.load(folder / "latent_stats.safetensors", 32)
+    assert stats.resolutions == (32, 64)
+    alone = train("alone", "autoencoder.stats=measure", "train.max_steps=1") / "latent_stats.safetensors"
+    assert not torch.equal(LatentStats.load(alone, 32).mean, stats.mean)
+    capsys.readouterr()
+    train("mixed", *settings, f"autoencoder.stats={alone}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "were measured at" in line]
+    assert "alone/latent_stats.safetensors were measured at 64 px, training is at 32 px" in line
+
+
 def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
     """Step 2 gets an infinite loss: weights stay put, moments stay clean, and the run goes on."""
     forward, calls = FlowObjective.forward, []
