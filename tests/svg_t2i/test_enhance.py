@@ -52,6 +52,21 @@ def test_tidy_keeps_the_prompt_and_four_clauses(written, expected):
     assert len(tidy(written, "two red foxes in snow")) <= 256
 
 
+@pytest.mark.parametrize(
+    ("prompt", "written", "expected"),
+    [
+        # the place stands behind what the limit cuts off: not kept, so the prompt goes first
+        ("a fox in snow", "a fox, " + "long " * 50 + "in snow", "a fox in snow, a fox"),
+        # four clauses of its own leave no room for new ones
+        ("a fox, snow, dawn, mist", "a fox, birds", "a fox, snow, dawn, mist"),
+        ("a fox, snow", "a fox, birds, trees, stones, a lake", "a fox, snow, birds, trees"),
+        ("very " * 60 + "red fox", "a fox, birds", ("very " * 60).strip() + " red fox"),
+    ],
+)
+def test_what_is_kept_is_judged_by_what_comes_out(prompt, written, expected):
+    assert tidy(written, prompt) == expected
+
+
 def test_what_cannot_write_says_so(toy_pipeline):
     with pytest.raises(UserError, match="this one is empty"):
         enhance("  ", toy_pipeline.text_encoder)
