@@ -19,6 +19,7 @@ import torch
 
 from autoencoder.config import REPO_ROOT, UserError, run_entry
 from svg_t2i.options import PRESETS
+from svg_t2i.parts import choose_device
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.solvers import SOLVERS
 from svg_t2i.studio import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
@@ -164,8 +165,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def load_studio(arguments: argparse.Namespace) -> Studio:
     """The studio that the command line describes."""
     checkpoint = arguments.checkpoint or find_quickstart()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    device = choose_device(arguments.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = SVGT2IPipeline.from_pretrained(checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)

@@ -63,9 +63,9 @@ def test_geneval_resumes_to_the_same_images(saved, geneval_file, tmp_path, monke
     assert len(batches) == 1
     assert contents(tmp_path / "images") == images
 
-    with pytest.raises(UserError, match="holds other images.*guidance_scale"):
+    with pytest.raises(UserError, match="with other settings.*guidance_scale"):
         run("geneval", saved, tmp_path, *arguments, "--guidance_scale", 2)
-    with pytest.raises(UserError, match='holds other images.*"fp32"|model was'):
+    with pytest.raises(UserError, match="with other settings .model was.*float32"):
         run("geneval", saved, tmp_path, *arguments, "--dtype", "bf16")
     assert contents(tmp_path / "images") == images
 
@@ -152,6 +152,9 @@ def test_summarise(tmp_path, capsys):
     (["geneval", "--prompts", "nowhere.jsonl", "--checkpoint", "x"], "nowhere.jsonl does not exist"),
     (["dpg", "--prompts", "nowhere", "--checkpoint", "x"], "nowhere is no folder"),
     (["dpg", "--prompts", ".", "--checkpoint", "x", "--num_images_per_prompt", "0"], "--num_images_per_prompt 0"),
+    (["dpg", "--prompts", ".", "--checkpoint", "x", "--num_images_per_prompt", "5"], "tool reads 4 at most"),
+    (["geneval", "--prompts", ".", "--checkpoint", "x", "--renorm_cfg", "-1"], "renorm_cfg"),
+    (["geneval", "--prompts", ".", "--checkpoint", "x", "--device", "quantum"], "no such device"),
     (["folder", "--checkpoint", "x"], "--metrics mmd needs real images"),
     (["folder", "--checkpoint", "x", "--reference", "."], "folder needs --prompts"),
     (["folder", "--images", ".", "--reference", "."], "needs an --autoencoder"),
@@ -159,7 +162,7 @@ def test_summarise(tmp_path, capsys):
     (["sweep", "--checkpoint", "x", "--over", "guidance=1,2"], "expected NAME=VALUE"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1,a"], "'a' is not a number"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1,1"], "names a value twice"),
-    (["sweep", "--checkpoint", "x", "--over", "num_inference_steps=0"], "num_inference_steps=0 must be at least 1"),
+    (["sweep", "--checkpoint", "x", "--over", "num_inference_steps=0"], "num_inference_steps = 0 must be at least 1"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1"], "evaluation.manifest is not set"),
     (["sweep", "--checkpoint", "x", *["--over", "guidance_scale=1"] * 2], "one or two different"),
     (["summarise"], "nothing to summarise"),
@@ -173,5 +176,5 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(arguments, message,
 
 def test_a_folder_of_something_else_is_refused(saved, geneval_file, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+    with pytest.raises(UserError, match="is not empty; nothing was overwritten"):
         run("geneval", saved, tmp_path, "--prompts", geneval_file)
