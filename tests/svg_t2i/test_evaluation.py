@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from autoencoder.config import UserError, build
 from autoencoder.images import to_float
@@ -88,6 +89,10 @@ def test_fid_or_its_absence(monkeypatch):
     report = measure(made, ["fid"], references=real, batch_size=4, world=WORLD)
     expected = frechet_distance(*(torch.stack(i).double().mean(dim=(2, 3)) for i in (made, real)))
     assert report.values == {"fid": pytest.approx(expected, rel=1e-4)}
+    theirs = FrechetInceptionDistance(Colours()).set_dtype(torch.float64)
+    for images, is_real in ((made, False), (real, True)):
+        theirs.update(torch.stack(images), real=is_real)
+    assert report.values == {"fid": pytest.approx(theirs.compute().item(), rel=1e-3)}
 
 
 def test_clip_score_is_that_of_the_whole_model(clip_folder):
