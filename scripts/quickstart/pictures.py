@@ -6,12 +6,13 @@
     pictures/runs/VERB…/          the output folders of the commands
     pictures/variation.png        and image_to_image, inpaint, interpolate, retrieve: the README's
 
-Every picture of an unseen thing shows a combination of colour, shape and place that training never saw.
+The prompts of `image_to_image` and the query of `retrieve` are things that training never saw.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from svg_t2i import sample
 ZOOM = 2  # of the pictures in the grids
 CIRCLE = Thing("red", "circle", "centre", "large")
 SQUARE = Thing("blue", "square", "centre", "large")
-CROSS = Thing("green", "cross", "left", "small")
+CROSS = Thing("green", "cross", "top", "small")  # unseen, as the other two are not
 
 
 def write_grid(
@@ -42,14 +43,14 @@ def draw_pictures(folder: Path) -> None:
         raise UserError(
             f"{folder} holds no finished quickstart; run bash scripts/quickstart.sh first, without --pictures"
         )
-    for name in (variations, redrawn, inpainted, interpolated, retrieved):
-        name(folder)
+    for verb in (variations, redrawn, inpainted, interpolated, retrieved):
+        verb(folder)
     print(f"look at {folder / 'pictures'}")
 
 
 def variations(folder: Path) -> None:
     """variation.png: three things, each noised to several times t and sampled on without a prompt."""
-    things, times = (CIRCLE, SQUARE, CROSS), (0.8, 0.6, 0.4, 0.2, 0.0)
+    things, times = (CIRCLE, SQUARE, CROSS), (0.5, 0.2, 0.1, 0.05)
     inputs = [drawn(folder, thing) for thing in things]
     given = [word for path in inputs for word in ("--image", path)]
     columns = [[Image.open(path) for path in inputs]]
@@ -60,11 +61,11 @@ def variations(folder: Path) -> None:
 
 def redrawn(folder: Path) -> None:
     """image_to_image.png: a thing redrawn after another prompt, at several strengths."""
-    wanted, strengths = Thing("yellow", "circle", "right", "large"), (0.2, 0.4, 0.6, 0.8, 1.0)
+    wanted, strengths = Thing("yellow", "circle", "bottom", "large"), (0.1, 0.15, 0.2, 0.25, 0.5)
     path = drawn(folder, SQUARE)
     pictures = [Image.open(path)]
     for strength in strengths:
-        words = ("--image", path, "--prompt", wanted.caption, "--strength", strength)
+        words = ("--image", path, "--prompt", wanted.caption, "--strength", strength, "--num_inference_steps", 40)
         pictures += run(folder, f"image_to_image_{strength}", "image_to_image", *words)
     labels = [f"given, and: {wanted.caption}", *(f"strength {strength}" for strength in strengths)]
     write(folder, "image_to_image", pictures, len(pictures), labels)
@@ -72,17 +73,17 @@ def redrawn(folder: Path) -> None:
 
 def inpainted(folder: Path) -> None:
     """inpaint.png: the right half of a thing repainted after other prompts."""
-    path = drawn(folder, SQUARE)
-    mask = folder / "pictures" / "inputs" / "mask.png"
+    path, mask = drawn(folder, SQUARE), folder / "pictures" / "inputs" / "mask.png"
     half = Image.new("L", (SIZE, SIZE))
     half.paste(255, (SIZE // 2, 0, SIZE, SIZE))
     save_png(half, mask)
-    wanted = [Thing(colour, shape, "centre", "large") for colour, shape in
-              (("red", "circle"), ("green", "triangle"), ("yellow", "cross"), ("magenta", "square"))]  # fmt: skip
-    prompts = [word for thing in wanted for word in ("--prompt", thing.caption)]
+    looks = (("red", "circle"), ("green", "triangle"), ("magenta", "square"), ("yellow", "square"))
+    wanted = [Thing(*look, "centre", "large").caption for look in looks]
+    prompts = [word for caption in wanted for word in ("--prompt", caption)]
     pictures = run(folder, "inpaint", "inpaint", "--image", path, "--mask", mask, *prompts)
-    labels = ["given", "mask", *(thing.caption for thing in wanted)]
-    write(folder, "inpaint", [Image.open(path), half.convert("RGB"), *pictures], len(labels), labels)
+    given = Image.open(path).convert("RGB")
+    masked = Image.composite(Image.new("RGB", given.size, (150, 150, 150)), given, half)
+    write(folder, "inpaint", [given, masked, *pictures], 6, ["given", "where the mask is white", *wanted])
 
 
 def interpolated(folder: Path) -> None:
@@ -102,16 +103,8 @@ def retrieved(folder: Path) -> None:
     """retrieve.png: the pictures of the training set that are most like one of an unseen thing."""
     path = drawn(folder, CROSS)
     output = folder / "pictures" / "runs" / "retrieve"
-    command = [
-        "retrieve",
-        "--checkpoint",
-        folder / "transformer",
-        "--image",
-        path,
-        "--folder",
-        folder / "data" / "images",
-    ]
-    sample.main([str(word) for word in [*command, "--top_k", 6, "--output", output]])
+    command = ["retrieve", "--checkpoint", folder / "transformer", "--image", path, "--top_k", 6, "--output", output]
+    sample.main([str(word) for word in [*command, "--folder", folder / "data" / "images"]])
     matches = json.loads((output / "matches.json").read_text(encoding="utf-8"))["matches"]
     lines = (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     captions = {Path(entry["path"]).name: entry["prompt"] for entry in map(json.loads, lines)}
@@ -132,11 +125,14 @@ def run(folder: Path, name: str, verb: str, *words: object) -> list[Image.Image]
     """The pictures of `python -m svg_t2i.sample VERB WORDS…`."""
     output = folder / "pictures" / "runs" / name
     command = [verb, "--checkpoint", folder / "transformer", "--preset", "quickstart", "--output", output, *words]
-    print("$ python -m svg_t2i.sample", *command, flush=True)
-    sample.main([str(word) for word in command])
+    command = [str(word) for word in command]
+    print(f"$ python -m svg_t2i.sample {shlex.join(command)}", flush=True)
+    sample.main(command)
     records = json.loads((output / "data.json").read_text(encoding="utf-8"))
     return [Image.open(record["image_url"]).convert("RGB") for record in records]
 
 
 def write(folder: Path, name: str, pictures: Sequence[Image.Image], columns: int, labels: Sequence[str]) -> None:
-    write_grid(folder / "pictures" / f"{name}.png", pictures, columns, labels)
+    path = folder / "pictures" / f"{name}.png"
+    write_grid(path, pictures, columns, labels)
+    save_png(Image.open(path).quantize(128), path)  # a third of the bytes, for the README

@@ -140,8 +140,7 @@ class Recipe:
         self.run(
             *("svg_t2i.sample", "--checkpoint", self.output / "transformer", "--prompts", prompt_file),
             *("--output", self.output / "samples", "--resolution", f"{self.resolution}x{self.resolution}"),
-            *("--system_prompt", "empty", "--solver", "dpm", "--num_inference_steps", 16, "--time_shift", 8),
-            *("--guidance_scale", 2, "--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
+            *("--preset", "quickstart", "--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
         )
         records = json.loads((self.output / "samples" / "data.json").read_text(encoding="utf-8"))
         return [Image.open(record["image_url"]).convert("RGB") for record in records]
