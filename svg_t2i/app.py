@@ -48,7 +48,7 @@ def build_page(studio: Studio) -> Any:
 def _text_tab(studio: Studio) -> None:
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             prompt = gr.Textbox(label="Prompt", lines=3, max_length=limits.prompt_characters, elem_id="prompt")
             negative = gr.Textbox(label="Negative prompt", max_length=limits.prompt_characters, elem_id="negative")
             with gr.Row():
@@ -67,7 +67,7 @@ def _text_tab(studio: Studio) -> None:
 def _image_tab(studio: Studio) -> None:
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], elem_id="image")
             prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.prompt_characters, elem_id="image_prompt")
             strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="how much changes")

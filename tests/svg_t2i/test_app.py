@@ -112,11 +112,11 @@ def console_errors(browser):
 def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
     options = studio.pipeline.options
     browser.get(address)
-    find(browser, "#prompt textarea").send_keys("a large yellow circle at the bottom")
+    find(browser, "#prompt textarea").send_keys("a large blue square at the right")
     find(browser, "input[aria-label='number input for Images']").send_keys(SELECT_ALL, "2\ue004")  # tab
     find(browser, "#draw").click()
     text, sizes = finished_image(browser, "draw")
-    assert "a large yellow circle at the bottom" in text
+    assert "a large blue square at the right" in text
     assert f"{options.width}x{options.height}" in sizes
     if folder := os.environ.get("SVG_T2I_SCREENSHOTS"):
         browser.save_screenshot(os.path.join(folder, "app.png"))
