@@ -19,6 +19,10 @@ from svg_t2i.options import SamplingOptions
 from svg_t2i.packing import RefinedText, Sizes, TextFeatures
 from svg_t2i.solvers import SOLVERS, sample, solver_times
 
+# Latent cells times the model's width in one forward pass: beyond, what a CPU writes does not stay in its caches, and
+# an image takes longer the more of them there are (benchmarks/sampling.py).
+CPU_NUMBERS = 200_000
+
 StepCallback = Callable[[int, float, list[Tensor], list[int]], "list[Tensor] | None"]
 
 
@@ -174,8 +178,7 @@ def denoise(
     for rows in same_grid_groups(options, sizes):
         group = tuple(sizes[row] for row in rows)
         x, _ = transformer.pack([latents[row] for row in rows])
-        denoiser = Denoiser(transformer, group, conditions.select(rows), guide_texts)
-        velocity = denoiser.velocity(options)
+        velocity = _velocity(transformer, sizes, conditions, guide_texts, rows, options)
         if known is not None:
             target, _ = transformer.pack([known[row] for row in rows])
             mask, _ = transformer.pack([repaint[row].to(x.dtype).expand_as(known[row]) for row in rows])
@@ -192,6 +195,46 @@ def denoise(
         for row, solved in zip(rows, transformer.unpack(x, group), strict=True):
             finished[row] = solved
     return finished
+
+
+def _velocity(
+    transformer: SVGDiT,
+    sizes: Sizes,
+    conditions: Conditions,
+    guide_texts: RefinedText | None,
+    rows: Sequence[int],
+    options: SamplingOptions,
+) -> Callable[[Tensor, float], Tensor]:
+    """The guided velocity of packed tokens of the images `rows`: of all at once, on a CPU of a few after another."""
+    few = [list(rows)]
+    if conditions.texts.features.device.type == "cpu":
+        few = _few_at_once(sizes, rows, CPU_NUMBERS // transformer.config.dim)
+    denoisers = [
+        Denoiser(transformer, [sizes[row] for row in some], conditions.select(some), guide_texts) for some in few
+    ]
+    velocities = [denoiser.velocity(options) for denoiser in denoisers]
+    if len(velocities) == 1:
+        return velocities[0]
+    counts = [sum(denoiser.lengths) for denoiser in denoisers]
+
+    def one_after_another(tokens: Tensor, t: float) -> Tensor:
+        return torch.cat([velocity(x, t) for velocity, x in zip(velocities, tokens.split(counts), strict=True)])
+
+    return one_after_another
+
+
+def _few_at_once(sizes: Sizes, rows: Sequence[int], limit: int) -> list[list[int]]:
+    """`rows` in order, in lists of at most `limit` latent cells where an image has not more on its own."""
+    lists: list[list[int]] = []
+    room = 0
+    for row in rows:
+        cells = sizes[row][0] * sizes[row][1]
+        if cells > room:
+            lists.append([])
+            room = limit
+        lists[-1].append(row)
+        room -= cells
+    return lists
 
 
 def _inpainting(
