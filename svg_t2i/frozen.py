@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoencoder.config import UserError
+from autoencoder.config import UserError, locate
 from autoencoder.images import to_float
 from autoencoder.latents import LatentStats
 from autoencoder.manifest import ImageSource
@@ -28,7 +28,7 @@ from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.model import SVGDiT
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import ShardedAtRest, World, main_first
-from svg_t2i.settings import AutoencoderSource, TrainConfig, locate
+from svg_t2i.settings import AutoencoderSource, TrainConfig
 from svg_t2i.text import TextEncoder, make_toy_text_encoder
 
 log = logging.getLogger(__name__)
