@@ -125,7 +125,7 @@ PRESETS: dict[str, SamplingOptions] = {
     "stage3": SamplingOptions(),
     "stage4": SamplingOptions(),
     "quickstart": SamplingOptions(
-        height=64, width=64, num_inference_steps=16, guidance_scale=2.0, time_shift=1.0, system_prompt="empty"
+        height=64, width=64, num_inference_steps=16, guidance_scale=2.0, time_shift=8.0, system_prompt="empty"
     ),
 }
 
