@@ -112,7 +112,7 @@ ELSEWHERE = {
     "bash scripts/test.sh": "runs in .ci/run",
     "pytest tests/parity": "runs with all tests",
     "bash run_train.sh": "tests/scripts/test_run_train.py",
-    "bash run_eval.sh": "tests/distributed/test_evaluate.py",
+    "bash run_eval.sh": "tests/scripts/test_run_train.py",
     "bash scripts/run_train_": "tests/scripts/test_dit_scripts.py",
     "bash scripts/sample.sh": "tests/scripts/test_sample_script.py",
     "python -m svg_t2i.app": "tests/svg_t2i/test_app.py",
@@ -184,8 +184,8 @@ def test_commands_run_one_after_another(place, monkeypatch):
                 run(*shlex.split(command)[1:], *smaller)
     made = [
         "reconstructions/sheet.png", "evaluation/table.md", "latent_stats.safetensors", "cache",
-        "from_cache/config.yaml", "circles/data.json", "benchmark/folder/metrics.json", "benchmark/samples/metrics.json",
-        "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
+        "from_cache/config.yaml", "circles/data.json", "benchmark/folder/metrics.json",
+        "benchmark/samples/metrics.json", "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
     ]  # fmt: skip
     assert [name for name in made if not (place / "outputs" / name).exists()] == []
 
