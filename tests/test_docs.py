@@ -4,13 +4,16 @@ Of the rest `ELSEWHERE` says which test runs the same script or verb, or what th
 """
 
 import importlib
+import json
 import logging
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -145,15 +148,22 @@ def run(*words: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def recipe():
+    """The quickstart's module, running its commands in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO_ROOT / "scripts" / "quickstart")
+        module = importlib.import_module("recipe")
+        patch.setattr(module.Recipe, "run", lambda self, *words, processes=1: run(*words))
+        yield module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, recipe):
     """A folder to stand in, with what the quickstart and the README's first training leave there, hardly trained."""
     folder = tmp_path_factory.mktemp("root")
     (folder / "configs").symlink_to(REPO_ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(REPO_ROOT / "scripts" / "quickstart")
-        recipe = importlib.import_module("recipe")
-        patch.setattr(recipe.Recipe, "run", lambda self, *words, processes=1: run(*words))
         plan = recipe.Plan(copies=1, autoencoder_steps=1, transformer_steps=1, prompts=4, pictures_per_prompt=1)
         recipe.run_on_shapes(recipe.Recipe(folder / "outputs" / "quickstart", 64, plan, processes=1, threads=1))
         run("autoencoder.train", "--config", FOR_TEST, *TINY, f"training.logdir={folder}/autoencoder/logs")
@@ -188,6 +198,20 @@ def test_commands_run_one_after_another(place, monkeypatch):
         "benchmark/samples/metrics.json", "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
     ]  # fmt: skip
     assert [name for name in made if not (place / "outputs" / name).exists()] == []
+
+
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_the_quickstart_runs_on_own_images(place, recipe, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(recipe, "ON_DATA", replace(recipe.ON_DATA, autoencoder_steps=1, transformer_steps=1, prompts=3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe.main(["--data", "configs/example.jsonl", "--resolution", "64", "--output", "outputs/example"])
+    report = json.loads((place / "outputs" / "example" / "report.json").read_text())
+    assert (report["images"], report["pictures"]) == (8, 3)
+    assert 0 <= report["own_image"] <= 1
+    assert 0 < report["reconstruction_psnr_min"] <= report["reconstruction_psnr"] < 30
+    with Image.open(place / "outputs" / "example" / "reconstructions.png") as grid:
+        assert grid.width > 3 * 64 * recipe.ZOOM
 
 
 def test_python_in_the_readme_runs(place, monkeypatch):
