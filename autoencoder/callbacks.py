@@ -1,4 +1,4 @@
-"""What stands around the training step: console, reconstruction grids, averaged weights, checkpoints."""
+"""What stands around the training step: console, learning rates, grids, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -29,12 +30,13 @@ from autoencoder.weights import EMA_KEY, read_file, replacing
 class ConsoleLogger(Logger):
     """One line per report, for runs whose output is not a terminal (there, Lightning draws a progress bar)."""
 
-    SHOWN = {"rec_loss": "rec", "p_loss": "lpips", "g_loss": "g", "disc_loss": "d", "lr": "lr"}
+    SHOWN = {"rec_loss": "rec", "p_loss": "lpips", "g_loss": "g", "disc_loss": "d", "decoder": "lr"}
     SHOWN |= {"psnr": "psnr", "ssim": "ssim", "lpips": "lpips", "images_per_s": "images/s", "memory_gib": "GiB"}
 
     def __init__(self, total_steps: int):
         super().__init__()
         self.total_steps = total_steps
+        self.rates: dict[str, float] = {}  # logged before their step, shown with it
 
     name = version = None
 
@@ -45,8 +47,30 @@ class ConsoleLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         prefix = "validation  " if "val/rec_loss" in metrics else ""
         values = {name.rpartition("/")[2]: value for name, value in metrics.items()}
+        if "rec_loss" not in values:
+            self.rates = values
+            return
+        values, self.rates = self.rates | values, {}
         shown = "  ".join(f"{label} {values[name]:.4g}" for name, label in self.SHOWN.items() if name in values)
         print(f"step {step}/{self.total_steps}  {prefix}{shown}", flush=True)
+
+
+class LearningRates(LearningRateMonitor):
+    """Lightning's monitor, at the steps of the other scalars: its own counts are of micro-batches.
+
+    TensorBoard gets `lr-Adam/decoder` and `lr-Adam-1/discriminator`.
+    """
+
+    def __init__(self, every: int):
+        super().__init__(logging_interval="step")
+        self.every = every
+
+    def on_train_batch_start(self, trainer: Trainer, module: AutoencoderModule, *_: Any) -> None:
+        step = trainer.global_step + 1
+        if module.between_steps and step % self.every == 0:
+            rates = self._extract_stats(trainer, "any")
+            for log in trainer.loggers:
+                log.log_metrics(rates, step=step)
 
 
 class ReconstructionGrid(Callback):

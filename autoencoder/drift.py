@@ -17,7 +17,7 @@ from torch import Tensor
 from autoencoder.latents import LatentStats
 from autoencoder.weights import replacing
 
-NOTABLE = 0.1  # root mean square of shift, or of log(scale), from which on a diffusion model would notice
+NOTABLE = 0.1  # size from which on a diffusion model would notice
 
 
 class Drift(NamedTuple):
@@ -27,8 +27,13 @@ class Drift(NamedTuple):
     scale: Tensor
 
     @property
+    def size(self) -> float:
+        """Root mean square over channels of the shift or of log(scale), whichever is larger; 0 without any drift."""
+        return max(_rms(self.shift), _rms(self.scale.log()))
+
+    @property
     def notable(self) -> bool:
-        return max(_rms(self.shift), _rms(self.scale.log())) > NOTABLE
+        return self.size > NOTABLE
 
     def numbers(self) -> dict[str, float]:
         """A summary for reports."""

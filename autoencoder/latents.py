@@ -27,12 +27,15 @@ class LatentStats(Float32Buffers):
     """Mean and deviation of each latent channel; moves with the model but stays fp32, and is in no state dict.
 
     mean, std: (D,). encoder: fingerprint of the encoder they were measured on, None if unknown (published files).
+    resolutions: of the images they were measured on, in pixels; () if unknown.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor, encoder: str | None = None) -> None:
+    def __init__(
+        self, mean: Tensor, std: Tensor, encoder: str | None = None, resolutions: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         if mean.ndim != 1 or mean.shape != std.shape:
             raise UserError(f"latent statistics: mean {tuple(mean.shape)} and std {tuple(std.shape)} must both be (D,)")
@@ -41,7 +44,7 @@ class LatentStats(Float32Buffers):
                 "latent statistics: every mean must be finite and every std positive; measure them again on more "
                 "images (python -m autoencoder.measure_latents)"
             )
-        self.encoder = encoder
+        self.encoder, self.resolutions = encoder, resolutions
         self.register_buffer("mean", mean.detach().float().clone(), persistent=False)
         self.register_buffer("std", std.detach().float().clone(), persistent=False)
 
@@ -83,14 +86,16 @@ class LatentStats(Float32Buffers):
                 f"latent statistics {path} have {rows[0].numel()} channels, the autoencoder has {channels}: they "
                 f"belong to another encoder; measure this one's with python -m autoencoder.measure_latents{remedy}"
             )
-        return cls(*rows, encoder=_metadata(path).get("encoder") if own else None)
+        metadata = _metadata(path) if own else {}
+        return cls(*rows, metadata.get("encoder"), tuple(map(int, metadata.get("resolution", "").split())))
 
     def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
-        """Write `mean`, `std` and the encoder's fingerprint as `.safetensors`, atomically; `notes` as metadata."""
+        """Write all of it as `.safetensors`, atomically; `notes` as metadata."""
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"latent statistics are saved as .safetensors, got {path}")
-        metadata = {**(notes or {}), "kind": "latent_stats"} | ({"encoder": self.encoder} if self.encoder else {})
+        origin = {"encoder": self.encoder, "resolution": " ".join(map(str, self.resolutions))}
+        metadata = {**(notes or {}), "kind": "latent_stats"} | {key: value for key, value in origin.items() if value}
         with replacing(path) as partial:
             save_file({"mean": self.mean.cpu(), "std": self.std.cpu()}, partial, metadata)
 
@@ -164,9 +169,9 @@ class StatsAccumulator:
         """(D,) fp64, with Bessel's correction."""
         return self._moments()[1]
 
-    def result(self, encoder: str | None = None) -> LatentStats:
-        """The statistics so far; `encoder` is the fingerprint of the encoder that made the latents."""
-        return LatentStats(*self._moments(), encoder=encoder)
+    def result(self, encoder: str | None = None, resolutions: tuple[int, ...] = ()) -> LatentStats:
+        """The statistics so far, of latents that this encoder (its fingerprint) made of images of these resolutions."""
+        return LatentStats(*self._moments(), encoder, resolutions)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         if self.count < 2:

@@ -7,8 +7,8 @@ A manifest is a JSONL file, or a JSON list, of entries in one of the two publish
 
 Paths are relative to the manifest's folder unless absolute; a caption may be a list of alternatives. "width" and
 "height", where given, let training balance its batches without opening the image. Entries are parsed on access; their
-byte positions are in memory for small files and memory-mapped for large ones (see `autoencoder.spans`), so that a
-manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
+places are found by counting newlines, in memory or in a small memory-mapped index (see `autoencoder.spans`), so that
+a manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
 
 In which order samples are visited is decided in `autoencoder.order`.
 """
@@ -27,7 +27,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ from autoencoder.config import UserError
 from autoencoder.images import Size, load_image
 from autoencoder.order import ResumableSampler as ResumableSampler
 from autoencoder.order import sample_rng as sample_rng
-from autoencoder.spans import MAPPED_BYTES, Spans, line_spans
+from autoencoder.spans import MAPPED_BYTES, FileBytes, Lines, Spans, open_lines
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,10 @@ class JoinedSources(ImageSource):
         source, index = self._find(index)
         return source.load(index, shrink)
 
+    def read(self, index: int) -> tuple[Path | bytes, Sample]:
+        source, index = self._find(index)
+        return source.read(index)
+
     def _find(self, index: int) -> tuple[ImageSource, int]:
         index = range(len(self))[operator.index(index)]
         number = bisect_right(self.ends, index)
@@ -163,9 +167,10 @@ def _too_many(name: str, what: str, reasons: list[str], max_errors: int) -> User
 class Manifest(ImageSource):
     """The samples of a JSONL file or JSON list. Entries are read and parsed on access; make one with `open`."""
 
-    def __init__(self, path: Path, spans: Spans, require_captions: bool, max_errors: int):
+    def __init__(self, path: Path, spans: Spans | Lines, require_captions: bool, max_errors: int):
         super().__init__(str(path), max_errors)
         self.path = path
+        self.content = FileBytes(path)
         self.require_captions = require_captions
         self.spans = spans  # (first byte, end) of each entry
         self.left_out: tuple[int, ...] = ()  # the broken ones among them, ascending
@@ -189,7 +194,7 @@ class Manifest(ImageSource):
         """
         path = Path(path)
         try:
-            spans = Spans(_list_spans(path)) if _is_json_list(path) else line_spans(path, index_folder)
+            spans = Spans(_list_spans(path)) if _is_json_list(path) else open_lines(path, index_folder)
         except OSError as error:
             raise UserError(f"manifest {path} cannot be read: {error.strerror}") from error
         manifest = cls(path, spans, require_captions, max_errors)
@@ -210,8 +215,7 @@ class Manifest(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`; a `UserError` names file and line of a broken entry."""
-        with self.path.open("rb") as file:
-            return self._read(file, self._entry(index))
+        return self._read(*self.spans[self._entry(index)])
 
     def _entry(self, index: int) -> int:
         """Which entry of the file is sample `index`."""
@@ -220,40 +224,31 @@ class Manifest(ImageSource):
             entry += broken <= entry
         return entry
 
-    def _read(self, file: BinaryIO, entry: int) -> Sample:
-        start, end = self.spans[entry]
-        file.seek(start)
+    def _read(self, start: int, end: int) -> Sample:
         try:
-            return parse_entry(file.read(end - start), self.path.parent, self.require_captions)
+            return parse_entry(self.content.read(start, end - start), self.path.parent, self.require_captions)
         except ValueError as error:
-            raise UserError(f"{self.path}:{_line_number(file, start)}: {error}") from None
+            raise UserError(f"{self.path}:{self._line_number(start)}: {error}") from None
+
+    def _line_number(self, start: int) -> int | str:
+        """The line that holds byte `start`, or just that byte where counting would take long."""
+        return f"byte {start}" if start > MAPPED_BYTES else self.content.read(0, start).count(b"\n") + 1
 
     def _identity(self, index: int) -> bytes:
         start, end = self.spans[self._entry(index)]
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(end - start).strip()
+        return self.content.read(start, end - start).strip()
 
     def _broken_entries(self, limit: int) -> dict[int, str]:
         """index → message of the broken ones among the first `limit` entries; stops beyond `max_errors` of them."""
         errors: dict[int, str] = {}
-        with self.path.open("rb") as file:
-            for entry in range(limit):
-                try:
-                    self._read(file, entry)
-                except UserError as error:
-                    errors[entry] = str(error)
-                    if len(errors) > self.max_errors:
-                        break
+        for entry, span in enumerate(itertools.islice(self.spans, limit)):
+            try:
+                self._read(*span)
+            except UserError as error:
+                errors[entry] = str(error)
+                if len(errors) > self.max_errors:
+                    break
         return errors
-
-
-def _line_number(file: BinaryIO, start: int) -> int | str:
-    """The line that holds byte `start`, or just that byte where counting would take long."""
-    if start > MAPPED_BYTES:
-        return f"byte {start}"
-    file.seek(0)
-    return file.read(start).count(b"\n") + 1
 
 
 def parse_entry(entry: bytes, folder: Path, require_captions: bool) -> Sample:

@@ -197,14 +197,14 @@ def write(
     output: Path, accumulators: list[StatsAccumulator], crops: Crops, encoder: str, others: dict[str, LatentStats]
 ) -> None:
     """All files of the drawing at the top, and a report on the console."""
-    stats = pooled(accumulators).result(encoder)
+    stats = pooled(accumulators).result(encoder, crops.resolutions)
     notes = {"data": crops.source.name, "images": str(len(crops))}
     lines = {"all" if len(accumulators) > 1 else f"{crops.resolutions[0]} px": stats}
     if len(accumulators) > 1:
         for resolution, accumulator in zip(crops.resolutions, accumulators):
-            one = accumulator.result(encoder)
+            one = accumulator.result(encoder, (resolution,))
             path = output.with_name(f"{output.stem}-{resolution}.safetensors")
-            one.save(path, notes | {"resolution": str(resolution)})
+            one.save(path, notes)
             lines[f"{resolution} px"] = one
             print(f"{path}: seen through the pooled statistics, {drift(stats, one)}")
     for path, other in others.items():
@@ -215,7 +215,7 @@ def write(
         else:
             print(f"{path} fits these images: seen through it, {found}")
     plot_stats(lines, next(iter(lines)), output.with_suffix(".png"))
-    stats.save(output, notes | {"resolution": " ".join(map(str, crops.resolutions))})
+    stats.save(output, notes)
     print(
         f"{output}: {len(crops)} images, {stats.channels} channels, mean of std {stats.std.mean():.4f}, "
         f"encoder {stats.encoder}, statistics {stats.fingerprint()}"

@@ -197,7 +197,7 @@ class SVGAutoencoder(nn.Module):
         config = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint(), "params": to_dict(params)}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.stats is not None:
-            stats = LatentStats(self.stats.mean, self.stats.std, encoder=self.latent_fingerprint())
+            stats = LatentStats(self.stats.mean, self.stats.std, self.latent_fingerprint(), self.stats.resolutions)
             stats.save(folder / STATS_FILE)
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file(state, path, {"kind": "svg_autoencoder"})

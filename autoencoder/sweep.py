@@ -69,7 +69,8 @@ class Crops(Dataset):
         An unreadable image is left out rather than replaced by its neighbour, which would count twice.
         """
         try:
-            image = load_image(self.path(place))
+            source, sample = self.source.read(int(self.indices[place]))
+            image = load_image(source, name=str(sample.path))
         except UserError as error:
             return place, str(error)
         crops = (crop_to_size(image, nearest_bucket(image.size, sizes)) for sizes in self.sizes)

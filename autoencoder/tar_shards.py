@@ -219,7 +219,7 @@ def _table(shard: str, folder: Path | None) -> tuple[Spans, str | None]:
             rows, damage = _scan(shard)
             if damage:
                 return Spans(rows), damage
-            write_index(path, [rows])
+            write_index(path, rows)
         return Spans(path), None
     except UserError:
         raise

@@ -23,7 +23,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from autoencoder.callbacks import AtomicCheckpointIO, AveragedWeights, Checkpoints, ConsoleLogger, ReconstructionGrid
+from autoencoder.callbacks import (
+    AtomicCheckpointIO,
+    AveragedWeights,
+    Checkpoints,
+    ConsoleLogger,
+    LearningRates,
+    ReconstructionGrid,
+)
 from autoencoder.collectives import SyncedBatchNorm
 from autoencoder.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
 from autoencoder.encoders import build_encoder
@@ -245,6 +252,7 @@ def build_trainer(
         max_steps=total_steps,
         max_epochs=-1,
         callbacks=[
+            LearningRates(training.log_every_n_steps),
             *([AveragedWeights(training.ema_decay)] if training.ema_decay is not None else []),
             *([ReconstructionGrid(training.log_images_every_n_steps)] if boards else []),
             Checkpoints(folder / "checkpoints", [every for every in saves if every] or [epoch], training.keep_last_k),

@@ -160,10 +160,16 @@ class AutoencoderModule(LightningModule):
         self.train()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        players = [self.trainable_parameters()]
+        players = {"decoder": self.trainable_parameters()}
         if self.loss.discriminator is not None:
-            players.append(list(self.loss.discriminator.parameters()))
-        return [torch.optim.Adam(player, self.learning_rate, betas=(0.5, 0.9), fused=True) for player in players]
+            players["discriminator"] = list(self.loss.discriminator.parameters())
+        groups = [[{"params": player, "name": name}] for name, player in players.items()]  # names are for the logs
+        return [torch.optim.Adam(group, self.learning_rate, betas=(0.5, 0.9), fused=True) for group in groups]
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no micro-batch of the next step has been seen."""
+        return self.micro_steps % self.training_config.accumulate_grad_batches == 0
 
     def reconstruct(self, images: list[Tensor], noise_at: list[list[int]] | None = None) -> list[Tensor]:
         """Groups of (n, 3, H, W) in [-1, 1] → groups of the same shapes.
@@ -188,18 +194,18 @@ class AutoencoderModule(LightningModule):
         images = [to_float(group) for group in batch.images]
         recons = self.reconstruct(images, batch.positions if self.training_config.latent_noise else None)
         loss, logs = self.loss.generator_loss(images, recons, self.decoder.last_layer, step=2 * step)
-        logs |= self._turn("decoder", loss, decoder_optimizer, step)
+        logs |= self._turn("decoder", loss, decoder_optimizer)
         if self.loss.disc_factor(2 * step + 1) > 0:
             loss, more_logs = self.loss.discriminator_loss(images, recons, step=2 * step + 1)
             # The bare optimiser: Lightning does not count its steps.
-            logs |= more_logs | self._turn("discriminator", loss, others[0].optimizer, step)
+            logs |= more_logs | self._turn("discriminator", loss, others[0].optimizer)
 
         self.meter.add(logs, sum(map(len, images)))
         if self.step_complete and self.global_step % self.training_config.log_every_n_steps == 0:
             self._report()
         self.meter.count_time()
 
-    def _turn(self, player: str, loss: Tensor, optimizer: Any, step: int) -> dict[str, Tensor]:
+    def _turn(self, player: str, loss: Tensor, optimizer: Any) -> dict[str, Tensor]:
         """Backward for one player, and its update once all micro-batches are in."""
         waiting = not self.step_complete and self.trainer.world_size > 1
         with self.trainer.strategy.block_backward_sync() if waiting else nullcontext():
@@ -207,19 +213,20 @@ class AutoencoderModule(LightningModule):
         if not self.step_complete:
             return {}
         logs, limit = {}, self.training_config.trainer.gradient_clip_val
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate * self._schedule(step)
-            if limit is not None:
-                logs[f"grad_norm_{player}"] = clip_grad_norm_(group["params"], limit, foreach=True)
+        if limit is not None:
+            logs[f"grad_norm_{player}"] = clip_grad_norm_(optimizer.param_groups[0]["params"], limit, foreach=True)
         optimizer.step()
         optimizer.zero_grad()
         return logs
 
-    def _schedule(self, step: int) -> float:
-        config = self.training_config
+    def _set_rates(self) -> None:
+        """The learning rate of the step that comes next, a function of its number: a resumed run needs no state."""
+        config, step = self.training_config, self.global_step
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.total_steps)
-        return warmup * (cosine if config.lr_schedule == "cosine" else 1.0)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.total_steps) if config.lr_schedule == "cosine" else 1.0
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * warmup * cosine
 
     def _report(self) -> None:
         """Log means since the last report, over all processes: the only device synchronisation of the loop."""
@@ -230,7 +237,6 @@ class AutoencoderModule(LightningModule):
                 "model.base_learning_rate or add training.warmup_steps, and start from an earlier checkpoint"
             )
         metrics["images_per_s"] *= self.trainer.world_size
-        metrics["lr"] = self.learning_rate * self._schedule(self.global_step - 1)
         metrics["memory_gib"] = peak_memory(self.device)
         self._log("train", metrics)
         self.log("rec_loss", metrics["rec_loss"], prog_bar=True, logger=False)
@@ -260,15 +266,17 @@ class AutoencoderModule(LightningModule):
             del means["lpips"]
         self._log("val", means)
 
-    # -- what is not training does not count as its time --
+    # -- between steps; what is not training does not count as its time --
 
     def on_train_start(self) -> None:
+        self._set_rates()
         self.meter.begin()
 
     def on_train_batch_start(self, batch: ImageBatch, batch_index: int) -> None:
         self.meter.arrived()
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self._set_rates()
         self.meter.begin()
 
     def on_validation_end(self) -> None:

@@ -5,11 +5,15 @@ And names for weights, so that what belongs together can be checked: `fingerprin
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
+import logging
 import os
 import pickle
+import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING  # by the names of Python 2, which protocol 2 writes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +22,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from autoencoder.config import UserError
 
+logger = logging.getLogger("autoencoder")
+
+# Of Python, all that settings in a file of weights may be made of
+DATA_MODULES = {"argparse", "collections", "datetime", "functools", "pathlib", "typing"}
 EMA_KEY = "ema_state_dict"  # in Lightning checkpoints: averaged weights, by the names they have in `state_dict`
 
 
 def read_file(path: str | Path, what: str) -> dict[str, Any]:
     """The dictionary in a `.safetensors` or torch file, on the CPU. Nothing but tensors and plain values is unpickled.
 
-    `what` names the file's role in messages ("autoencoder checkpoint"). Raises UserError for a missing, broken or
-    unsafe file.
+    `what` names the file's role in messages ("autoencoder checkpoint"). Settings that Lightning kept beside the weights
+    may be objects of any class: these come back as `Inert` ones. Raises UserError for a missing, broken or unsafe file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -37,7 +46,7 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = _unpickled(path, what)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what} {path}: not a torch file, or it holds Python objects besides tensors, which are refused because "
@@ -49,6 +58,44 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+class Inert:
+    """Stands in for an object of a class that is not imported: it takes what the pickle gives it, and forgets it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path, what: str) -> Any:
+    """A torch file's content; pickle.UnpicklingError for anything that looks like an attack."""
+    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    try:
+        return torch.load(path, **options)
+    except pickle.UnpicklingError:
+        names = sorted(get_unsafe_globals_in_checkpoint(path)) if options["mmap"] else []
+        if not names or not all(map(_may_be_data, names)):
+            raise
+        with safe_globals([(Inert, name) for name in names]):
+            content = torch.load(path, **options)
+        logger.warning("%s %s: settings left out, which are objects of %s", what, path, ", ".join(names))
+        return content
+
+
+def _may_be_data(name: str) -> bool:
+    """Whether a class named in a pickle may belong to settings. Of Python's own, only types of data; none of torch's,
+    which allows those that tensors need."""
+    module, _, short = name.rpartition(".")
+    if module == "builtins":
+        return isinstance(getattr(builtins, short, None), type)
+    root = module.partition(".")[0]
+    return root in DATA_MODULES or root not in {"torch", *sys.stdlib_module_names, *IMPORT_MAPPING}
 
 
 def read_state_dict(path: str | Path, what: str, ema: bool = False) -> dict[str, Tensor]:

@@ -1,7 +1,11 @@
 # Sourced by run_train_*.sh, which set: config results_dir data_path init_from settings, and nnodes nproc_per_node node_rank
 # master_addr master_port. Starts one svg_t2i.train a process; the script's own arguments come last and win.
+# SIGTERM or SIGUSR1 to the script reach the run, which finishes its step, saves and ends within PET_SHUTDOWN_TIMEOUT
+# seconds, or torchrun kills it. (PET_* are torchrun's options; a version that does not know one yet ignores it.)
 repo_root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 export PYTHONPATH="$repo_root${PYTHONPATH:+:$PYTHONPATH}"
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
 
 if ! [[ $node_rank =~ ^[0-9]+$ ]] || (( node_rank >= nnodes )); then
     echo "error: RANK ID $node_rank: with $nnodes machine(s) it is one of 0 to $(( nnodes - 1 )); set NNODES for more" >&2

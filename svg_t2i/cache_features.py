@@ -31,7 +31,7 @@ from autoencoder.images import to_float
 from autoencoder.manifest import JoinedSources
 from svg_t2i import feature_cache
 from svg_t2i.data import T2IDataset, cache_fingerprint, make_datasets, open_sources
-from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision
+from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision, warn_of_statistics
 from svg_t2i.loader import read_ahead
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import World, main_first, reduce_sum, start_world
@@ -96,8 +96,10 @@ def fill_caches(
     """This process's share of the features of all sources of `config`."""
     with main_first(world):
         sources = open_sources(config.data)
-    config = fill_in(config, JoinedSources(sources), world)
+    manifest = JoinedSources(sources)
+    config = fill_in(config, manifest, world)
     frozen = load_frozen(config, world)
+    warn_of_statistics(config, frozen, manifest, world)
     datasets = make_datasets(config.data, sources, config.train.seed, config.text_encoder.max_length)
     for settings, dataset in zip(config.data.all_sources, datasets, strict=True):
         folder = locate(settings.feature_cache)

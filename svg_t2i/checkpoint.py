@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
 
+
 def find_checkpoint(folder: str | os.PathLike) -> Path:
     """The folder that holds the weights: `folder` itself, or the newest checkpoint of the run it is.
 
@@ -250,5 +251,3 @@ def save_transformer(
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / EXPORT_WEIGHTS)
     write_json(out / EXPORT_CONFIG, {"format": FORMAT, "model_args": to_dict(model.config), "fingerprints": known})
     return out
-
-

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from autoencoder.config import UserError, locate
+from autoencoder.drift import drift
 from autoencoder.images import to_float
 from autoencoder.latents import LatentStats
 from autoencoder.manifest import ImageSource
-from autoencoder.measure_latents import measure
+from autoencoder.measure_latents import measure, pooled
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sweep import Crops
 from svg_t2i.data import TrainBatch
@@ -34,6 +35,8 @@ from svg_t2i.text import TextEncoder, make_toy_text_encoder
 log = logging.getLogger(__name__)
 
 MEASURED_IMAGES = 1024
+COMPARED_IMAGES = 8
+FAR_OFF = 0.5  # drift that so few images show only if the statistics are wrong for them
 VOCABULARY_SAMPLES = 10_000
 
 
@@ -209,5 +212,37 @@ def fill_in(config: TrainConfig, manifest: ImageSource, world: World) -> TrainCo
 def _measure(config: TrainConfig, manifest: ImageSource, device: torch.device) -> LatentStats:
     log.info("measuring latent statistics over the training images")
     autoencoder = load_autoencoder(replace(config.autoencoder, stats=None)).to(device)
-    images = Crops(manifest, [config.data.resolution], config.data.widest, MEASURED_IMAGES)
-    return measure(autoencoder, images)[0].result(autoencoder.latent_fingerprint())
+    images = Crops(manifest, trained_resolutions(config), config.data.widest, MEASURED_IMAGES)
+    return pooled(measure(autoencoder, images)).result(autoencoder.latent_fingerprint(), images.resolutions)
+
+
+def trained_resolutions(config: TrainConfig) -> list[int]:
+    """Of all sources, ascending."""
+    return sorted({source.resolution for source in config.data.all_sources})
+
+
+def warn_of_statistics(config: TrainConfig, frozen: FrozenNetworks, manifest: ImageSource, world: World) -> None:
+    """Warn of latent statistics that were measured at other resolutions than training is at, and say how they fit.
+
+    The numbers come from up to `COMPARED_IMAGES` training images. Statistics that do not tell their resolutions
+    (published ones) are warned of if they are far off. All ranks call this: they may have to share the weights.
+    """
+    stats = frozen.autoencoder.stats
+    others = [resolution for resolution in trained_resolutions(config) if resolution not in stats.resolutions]
+    if not others:
+        return
+    with frozen.whole():
+        seen = measure(frozen.autoencoder, Crops(manifest, others, config.data.widest, COMPARED_IMAGES))
+    measured_at = f"were measured at {', '.join(map(str, stats.resolutions))} px"
+    for resolution, accumulator in zip(others, seen):
+        if not accumulator.count:  # no image is readable: training will say so
+            continue
+        found = drift(stats, accumulator.result())
+        if world.is_main and (stats.resolutions or found.size > FAR_OFF):
+            log.warning(
+                "the latent statistics %s %s, training is at %d px: on a few training images, %s. Measure them at this "
+                "resolution (autoencoder.stats=measure, or python -m autoencoder.measure_latents), unless the weights "
+                "you start from were trained with them",
+                config.autoencoder.stats or f"of {config.autoencoder.config}",
+                measured_at if stats.resolutions else "do not fit the images", resolution, found,
+            )  # fmt: skip

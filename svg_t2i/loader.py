@@ -21,6 +21,7 @@ from autoencoder.order import SampleOrder
 from svg_t2i.batching import deal_by_tokens, deal_evenly
 from svg_t2i.data import T2IDataset, TrainBatch
 from svg_t2i.feature_cache import CachedDataset, FeatureBatch
+from svg_t2i.stopping import survive_request
 
 T = TypeVar("T")
 Keys = np.ndarray  # (n, 3) int64: position, source, index
@@ -84,14 +85,10 @@ class _Work(Sampler):
 
 
 class TrainLoader:
-    """This rank's micro-batches, a list per step, in order, on the host.
-
-    Attributes:
-        replaced: how many samples so far stood in for unusable ones.
-    """
+    """This rank's micro-batches, a list per step, in order, on the host."""
 
     def __init__(self, stream: TrainStream, steps: range, num_workers: int, prefetch: int):
-        self.steps, self.replaced = steps, 0
+        self.steps = steps
         self._work = _Work(stream, steps, ahead=stream.micro_batch_tokens is not None and num_workers > 0)
         self._loader = read_ahead(MicroBatches(stream.datasets), self._work, num_workers, prefetch)
 
@@ -102,7 +99,6 @@ class TrainLoader:
         step: list[TrainBatch | FeatureBatch] = []
         for batch, last_of_step in self._loader:
             step.append(batch)
-            self.replaced += batch.replaced
             if last_of_step:
                 yield step
                 step = []
@@ -118,6 +114,7 @@ def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: 
         num_workers=num_workers,  # torch limits each to one thread
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=survive_request,
         generator=torch.Generator().manual_seed(0),  # else starting to iterate advances the global one
     )
 

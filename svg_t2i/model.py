@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autoencoder.config import UserError
 from svg_t2i.attention import Segments, attention
-from svg_t2i.norms import rms_norm
+from svg_t2i.fused import gated_product, per_token, rms_norm, rotated_heads
 from svg_t2i.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
 
 QK_NORM_EPS = 1e-6
@@ -89,33 +89,22 @@ class DiTConfig:
 # --------------------------------------------------------------------------------------------------------- layers
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding in float32: channels (2i, 2i + 1) of x (T, H, d) turn by angle i, rope (T, 1, d/2, 2)."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # inductor fuses real arithmetic only; eagerly, complex is several times faster
-        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
-    return turned.flatten(-2).to(x.dtype)
-
-
-def per_token(gain: Tensor, owner: Tensor) -> Tensor:
-    """(B, D) per sample -> (T, D) per token; (1, D), the same for all, stays as it is."""
-    return gain if len(gain) == 1 else gain.index_select(0, owner)
-
-
 class RMSNorm(nn.Module):
-    """RMS norm, its weight times a gain where given: (B, D) with owner (T,) the tokens' samples, or (1, D) for all."""
+    """RMS norm, its weight times a gain where given: (B, D) with owner (T,) the tokens' samples, or (1, D) for all.
+
+    A residual (T, D) is added to the result.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, gain: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
-        weight = self.weight if gain is None else per_token((self.weight * gain).to(x.dtype), owner)
-        return rms_norm(x, weight, self.eps)
+    def forward(
+        self, x: Tensor, gain: Tensor | None = None, owner: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        weight = self.weight if gain is None else (self.weight * gain).to(x.dtype)
+        return rms_norm(x, weight, self.eps, owner, residual)
 
 
 class Attention(nn.Module):
@@ -126,13 +115,15 @@ class Attention(nn.Module):
         self.heads = config.n_heads, config.kv_heads, config.kv_heads
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, QK_NORM_EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, QK_NORM_EPS) if config.qk_norm else nn.Identity()
+        self.normed = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
+            self.k_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
 
     def forward(self, x: Tensor, segments: Segments, rope: Tensor) -> Tensor:  # (T, D) -> (T, D)
         heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # (T, Hq + 2 Hkv, d)
-        q, k, v = heads.split(self.heads, dim=1)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        weights = (self.q_norm.weight, self.k_norm.weight) if self.normed else None
+        q, k, v = rotated_heads(heads, self.heads, weights, QK_NORM_EPS, rope)
         return self.out(attention(q, k, v, segments).flatten(1))
 
 
@@ -146,7 +137,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(gated_product(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -173,9 +164,9 @@ class Block(nn.Module):
             scale_a, gate_a, scale_m, gate_m = 1 + scale_a, gate_a.tanh(), 1 + scale_m, gate_m.tanh()
         owner = segments.owner
         attended = self.attention(self.attention_norm1(x, scale_a, owner), segments, rope)
-        x = x + self.attention_norm2(attended, gate_a, owner)
+        x = self.attention_norm2(attended, gate_a, owner, residual=x)
         fed = self.feed_forward(self.ffn_norm1(x, scale_m, owner))
-        return x + self.ffn_norm2(fed, gate_m, owner)
+        return self.ffn_norm2(fed, gate_m, owner, residual=x)
 
 
 class TimestepEmbedder(nn.Module):
@@ -295,9 +286,7 @@ class SVGDiT(nn.Module):
     def plan(self, sizes: Sizes, lengths: Sequence[int], device: torch.device) -> Packing:
         """Index tables for latents of `sizes` with captions of `lengths` tokens (see `packing.plan_packing`)."""
         config = self.config
-        return plan_packing(
-            tuple(sizes), tuple(lengths), config.patch_size, config.axes_dims, config.axes_lens, device
-        )
+        return plan_packing(tuple(sizes), tuple(lengths), config.patch_size, config.axes_dims, config.axes_lens, device)
 
     def pack(self, latents: Tensor | Sequence[Tensor]) -> tuple[Tensor, Sizes]:
         """Latents (B, C, h, w) or a list of (C, h_i, w_i) -> tokens (T, p·p·C), row-major per sample, and their sizes.

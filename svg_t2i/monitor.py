@@ -7,6 +7,10 @@ device itself records in passing.
 from __future__ import annotations
 
 import logging
+import math
+import resource
+import secrets
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +24,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.config import UserError, to_dict
+from svg_t2i.data import TrainBatch
+from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.flops import peak_tflops, training_flops
 from svg_t2i.flow import LossBins
 from svg_t2i.frozen import MicroBatch
 from svg_t2i.model import DiTConfig
+from svg_t2i.optimizer import ema_decay
 from svg_t2i.parallel import World, compiled_graphs, reduce_sum
 from svg_t2i.settings import TrainConfig
 
@@ -73,17 +80,22 @@ class Meter:
         self.phase = self.phases.start  # "data" (waiting for it), "encode", "model", "update", "aside"
         # on the device: losses, samples | gradient norms, skipped updates, of these with non-finite norms
         self._sums = torch.zeros(5, device=world.device)
-        self._text_tokens = self._image_tokens = self._operations = self._updates = 0
-        self.total_nonfinite = 0  # as of the last `read`
+        # on the host: text tokens, their squares, image tokens, operations | replaced samples
+        self._host = torch.zeros(5, dtype=torch.float64)
+        self._updates = 0
+        self.total_nonfinite = self.total_replaced = 0  # as of the last `read`
+
+    def add_replaced(self, batches: Sequence[TrainBatch | FeatureBatch]) -> None:
+        """Count the samples of a step that stand in for unusable ones."""
+        self._host[4] += sum(batch.replaced for batch in batches)
 
     def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
         """Per-sample losses (B,) at timesteps (B,)."""
         self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
         self.bins.update(timesteps, losses)
         text, image = batch.text.lengths, [h * w // self.sizes.patch_size**2 for h, w in batch.sizes]
-        self._text_tokens += sum(text)
-        self._image_tokens += sum(image)
-        self._operations += training_flops(self.sizes, image, text)
+        counts = (sum(text), sum(n**2 for n in text), sum(image), training_flops(self.sizes, image, text))
+        self._host[:4] += torch.tensor(counts, dtype=torch.float64)
 
     def add_update(self, grad_norm: Tensor, skipped: Tensor) -> None:
         """Gradient norm before clipping, and 1 if the update was skipped."""
@@ -95,23 +107,28 @@ class Meter:
         """Sums and means over all ranks since the last call, from which counting starts anew. Waits for the device."""
         loss, samples, grad_norm, skipped, nonfinite = reduce_sum(self._sums, self.world).tolist()
         reduce_sum(self.bins.totals, self.world)
-        host = torch.tensor((self._text_tokens, self._image_tokens, self._operations), dtype=torch.float32)
-        text, image, operations = reduce_sum(host.to(self.world.device), self.world).tolist()
-        ranks = self.world.size
+        # a copy even on the CPU: the sums of this rank go on
+        host = reduce_sum(self._host.to(self.world.device, copy=True), self.world).tolist()
+        text, squares, image, operations, replaced = host
+        ranks, mean_text = self.world.size, text / max(samples, 1)
         self.total_nonfinite += round(nonfinite / ranks)
+        self.total_replaced += round(replaced)
         values = {
             "loss": loss / max(samples, 1),
             "grad_norm": grad_norm / max(self._updates * ranks - nonfinite, 1),
             "skipped": round(skipped / ranks),
             "samples": round(samples),
-            "text_tokens": text / max(samples, 1),
+            "replaced": self.total_replaced,
+            "text_tokens": mean_text,
+            "text_tokens_std": math.sqrt(max(squares / max(samples, 1) - mean_text**2, 0)),
             "tokens": text + image,
             "operations": operations / ranks,  # of one rank
             "loss_bins": self.bins.pop(),
             "phases": self.phases.pop(),
         }
         self._sums.zero_()
-        self._text_tokens = self._image_tokens = self._operations = self._updates = 0
+        self._host.zero_()
+        self._updates = 0
         return values
 
 
@@ -133,16 +150,17 @@ class ProgressLogger:
         """One line for the interval that ended with `step`: its `Meter.read`, and its last learning rate."""
         seconds = time.perf_counter() - self._since
         self._since += seconds
-        scalars = {"lr": lr, "images_per_second": values["samples"] / seconds}
-        scalars |= {key: values[key] for key in ("loss", "grad_norm", "skipped", "text_tokens")}
+        train = self.config.train
+        scalars = {"lr": lr, "ema_decay": ema_decay(step - 1, train.ema_decays[0], train.ema_warmup)}
+        scalars["images_per_second"] = values["samples"] / seconds
+        names = ("loss", "grad_norm", "skipped", "replaced", "text_tokens", "text_tokens_std")
+        scalars |= {key: values[key] for key in names}
         scalars["tokens_per_second"] = values["tokens"] / seconds
         phases = {name: spent for name, spent in values["phases"].items() if name != "aside"}
         scalars |= {f"share_of_{name}": spent / seconds for name, spent in phases.items()}
         if self._peak:
             scalars["flop_utilisation"] = values["operations"] / seconds / (self._peak * TERA)
-        if self.world.device.type == "cuda":
-            scalars["memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / GIB
-            torch.cuda.reset_peak_memory_stats(self.world.device)
+        scalars["memory_gib"] = peak_memory(self.world.device) / GIB
         if self.config.parallel.compile:
             scalars["compiled_graphs"] = compiled_graphs()
         log.info("step %d/%d  %s", step, self.config.train.max_steps, console_line(scalars))
@@ -184,13 +202,24 @@ class ProgressLogger:
             self.wandb.finish()
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use: on a GPU by tensors since the last call, else by this process since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def console_line(scalars: Mapping[str, float]) -> str:
     """What matters most, in one line."""
     line = "loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {images_per_second:.1f} images/s".format(**scalars)
     for name, label in (("share_of_data", "data"), ("flop_utilisation", "MFU")):
         if name in scalars:
             line += f"  {label} {scalars[name]:.0%}"
-    return line + (f"  {scalars['memory_gib']:.1f} GiB" if "memory_gib" in scalars else "")
+    line += f"  {scalars['memory_gib']:.1f} GiB"
+    return line + (f"  replaced {scalars['replaced']}" if scalars["replaced"] else "")
 
 
 def loss_scalars(bins: Sequence[float]) -> dict[str, float]:
@@ -203,20 +232,29 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("monitor.wandb_project is set, but wandb is not installed: pip install wandb") from error
+        raise UserError(
+            "monitor.wandb_project is set, but wandb is not installed: pip install wandb, or leave that setting out"
+        ) from error
     return wandb
 
 
 def start_wandb(config: TrainConfig) -> Any:
-    """A W&B run named after the results folder; a resumed run continues it.
+    """A W&B run named after the results folder; a resumed run continues it, by the id kept in results_dir/wandb_id.
 
     Raises:
         UserError: wandb is not installed.
     """
-    name = Path(config.results_dir).name
-    folder = str(Path(config.results_dir))
-    return _wandb().init(
-        project=config.monitor.wandb_project, name=name, id=name, resume="allow", config=to_dict(config), dir=folder
+    wandb, folder = _wandb(), Path(config.results_dir)
+    kept = folder / "wandb_id"
+    if not kept.exists():  # folders of two runs may have one name
+        kept.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=config.monitor.wandb_project,
+        name=folder.name,
+        id=kept.read_text().strip(),
+        resume="allow",
+        config=to_dict(config),
+        dir=str(folder),
     )
 
 

@@ -20,6 +20,7 @@ bf16. Gradients are averaged over ranks: losses that are to be summed over all s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -42,6 +43,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from autoencoder.config import UserError
 from svg_t2i.settings import ParallelConfig
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -130,6 +133,29 @@ def to_main(value: T, world: World) -> list[T]:
     return box
 
 
+class AnyRank:
+    """Whether any rank wants something, asked step by step between the hosts, without waiting for a device."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._wanted, self._sent = torch.zeros(1, dtype=torch.int32), None
+
+    def ask(self, wanted: bool) -> bool:
+        """The answer to the question asked by the call before, the same on all ranks; alone, to this one."""
+        if self.world.size == 1:
+            return wanted
+        answer = self.answer()
+        self._wanted.fill_(wanted)
+        self._sent = dist.all_reduce(self._wanted, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def answer(self) -> bool:
+        """Wait for the answer to the last question."""
+        if self._sent is not None:
+            self._sent.wait()
+        return bool(self._wanted.item())
+
+
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
     """Rank 0 runs the body before the others do (downloads, files that are made once)."""
@@ -156,6 +182,12 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
     if config.activation_checkpointing != "none":
         _checkpoint_activations(module, config.activation_checkpointing)
     if config.compile:
+        if config.activation_checkpointing != "none" and (world.device.type != "cuda" or precision != "bf16"):
+            log.warning(
+                "parallel.compile does nothing with parallel.activation_checkpointing=%s on %s in %s: attention is not "
+                "traced there, and a recomputed block is compiled as a whole",
+                config.activation_checkpointing, world.device.type, precision,
+            )  # fmt: skip
         # else a graph would insist that sizes which are equal by chance in the first batch are so in all
         torch.fx.experimental._config.use_duck_shape = False
         for block in _blocks(module):
@@ -164,9 +196,7 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
         return module
     if config.data_parallel == "ddp":
         devices = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=devices, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
     shard = partial(
         fully_shard,
         mesh=_mesh(config, world),

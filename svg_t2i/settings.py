@@ -211,7 +211,7 @@ class MonitorConfig:
     """What is recorded besides the console line."""
 
     tensorboard: bool = True
-    wandb_project: str | None = None  # needs `pip install wandb`
+    wandb_project: str | None = None  # needs wandb: pip install -e .[wandb]
     loss_bins: int = 20  # of the timestep range
     peak_tflops: float | None = None  # of one device, dense, for the utilisation; null: known for common GPUs
     profile_steps: int = 0  # trace so many steps, after ten, into results_dir/profile

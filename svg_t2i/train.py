@@ -3,7 +3,8 @@
     python -m svg_t2i.train --config configs/svg_t2i/forTest_1gpu.yaml train.max_steps=20
     torchrun --nproc_per_node 8 -m svg_t2i.train --config configs/svg_t2i/stage2_512.yaml --init_from FOLDER
 
-A run continues from the newest whole checkpoint in its results folder. `svg_t2i.checkpoint` draws that folder.
+A run continues from the newest whole checkpoint in its results folder; `svg_t2i.saving` draws that folder. Asked to end
+by SIGTERM or SIGUSR1 it finishes the step, saves, and exits with code 75: start the same command again to go on.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import torch
 
 from autoencoder.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
 from autoencoder.manifest import ImageSource, JoinedSources
-from svg_t2i import checkpoint, saving
+from svg_t2i import checkpoint, saving, stopping
 from svg_t2i.data import TrainBatch, make_datasets, open_caches, open_sources
 from svg_t2i.feature_cache import FeatureBatch
-from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen
+from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, warn_of_statistics
 from svg_t2i.loader import TrainLoader, build_loader
 from svg_t2i.model import SVGDiT
 from svg_t2i.monitor import Meter, ProgressLogger, profiling
 from svg_t2i.optimizer import learning_rate
-from svg_t2i.parallel import World, from_main, main_first, parallelize, start_world
+from svg_t2i.parallel import AnyRank, World, from_main, main_first, parallelize, start_world
 from svg_t2i.samples import evaluate_averaged, sample_grid
 from svg_t2i.settings import TrainConfig, changed_settings
+from svg_t2i.stopping import StopRequest
 from svg_t2i.training import FlowObjective, TrainState, train_step
 
 log = logging.getLogger("svg_t2i")
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> None:
         if config.data.micro_batch_tokens is None:
             config.micro_batches(world.size)  # complains before anything is loaded
         start_logging(world)
-        run(config, world)
+        stopped = run(config, world)
+    if stopped:
+        raise SystemExit(stopping.EXIT_CODE)
 
 
 def start_logging(world: World) -> None:
@@ -67,8 +71,12 @@ def start_logging(world: World) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def run(config: TrainConfig, world: World) -> None:
-    """Train to `train.max_steps`, from scratch, from other weights, or from where the results folder stands."""
+def run(config: TrainConfig, world: World) -> bool:
+    """Train to `train.max_steps`, from scratch, from other weights, or from where the results folder stands.
+
+    Returns:
+        Whether the run was asked to stop before.
+    """
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     newest = from_main(open_results(config, world) if world.is_main else None, world)
@@ -77,6 +85,8 @@ def run(config: TrainConfig, world: World) -> None:
     manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)
     frozen = load_frozen(config, world)
+    if config.data.all_sources[0].feature_cache is None:  # cache_features has looked at the images
+        warn_of_statistics(config, frozen, manifest, world)
     transformer = make_transformer(config, frozen, first=newest is None, world=world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
@@ -87,9 +97,9 @@ def run(config: TrainConfig, world: World) -> None:
         describe(config, state, frozen, manifest, world)
     if state.step >= config.train.max_steps:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
-        return
+        return False
     loader = make_loader(config, sources, frozen, state.step, world)
-    train(config, state, objective, frozen, iter(loader), world)
+    return train(config, state, objective, frozen, iter(loader), world)
 
 
 def open_results(config: TrainConfig, world: World) -> Path | None:
@@ -183,8 +193,8 @@ def train(
     frozen: FrozenNetworks,
     steps: Iterator[list[TrainBatch | FeatureBatch]],
     world: World,
-) -> None:
-    """Steps, log lines, pictures and checkpoints up to `train.max_steps`."""
+) -> bool:
+    """Steps, log lines, pictures and checkpoints up to `train.max_steps`; -> whether it was asked to stop before."""
     loop = config.train
     meter, logger = Meter(world, config, state.transformer.config), ProgressLogger(config, state.step, world)
     saver = saving.Saver(
@@ -194,31 +204,38 @@ def train(
         keep_every=loop.keep_every,
     )
     meta = checkpoint_meta(config, state, frozen)
-    with profiling(config, world) as next_step:
-        while state.step < loop.max_steps:
+    asked, stop = AnyRank(world), False
+    with profiling(config, world) as next_step, StopRequest() as request:
+        while state.step < loop.max_steps and not stop:
             meter.phase("data")
             batches = next(steps)
+            meter.add_replaced(batches)
             train_step(state, objective, batches, frozen, config, world, meter)
             meter.phase("aside")
-            last = state.step == loop.max_steps
+            last, stop = state.step == loop.max_steps, asked.ask(request.made)
             if last or state.step % loop.log_every == 0:
                 values = meter.read()
                 stop_if_diverged(values, meter, config)
                 logger.write(state.step, values, learning_rate(state.step - 1, config.optim, loop.max_steps))
             with logger.excluded():
                 next_step()
-                if config.samples.every and (last or state.step % config.samples.every == 0):
+                if config.samples.every and not stop and (last or state.step % config.samples.every == 0):
                     grid = sample_grid(state, frozen, config, world)
                     if grid is not None:
                         logger.pictures(state.step, grid)
                 evaluation = config.evaluation
-                if evaluation and evaluation.every and (last or state.step % evaluation.every == 0):
+                if evaluation and evaluation.every and not stop and (last or state.step % evaluation.every == 0):
                     logger.metrics(state.step, evaluate_averaged(state, frozen, config, world))
-                if last or state.step % loop.ckpt_every == 0:
+                if last or stop or state.step % loop.ckpt_every == 0:
                     saver.save(state.step, state.tensors(), meta)
                     frozen.captions.clear()  # as a resumed run would find it
-    saver.close()
+        asked.answer()
+        saver.close()  # the signal that stops at once is still heard
+    stopped = stop and not last
+    if stopped:
+        log.info("stopped after step %d as asked; the same command goes on from there", state.step)
     logger.close()
+    return stopped
 
 
 def checkpoint_meta(config: TrainConfig, state: TrainState, frozen: FrozenNetworks) -> dict[str, Any]:

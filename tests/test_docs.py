@@ -9,11 +9,15 @@ import logging
 import os
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from PIL import Image
+
+from svg_t2i.model import DiTConfig
+from svg_t2i.settings import TrainConfig
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -85,6 +89,27 @@ def test_the_readme_names_the_published_commands():
         ("svg_t2i", "bash scripts/sample.sh"),
     ]
     assert [entry for entry in published if entry not in listed] == []
+
+
+FLAGS = """data_path results_dir model max_steps global_bsz micro_bsz resol max_cap_len global_seed num_workers
+log_every ckpt_every data_parallel checkpointing precision grad_precision lr no_auto_resume resume init_from grad_clip
+wd qk_norm caption_dropout_prob snr_type mu no_shift single_shape autoencoder_path gemma2b"""
+
+
+def test_every_published_flag_is_listed_with_keys_that_exist():
+    lines = (REPO_ROOT / "docs" / "flags.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:4] for line in lines if line.startswith("|")]
+    listed = {match[1]: row for row in rows if (match := re.match(r" `--(\w+)", row[0]))}
+    assert sorted(listed) == sorted(FLAGS.split())
+    for flag, (_, keys, notes) in listed.items():
+        assert re.search(r"`[a-z]", keys) or (keys.strip() == "–" and len(notes) > 40), flag  # no key: a reason
+    for _, *cells in rows:
+        for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:: \w+)?`", cells[0]):
+            settings = TrainConfig
+            for name in key.split("."):
+                assert is_dataclass(settings), key
+                assert name in {field.name for field in fields(settings)}, key
+                settings = DiTConfig if name == "model_overrides" else get_type_hints(settings)[name]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

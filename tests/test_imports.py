@@ -23,7 +23,7 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "batching", "draws", "norms", "prompts", "memory", "saving"},
+        {"attention", "flow", "batching", "draws", "fused", "prompts", "memory", "saving", "stopping"},
         {"packing"},
         {"model", "solvers", "guidance"},
         {"text", "flops", "published", "feature_cache"},
@@ -62,7 +62,7 @@ ONLY_IN = {
         "svg_t2i.sample",
     },
 }
-TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance", "svg_t2i.norms"}
+TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance", "svg_t2i.fused"}
 
 MODULES = sorted(
     path for package in FLOORS for path in (REPO_ROOT / package).glob("*.py") if path.name != "__init__.py"

@@ -14,7 +14,12 @@ D = 6
 @pytest.fixture
 def stats():
     generator = torch.Generator().manual_seed(4)
-    return LatentStats(torch.randn(D, generator=generator), torch.rand(D, generator=generator) + 0.5, encoder="abc")
+    return LatentStats(
+        torch.randn(D, generator=generator),
+        torch.rand(D, generator=generator) + 0.5,
+        encoder="abc",
+        resolutions=(64, 128),
+    )
 
 
 @pytest.fixture
@@ -87,6 +92,7 @@ def test_own_file_keeps_values_and_encoder(stats, tmp_path):
     assert torch.equal(loaded.mean, stats.mean)
     assert torch.equal(loaded.std, stats.std)
     assert loaded.encoder == "abc"
+    assert loaded.resolutions == (64, 128)
     assert loaded.fingerprint() == stats.fingerprint()
     assert LatentStats(stats.mean + 1, stats.std).fingerprint() != stats.fingerprint()
     assert [file.name for file in path.parent.iterdir()] == ["stats.safetensors"]
@@ -122,6 +128,7 @@ def test_published_file_rows_and_extra_channels(tmp_path):
     torch.testing.assert_close(extended.mean[D:], mean[-1].mean().repeat(8))
     torch.testing.assert_close(extended.std[D:], std[-1].mean().repeat(8))
     assert extended.encoder is None
+    assert extended.resolutions == ()
     with pytest.raises(UserError, match="num_layer=3"):
         LatentStats.load(path, D, num_layer=3)
 

@@ -1,6 +1,7 @@
 """Measuring statistics: against a direct computation, interrupted and resumed, and the entry's refusals."""
 
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from autoencoder import measure_latents, sweep
 from autoencoder.config import UserError
 from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
 from autoencoder.latents import LatentStats
+from autoencoder.manifest import JoinedSources
 from autoencoder.measure_latents import main
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sweep import Crops, open_images
+from autoencoder.tar_shards import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 D = 48
@@ -65,6 +69,22 @@ def test_equals_direct_computation(folder, more, indices, max_aspect, capsys):
     assert f"{len(indices)} images" in capsys.readouterr().out
 
 
+def test_tar_shards_among_other_sources_are_measured_too(folder):
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for index in range(5):
+            tar.add(folder / f"{index}.png", f"{index}.png")
+    model = SVGAutoencoder.from_config(folder / "ae.yaml")
+    shards = open_source(str(folder / "shard.tar"), require_captions=False)
+    found = []
+    for source in (shards, JoinedSources([shards]), JoinedSources([open_images(folder / "images.jsonl"), shards])):
+        crops = Crops(source, [64], max_aspect=4.0)
+        assert crops.path(len(source) - 1).name == "4.png"
+        found.append(measure_latents.measure(model, crops)[0])
+    assert found[0].count * 2 == found[2].count > 0
+    for one in found[1:]:
+        torch.testing.assert_close(one.mean, found[0].mean)
+
+
 def test_other_encoder_refuses_the_file(folder):
     main(arguments(folder))
     with pytest.raises(UserError, match="another encoder"):
@@ -93,6 +113,7 @@ def test_several_resolutions_are_measured_alone_and_pooled(folder, capsys):
         stats = LatentStats.load(folder / f"{name}.safetensors", D)
         np.testing.assert_allclose(stats.mean.numpy(), values[key].mean(axis=1), atol=1e-5)
         np.testing.assert_allclose(stats.std.numpy(), values[key].std(axis=1, ddof=1), rtol=1e-4)
+        assert stats.resolutions == ((64, 128) if key == "all" else (key,))
     assert Image.open(folder / "s.png").size[0] > 500
     assert "s-64.safetensors: seen through the pooled statistics" in capsys.readouterr().out
 
@@ -114,11 +135,11 @@ def interrupted(monkeypatch, folder, after, *more):
     """Run `main` until the image number `after` is to be read."""
     load, calls = sweep.load_image, []
 
-    def load_image(path):
+    def load_image(path, name):
         calls.append(path)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return load(path)
+        return load(path, name=name)
 
     monkeypatch.setattr(sweep, "load_image", load_image)
     with pytest.raises(KeyboardInterrupt):

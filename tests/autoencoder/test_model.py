@@ -1,10 +1,18 @@
 """The autoencoder as one object: the latent contract, checkpoints, saved folders, and what it refuses."""
 
+import argparse
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from autoencoder.config import ConfigError, UserError
@@ -31,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 @pytest.fixture
 def model():
     model = SVGAutoencoder.from_config(published_config())
-    model.set_stats(LatentStats(torch.randn(D), torch.rand(D) + 0.5, encoder=model.encoder.fingerprint()))
+    model.set_stats(LatentStats(torch.randn(D), torch.rand(D) + 0.5, model.encoder.fingerprint(), (256, 512)))
     return model.eval()
 
 
@@ -108,6 +116,7 @@ def test_saved_folder_comes_back_identical(model, images, tmp_path):
     loaded = SVGAutoencoder.from_pretrained(tmp_path / "ae").eval()
     assert same(loaded, model, images)
     assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.stats.resolutions == (256, 512)
     assert torch.equal(loaded.normalize(loaded.encode(images)), model.normalize(model.encode(images)))
     other = LatentStats(torch.zeros(D), torch.ones(D))
     assert torch.equal(SVGAutoencoder.from_pretrained(tmp_path / "ae", stats=other).stats.mean, other.mean)
@@ -184,6 +193,53 @@ def test_files_that_are_no_checkpoints(model, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=name):
             model.load_checkpoint(tmp_path / name)
+
+
+class Runs:
+    """Calls function(*arguments) when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_settings_of_any_class_are_left_out_and_attacks_refused(model, tmp_path, caplog):
+    path, victim = tmp_path / "last.ckpt", tmp_path / "victim"
+    victim.touch()
+    content = lightning_checkpoint(model, path)
+    loader = OmegaConf.create({"data": {"sizes": [256, 512], "root": "${oc.env:HOME}"}})
+    for settings in (
+        {"config": loader, "list": loader.data.sizes, "path": tmp_path, "score": np.float64(0.5)},
+        argparse.Namespace(lr=1e-4),
+        {ModelCheckpoint: {"best": np.ones(2), "kinds": {1, 2}}},  # as Lightning named callbacks before 1.5
+    ):
+        caplog.clear()
+        torch.save(content | {"hyper_parameters": settings}, path)
+        model.load_checkpoint(path)
+        assert "last.ckpt: settings left out, which are objects of" in caplog.text
+    for attack in (
+        Runs(os.remove, str(victim)),
+        Runs(shutil.rmtree, str(victim)),
+        Runs(eval, f"open({str(victim)!r}, 'w').write('gone')"),
+        Runs(getattr, nn.Module, "load_state_dict"),
+        Runs(subprocess.Popen, ["rm", str(victim)]),
+    ):
+        torch.save(content | {"hyper_parameters": {"path": tmp_path, "lr": attack}}, path)
+        with pytest.raises(UserError, match="unpickling them can run code"):
+            model.load_checkpoint(path)
+        assert victim.read_text() == ""
+    torch.save(
+        content | {"hyper_parameters": Runs(foreign, str(victim))}, path
+    )  # passes as settings, and is not called
+    model.load_checkpoint(path)
+    assert victim.read_text() == ""
+    assert f"{foreign.__module__}.foreign" in caplog.text
+
+
+def foreign(path):
+    Path(path).write_text("called")
 
 
 def test_bad_configs():

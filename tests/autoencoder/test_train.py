@@ -69,7 +69,7 @@ def test_the_imagenet_layout(toy):
 def test_bf16_and_scaled_learning_rate(toy):
     folder = toy.run("training.trainer.max_steps=2", "training.trainer.precision=bf16-mixed", "training.scale_lr=true")
     values, _ = toy.scalars(folder)
-    assert values["train/lr"][1] == pytest.approx(2e-4)  # base 1e-4 × batch 2
+    assert values["lr-Adam/decoder"][1] == pytest.approx(2e-4)  # base 1e-4 × batch 2
     assert all(tensor.dtype != torch.bfloat16 for tensor in toy.read(folder, 2)["state_dict"].values())
 
 

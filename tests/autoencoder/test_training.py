@@ -1,6 +1,7 @@
 """The training step, on a network of a few thousand parameters through the entry."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -55,6 +56,9 @@ def test_a_resumed_run_equals_an_uninterrupted_run(shared_toy, whole, assert_equ
     assert theirs["ImageDataModule"] == {"position": 6 * 2, "seed": 0}
     assert len(theirs["optimizer_states"]) == 2
     assert (whole / "checkpoints" / "last.ckpt").resolve().name == "step_0000006.ckpt"
+    ours, theirs = (toy.scalars(folder)[0] for folder in (resumed, whole))
+    for tag in ("train/rec_loss", "train/disc_loss", "lr-Adam/decoder"):
+        assert ours[tag] == {step: theirs[tag][step] for step in (4, 5, 6)}, tag
 
 
 def test_everything_is_trained_averaged_and_loaded(shared_toy, whole):
@@ -76,6 +80,10 @@ def test_everything_is_trained_averaged_and_loaded(shared_toy, whole):
     values, _ = shared_toy.scalars(whole)
     assert set(values["train/grad_norm_decoder"]) == set(range(1, 7))
     assert set(values["train/grad_norm_discriminator"]) == {3, 4, 5, 6}
+    rates = {n: 1e-4 * min(1, n / 2) * (0.5 + 0.5 * math.cos(math.pi * (n - 1) / 6)) for n in range(1, 7)}
+    assert values["lr-Adam/decoder"] == pytest.approx(rates)  # one value a step, of two micro-batches
+    assert values["lr-Adam-1/discriminator"] == pytest.approx(rates)
+    assert last["optimizer_states"][1]["param_groups"][0]["lr"] == pytest.approx(rates[6])  # is what Adam used
 
 
 def test_run_logs_and_leaves_a_published_format_checkpoint(toy, capsys):
@@ -84,14 +92,18 @@ def test_run_logs_and_leaves_a_published_format_checkpoint(toy, capsys):
         "training.log_images_every_n_steps=2",
         "training.save_every_n_train_steps=2",
         "model.params.lossconfig.params.disc_start=5",
+        "training.warmup_steps=4",
     )
     values, events = toy.scalars(folder)
     assert set(values["train/rec_loss"]) == {1, 2, 3, 4}
     assert set(values["train/disc_loss"]) == {3, 4}  # steps 0-based: 2·2 + 1 ≥ 5
     assert set(values["train/g_loss"]) == {4}  # 2·3 ≥ 5
-    assert values["train/lr"][1] == pytest.approx(1e-4)
+    assert values["lr-Adam/decoder"] == pytest.approx({1: 2.5e-5, 2: 5e-5, 3: 7.5e-5, 4: 1e-4})
     assert [image.step for image in events.Images("train/images")] == [1, 2, 4]
-    assert "step 4/4" in capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [(line[1], line[line.index("lr") + 1]) for line in lines] == [
+        ("1/4", "2.5e-05"), ("2/4", "5e-05"), ("3/4", "7.5e-05"), ("4/4", "0.0001")
+    ]  # fmt: skip
     config = load_config(AutoencoderTrainConfig, folder / "config.yaml")
     first, last = (toy.read(folder, step)["state_dict"] for step in (2, 4))
     assert {name.split(".")[0] for name in last} == {"encoder", "decoder", "loss"}

@@ -1,4 +1,4 @@
-"""The residual and `hyconfig` autoencoders end to end, and every published configuration file."""
+"""The residual and `hyconfig` autoencoders end to end."""
 
 import json
 
@@ -10,7 +10,7 @@ from PIL import Image
 from autoencoder import train as entry
 from autoencoder.config import UserError, build, read_config
 from autoencoder.latents import LatentStats, StatsAccumulator
-from autoencoder.model import DROPPED, ModelConfig, SVGAutoencoder
+from autoencoder.model import DROPPED, SVGAutoencoder
 from autoencoder.settings import AutoencoderTrainConfig
 
 D, R = 48, 8
@@ -19,7 +19,6 @@ DD = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 0}
 HY = {"block_out_channels": [32, 32, 32, 32, 32], "num_res_blocks": 0}
 VIT = {"overrides": {"embed_dim": 48, "depth": 1, "num_heads": 3}}
 PURE = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_"
-RESIDUAL = "configs/autoencoder/residual/svg_autoencoder_R_"
 PRETRAINED = "configs/autoencoder/pre-trained/svg_autoencoder_"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -252,49 +251,7 @@ def test_training_moves_the_residual_branch_and_resumes(decoder, tmp_path):
     assert all(torch.equal(resumed[name], second[name]) for name in second)
 
 
-# -- published files --------------------------------------------------------------------------------------------------
-
-FILES = {
-    **{f"{PURE}{name}": 384 for name in ("stage1_bs64_256_gpu1_forTest", "stage1_bs64_256_woattn")},
-    **{f"{PURE}{name}": 384 for name in ("stage2_bs16_512_woattn", "stage3_bs3_1024_woattn")},
-    **{f"{RESIDUAL}dd_M_IN_stage1_{name}_vit-rope-s_woattn": 392 for name in ("bs64_256", "bs16_512", "bs3_1024")},
-    f"{RESIDUAL}hy3_M_IN_stage1_bs64_256": 392,
-    **{f"{PRETRAINED}P_stage{name}": 384 for name in ("1_256", "2_512", "3_1024")},
-    **{f"{PRETRAINED}R_stage{name}": 392 for name in ("1_256", "2_512", "3_1024")},
-}
-
-
-@pytest.fixture(scope="module")
-def built():
-    """One full-size autoencoder of each kind of `model.params`, on the meta device."""
-    made: dict[ModelConfig, SVGAutoencoder] = {}
-
-    def build_once(params: ModelConfig) -> SVGAutoencoder:
-        key = repr((params.ddconfig, params.hyconfig, params.extra_vit_config))
-        if key not in made:
-            made[key] = SVGAutoencoder(params).to("meta")
-        return made[key]
-
-    return build_once
-
-
-@pytest.mark.parametrize(("path", "channels"), FILES.items(), ids=lambda value: str(value).rsplit("/", 1)[-1])
-def test_published_files_build_at_full_size(path, channels, built):
-    content = read_config(path)
-    if "training" in content:
-        build(AutoencoderTrainConfig, content)
-    params = content["model"]["params"]
-    name = path.rsplit("_autoencoder_", 1)[1]
-    if "pre-trained" in path:
-        stage = f"{name[0]}-stage{name[len('P_stage')]}"
-        assert params["ckpt_path"] == f"pre-trained/autoencoder/svg_autoencoder-{stage}.ckpt"
-    params["dinoconfig"]["weights"] = None
-    model = built(build(ModelConfig, params, path))
-    state = model.state_dict()
-    assert model.channels == channels
-    assert state["decoder.conv_in.weight"].shape[1] == channels
-    assert state["decoder.conv_in.weight"].ndim == (5 if "hy3" in path else 4)
-    assert ("extra_vit.freqs" in state) == name.startswith("R")
+# -- configuration files ----------------------------------------------------------------------------------------------
 
 
 def test_pretrained_files_find_the_released_folder(tmp_path, monkeypatch):

@@ -1,47 +1,53 @@
 """Every way of spreading a run over processes, against the same run in one process; and checkpoints that change hands.
 
-All runs of the same number of processes share one start: each rank plays through the list of runs.
+All runs of the same number of processes share one start: each rank plays through a list of runs.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
+import time
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
-from svg_t2i.saving import SafeReader, stored_tensors
+from autoencoder.config import run_entry
+from svg_t2i import train
+from svg_t2i.saving import SafeReader, newest_checkpoint, stored_tensors
 from svg_t2i.train import main
 from svg_t2i.training import TrainState
 
-RUNS = {
-    "ddp": ["train.micro_batch_size=1"],
-    "sdp": ["parallel.data_parallel=sdp", "train.micro_batch_size=1"],
-    "fsdp": ["parallel.data_parallel=fsdp", "train.micro_batch_size=1", "parallel.activation_checkpointing=selective"],
-    "hsdp": ["parallel.data_parallel=hsdp", "parallel.shard_size=1", "train.micro_batch_size=1"],
+FSDP, SDP, HSDP = (f"parallel.data_parallel={mode}" for mode in ("fsdp", "sdp", "hsdp"))
+BY_ONE = "train.micro_batch_size=1"
+RUNS = {  # of two processes
+    "ddp": [BY_ONE],
+    "sdp": [SDP, BY_ONE],
+    "fsdp": [FSDP, BY_ONE, "parallel.activation_checkpointing=selective"],
     "frozen": [
-        "parallel.data_parallel=sdp", "parallel.shard_frozen=true", "parallel.activation_checkpointing=full",
-        "train.micro_batch_size=2", "train.async_checkpoints=false",
+        SDP, "parallel.shard_frozen=true", "parallel.activation_checkpointing=full", "train.micro_batch_size=2",
+        "train.async_checkpoints=false",
     ],
-    "bf16": ["parallel.data_parallel=fsdp", "train.precision=bf16", "train.micro_batch_size=2"],
+    "compiled": [FSDP, BY_ONE, "parallel.compile=true"],
+    "bf16": [FSDP, "train.precision=bf16", "train.micro_batch_size=2"],
 }  # fmt: skip
+RUNS_OF_FOUR = {"hsdp": [HSDP, "parallel.shard_size=2", BY_ONE], "stopped": [HSDP, "parallel.shard_size=2", BY_ONE]}
+# second half after the first half of another; in four processes: hsdp
+AFTER = ["ddp after ddp", "sdp after sdp", "fsdp after fsdp", "fsdp after ddp", "hsdp after hsdp", "hsdp after sdp"]
 COMMON = [
     "train.ckpt_every=2", "train.max_steps=4", "train.ema_decay=[0.9,0.5]",
     "optim.eps=1e-8",  # a smaller one makes full steps of gradients that are mere rounding noise
 ]  # fmt: skip
 
 
-AFTER = {"fsdp after ddp": "ddp", "hsdp after sdp": "sdp", "sdp after sdp": "sdp"}  # its first half
-
-
-def play(parts, folder, ports):
-    """All runs, one after another, on this rank; -> the names of those that trained sharded weights."""
-    sharded, start = [], TrainState.start.__func__
-    runs = RUNS | {name: RUNS[name.split()[0]] for name in AFTER}
+def play(parts, folder, runs, ports):
+    """Some runs, one after another, on this rank; -> the names of those with sharded weights, and exit codes."""
+    sharded, codes, start, step = [], {}, TrainState.start.__func__, train.train_step
+    compile = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile(self, backend="eager", **options)  # no C++ compiler
     for (name, settings), port in zip(runs.items(), ports, strict=True):
 
         def spy(cls, *arguments, name=name):
@@ -50,21 +56,40 @@ def play(parts, folder, ports):
                 sharded.append(name)
             return state
 
+        def step_with_signal(state, *arguments):
+            if state.step == 1 and os.environ["RANK"] == "3":  # the others have to be told
+                os.kill(os.getpid(), signal.SIGUSR1)
+            step(state, *arguments)
+
         os.environ["MASTER_PORT"] = str(port)
         TrainState.start = classmethod(spy)
-        main(["--config", str(parts / "train.yaml"), f"results_dir={folder / name}", *COMMON, *settings])
-    return sharded
+        train.train_step = step_with_signal if name == "stopped" else step
+        try:
+            main(["--config", str(parts / "train.yaml"), f"results_dir={folder / name}", *COMMON, *settings])
+        except SystemExit as end:
+            codes[name] = end.code
+    return sharded, codes
+
+
+def go_on(folder, name, source):
+    """Give run `name` the first half of run `source`."""
+    (folder / name / "checkpoints").mkdir(parents=True)
+    (folder / name / "checkpoints" / "0000002").symlink_to(folder / source / "checkpoints" / "0000002")
 
 
 @pytest.fixture(scope="module")
 def runs(toy_parts, tmp_path_factory, run_processes, free_port):
-    """Folder with the runs of two processes, and "one", that of a single one."""
+    """Folder with the runs of two and of four processes, and "one", that of a single one."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, source in AFTER.items():
-        (folder / name / "checkpoints").mkdir(parents=True)
-        (folder / name / "checkpoints" / "0000002").symlink_to(folder / source / "checkpoints" / "0000002")
-    sharded, _ = run_processes(play, 2, toy_parts, folder, [free_port() for _ in [*RUNS, *AFTER]])
-    assert sharded == [name for name in [*RUNS, *AFTER] if name != "ddp"]
+    for size, first in ((2, RUNS), (4, RUNS_OF_FOUR)):
+        second = {name: first[name.split()[0]] for name in AFTER if name.split()[0] in first}
+        for name in second:
+            go_on(folder, name, name.split()[2])
+        together = first | second
+        results = run_processes(play, size, toy_parts, folder, together, [free_port() for _ in together])
+        for sharded, codes in results:
+            assert sharded == [name for name in together if not name.startswith("ddp")]
+            assert codes == {name: 75 for name in together if name == "stopped"}
     main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder / 'one'}", *COMMON])
     return folder
 
@@ -89,12 +114,18 @@ def logged(run, name):
     return [event.value for event in board.Scalars(f"train/{name}")]
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "bf16"])
-def test_two_processes_compute_what_one_does(runs, name):
+@pytest.mark.parametrize("name", [*(name for name in RUNS if name != "bf16"), "hsdp"])
+def test_several_processes_compute_what_one_does(runs, name):
     assert difference(runs, "one", name, step=2) <= 1e-6
     assert difference(runs, "one", name) <= 1e-6
     for value in ("loss", "grad_norm", "text_tokens"):
         assert logged(runs / name, value) == pytest.approx(logged(runs / "one", value), rel=1e-5)
+
+
+def test_compiled_blocks_are_not_compiled_again(runs):
+    graphs = logged(runs / "compiled", "compiled_graphs")
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * 4
 
 
 def test_weights_in_bf16_follow_those_in_fp32(runs):
@@ -105,33 +136,76 @@ def test_weights_in_bf16_follow_those_in_fp32(runs):
     assert {entry.properties.dtype for entry in stored} == {torch.float32}
 
 
-def test_a_run_goes_on_exactly_where_it_stopped(runs):
-    assert difference(runs, "sdp", "sdp after sdp") == 0
-
-
-@pytest.mark.parametrize("name", ["fsdp after ddp", "hsdp after sdp"])
-def test_a_run_goes_on_in_another_mode(runs, name):
+@pytest.mark.parametrize("name", AFTER)
+def test_a_run_goes_on_in_any_mode(runs, name):
+    """Exactly in its own, and with the rounding of sums in another."""
+    mode, _, source = name.split()
+    if mode == source:
+        assert difference(runs, source, name) == 0
     assert difference(runs, "one", name) <= 1e-6
 
 
-def test_one_process_goes_on_with_shards(runs, toy_parts, tmp_path):
-    (tmp_path / "two" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "two" / "checkpoints" / "0000002").symlink_to(runs / "fsdp" / "checkpoints" / "0000002")
-    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / 'two'}", *COMMON])
-    (tmp_path / "one").symlink_to(runs / "one")
-    assert difference(tmp_path, "one", "two") <= 1e-6
+@pytest.mark.parametrize("source", ["fsdp", "hsdp"])
+def test_one_process_goes_on_with_shards(runs, toy_parts, source):
+    name = f"one after {source}"
+    go_on(runs, name, source)
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={runs / name}", *COMMON])
+    assert difference(runs, "one", name) <= 1e-6
 
 
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(runs, toy_parts, tmp_path, repo_root):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    settings = [f"results_dir={tmp_path / 'two'}", *COMMON, *RUNS["fsdp"], "resume=false"]
-    result = subprocess.run(
-        [*command, Path(__file__).with_name("fail_once.py"), "--config", toy_parts / "train.yaml", *settings],
-        env={**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=200,
+def test_all_stop_where_one_is_asked_to(runs, toy_parts):
+    """Rank 3 of 4 gets the signal in step 2; all hear of it in step 3, save, and one process goes on."""
+    assert newest_checkpoint(runs / "stopped" / "checkpoints", verify=True).name == "0000003"
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={runs / 'stopped'}", *COMMON])
+    assert difference(runs, "one", "stopped") <= 1e-6
+
+
+def unlucky(*arguments):
+    """A run whose rank 1 is killed before step 4 of its first attempt, and its launcher before step 6 of the second."""
+    step, attempt = train.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+    def unlucky_step(state, *others):
+        if (attempt, os.environ["RANK"], state.step) == (0, "1", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (attempt, os.environ["RANK"], state.step) == (1, "0", 5):
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.5)  # it passes the signal on
+        step(state, *others)
+
+    train.train_step = unlucky_step
+    run_entry(main, arguments)
+
+
+def launch(arguments):
+    """What `torchrun --nproc_per_node=2 --max-restarts=1` does, but workers are forks; ends this process."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, start_method="fork", run_id="test",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("resumed from") == 1
-    assert "step 3/4" in result.stdout
-    (tmp_path / "one").symlink_to(runs / "one")
-    assert difference(tmp_path, "one", "two") <= 1e-6
+    try:
+        elastic_launch(config, unlucky)(*arguments)
+    except SignalException as end:
+        os._exit(end.sigval)
+    finally:
+        os._exit(99)
+
+
+def test_a_killed_process_and_a_lost_machine_cost_little(runs, toy_parts, capfd):
+    """The kill costs the steps since the last checkpoint; being asked to end costs nothing."""
+    settings = [f"results_dir={runs / 'unlucky'}", *COMMON, *RUNS["fsdp"], "resume=false", "train.max_steps=1000"]
+    child = os.fork()
+    if child == 0:
+        launch(["--config", str(toy_parts / "train.yaml"), *settings])
+    status = os.waitpid(child, 0)[1]
+    output = capfd.readouterr().out
+    assert os.waitstatus_to_exitcode(status) == signal.SIGTERM, output
+    assert output.count("resumed from") == 1, output
+    assert "step 3/1000" in output
+    newest = newest_checkpoint(runs / "unlucky" / "checkpoints", verify=True)
+    assert f"stopped after step {int(newest.name)} as asked" in output
+    steps = int(newest.name) + 1
+    go_on(runs, "lucky", "one")
+    for name in ("unlucky", "lucky"):
+        arguments = [f"results_dir={runs / name}", *COMMON, f"train.max_steps={steps}"]
+        main(["--config", str(toy_parts / "train.yaml"), *arguments])
+    assert difference(runs, "lucky", "unlucky", steps) <= 1e-6

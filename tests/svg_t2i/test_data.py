@@ -200,9 +200,9 @@ def broken_manifest(manifest_path, tmp_path):
 def test_an_unreadable_image_is_replaced_by_its_neighbour(broken_manifest):
     stream = {"global_batch_size": 4, "micro_batch_size": 2, "total_steps": 3}
     dataset = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, augmentation=Augmentation(0))
-    loader = build_loader(dataset, **stream)
-    found = samples_of(loader)
-    assert loader.replaced == 3
+    steps = list(build_loader(dataset, **stream))
+    found = samples_of(steps)
+    assert sum(batch.replaced for step in steps for batch in step) == 3
     indices = Counter(caption[-1] for _, _, caption in found.values())
     assert indices == {"1": 6, "2": 3, "3": 3}  # three epochs, 0 replaced by 1
     fresh = T2IDataset(Manifest.open(broken_manifest), 64, 1.0, augmentation=Augmentation(0))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from autoencoder.config import UserError
 from benchmarks.forward import lumina2_peer, randomise
@@ -16,8 +15,6 @@ from svg_t2i.model import (
     build_model,
     load_published_state_dict,
     published_state_dict,
-    rms_norm,
-    rotate,
 )
 from svg_t2i.packing import TextFeatures
 
@@ -143,32 +140,6 @@ def test_bfloat16_stays_close_to_float32(model):
         assert approximate.dtype == torch.float32  # that of the latents
         error = (approximate - exact).norm() / exact.norm()
         assert 1e-4 < error < 3e-2
-
-
-@pytest.mark.parametrize(("shape", "weight_shape"), [((7, 12), (12,)), ((7, 12), (7, 12)), ((7, 3, 12), (12,))])
-def test_fast_rms_norm_equals_torch(shape, weight_shape):
-    x, weight = torch.randn(shape, requires_grad=True), torch.randn(weight_shape, requires_grad=True)
-    x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    actual = rms_norm(x, weight, 1e-2)
-    expected = F.rms_norm(x64, (12,), eps=1e-2) * weight64
-    torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=0)
-    upstream = torch.randn(shape)
-    actual.backward(upstream)
-    expected.backward(upstream.double())
-    torch.testing.assert_close(x.grad.double(), x64.grad, atol=2e-6, rtol=0)
-    torch.testing.assert_close(weight.grad.double(), weight64.grad, atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize("compiling", [False, True])
-def test_rotate_turns_neighbouring_channels(compiling, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    x, angles = torch.randn(5, 2, 6), torch.randn(5, 1, 3)
-    rope = torch.stack((angles.cos(), angles.sin()), dim=-1)
-    turned = rotate(x, rope)
-    for i in range(3):
-        matrix = torch.stack([rope[..., i, 0], -rope[..., i, 1], rope[..., i, 1], rope[..., i, 0]], -1).view(5, 2, 2)
-        expected = torch.einsum("tij,thj->thi", matrix, x[..., 2 * i : 2 * i + 2])
-        torch.testing.assert_close(turned[..., 2 * i : 2 * i + 2], expected)
 
 
 @pytest.mark.parametrize("knows_gqa", [True, False])

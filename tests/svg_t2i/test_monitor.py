@@ -77,7 +77,8 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     board.Reload()
     names = {name.removeprefix("train/") for name in board.Tags()["scalars"]}
     assert names >= {
-        "loss", "grad_norm", "lr", "skipped", "text_tokens", "images_per_second", "tokens_per_second",
+        "loss", "grad_norm", "lr", "skipped", "replaced", "ema_decay", "text_tokens", "text_tokens_std",
+        "images_per_second", "tokens_per_second", "memory_gib",
         "flop_utilisation", "share_of_data", "share_of_encode", "share_of_model", "share_of_update",
     }  # fmt: skip
     assert any(name.startswith("loss_at_t/") for name in names)
@@ -85,6 +86,8 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     assert 0.5 < sum(shares) <= 1.01
     assert [event.step for event in board.Scalars("train/loss")] == [6, 12]
     assert board.Tags()["images"] == ["samples"]
+    assert board.Scalars("train/ema_decay")[-1].value == pytest.approx(12 / 21)  # of update 12, still warming up
+    assert 0.01 < board.Scalars("train/memory_gib")[-1].value < 100
     evaluated = board.Scalars("eval/mmd")
     assert [event.step for event in evaluated] == [6, 12]
     assert all(math.isfinite(event.value) for event in evaluated)
@@ -93,20 +96,65 @@ def test_tensorboard_pictures_and_trace(toy_parts, tmp_path):
     assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
 
 
+def test_replaced_samples_are_reported(toy_parts, tmp_path, capsys):
+    """One image of seven is damaged, and every step is an epoch."""
+    lines = [json.loads(line) for line in (toy_parts / "manifest.jsonl").read_text().splitlines()]
+    (tmp_path / "damaged.png").write_bytes((toy_parts / "0.png").read_bytes()[:100])
+    for line in lines:
+        line["path"] = str(toy_parts / line["path"])
+    lines[2]["path"] = "damaged.png"
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = ["train.global_batch_size=7", "train.micro_batch_size=7", "train.max_steps=2"]
+    run(toy_parts, tmp_path / "run", f"data.path={tmp_path / 'm.jsonl'}", *settings)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("train/replaced")] == [1, 2]
+    output = capsys.readouterr().out
+    assert "damaged.png" in output
+    assert output.count("  replaced 1\n") == output.count("  replaced 2\n") == 1
+
+
 def test_wandb_gets_the_same_scalars(toy_parts, tmp_path, monkeypatch):
-    logged, started = {}, {}
+    logged, starts = {}, []
     module = types.ModuleType("wandb")
-    module.init = lambda **options: started.update(options) or types.SimpleNamespace(
-        log=lambda values, step: logged.setdefault(step, values), finish=lambda: logged.setdefault("finished", True)
-    )
+
+    def init(**options):
+        starts.append(options)
+        finish = lambda: logged.setdefault("finished", True)  # noqa: E731
+        return types.SimpleNamespace(log=lambda values, step: logged.setdefault(step, values), finish=finish)
+
+    module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    run(toy_parts, tmp_path / "named", "monitor.wandb_project=p", "train.max_steps=2", "monitor.tensorboard=false")
-    assert started["project"] == "p"
-    assert started["name"] == "named"
-    assert started["config"]["train"]["max_steps"] == 2
+    for steps in (2, 3):  # the second goes on
+        settings = ["monitor.wandb_project=p", f"train.max_steps={steps}", "monitor.tensorboard=false"]
+        run(toy_parts, tmp_path / "named", *settings)
+    assert [start["project"] for start in starts] == ["p", "p"]
+    assert [start["name"] for start in starts] == ["named", "named"]
+    assert starts[0]["id"] == starts[1]["id"]
+    assert starts[0]["config"]["train"]["max_steps"] == 2
     assert logged[2]["train/loss"] > 0
     assert logged["finished"]
     assert not (tmp_path / "named" / "tensorboard").exists()
+
+
+def test_wandb_itself(toy_parts, tmp_path, monkeypatch):
+    """The library, without a network: it writes what it would send."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install -e .[wandb]")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(
+        toy_parts, tmp_path, "monitor.wandb_project=p", "train.max_steps=2", "samples.every=2",
+        "samples.prompts=[a picture, noise]", "samples.num_inference_steps=1",
+    )  # fmt: skip
+    wandb.teardown()  # its own process has written all
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    (record,) = folder.glob("*.wandb")
+    content = record.read_bytes()
+    for name in (b"train/loss", b"train/grad_norm", b"loss_at_t/", b"train/share_of_data", b"samples"):
+        assert name in content
+    (picture,) = folder.glob("files/media/images/samples_2_*.png")
+    with Image.open(picture) as sent, Image.open(tmp_path / "samples" / "0000002.png") as grid:
+        assert sent.tobytes() == grid.tobytes()
 
 
 def test_missing_wandb_is_named(toy_parts, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from autoencoder.config import UserError
+from svg_t2i import attention
 from svg_t2i.model import DiTConfig, SVGDiT
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import World, clip_gradients, compiled_graphs, parallelize
@@ -89,6 +90,34 @@ def test_compiled_blocks_need_no_new_graphs_for_new_shapes(model, monkeypatch):
         for name, gradient in gradients(model, *batch).items():
             torch.testing.assert_close(gradient, eager[i][name], atol=1e-4, rtol=1e-4)
     assert compiled_graphs() == warm
+
+
+@pytest.mark.parametrize(("mode", "backend"), [("full", "eager"), ("selective", "aot_eager")])
+def test_compiled_blocks_may_be_recomputed(model, monkeypatch, mode, backend):
+    """With an attention that is traced, as on a GPU: two kinds of block, one graph each, the same gradients."""
+
+    def dense(q, k, v, segments):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        same = segments.owner[:, None] == segments.owner
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=same).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "attention_by_runs", dense)
+    batches = [([(2, 3), (2, 2)], [5, 2]), ([(4, 3), (1, 2), (3, 3)], [3, 7, 4])]
+    expected = [gradients(model, *batch) for batch in batches]
+    torch._dynamo.reset()
+    compile, before = nn.Module.compile, compiled_graphs()
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=backend, **options))
+    parallelize(model, ParallelConfig(compile=True, activation_checkpointing=mode), "bf16", ALONE)
+    for batch, eager in zip(batches, expected, strict=True):
+        for name, gradient in gradients(model, *batch).items():
+            torch.testing.assert_close(gradient, eager[name], atol=1e-5, rtol=1e-4)
+        assert compiled_graphs() == before + 2
+
+
+def test_compiling_what_cannot_be_traced_is_reported(model, caplog):
+    parallelize(model, ParallelConfig(compile=True, activation_checkpointing="full"), "fp32", ALONE)
+    assert "parallel.compile does nothing" in caplog.text
 
 
 def test_clip_returns_the_norm_before():

@@ -1,6 +1,7 @@
 """The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
 
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from autoencoder.config import UserError, load_config, to_dict
 from autoencoder.latents import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
-from svg_t2i.checkpoint import read_transformer
+from svg_t2i.checkpoint import read_meta, read_transformer
 from svg_t2i.frozen import CaptionCache
 from svg_t2i.packing import TextFeatures
 from svg_t2i.settings import FlowConfig, LoopConfig, OptimConfig, TrainConfig, changed_settings
@@ -43,7 +44,7 @@ def logged_losses(output):
     return [float(line.split("loss ")[1].split()[0]) for line in output.splitlines() if line.startswith("step ")]
 
 
-def test_training_changes_the_weights_and_reports(train, capsys):
+def test_training_changes_the_weights_and_reports(train, capsys, repo_root):
     folder = train("run")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]
@@ -53,6 +54,12 @@ def test_training_changes_the_weights_and_reports(train, capsys):
     assert raw["final_layer.linear.weight"].abs().max() > 1e-4  # starts at zero
     assert 0 < averaged["final_layer.linear.weight"].abs().max() < raw["final_layer.linear.weight"].abs().max()
     assert list((folder / "tensorboard").iterdir())
+    meta = read_meta(folder)
+    assert meta["step"] == 4
+    assert meta["fingerprints"].keys() == {"autoencoder", "text_encoder"}
+    assert meta["config"]["train"]["seed"] == 0
+    head = subprocess.run(["git", "-C", repo_root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert (meta["code"] or "").removesuffix("-dirty") == head.stdout.strip()
     assert load_config(TrainConfig, folder / "config.yaml").train.max_steps == 4
 
 
@@ -63,6 +70,14 @@ def test_result_does_not_depend_on_the_micro_batch_size(train, capsys):
         split = train(f"split{size}", f"train.micro_batch_size={size}")
         assert logged_losses(capsys.readouterr().out) == pytest.approx(losses, abs=1e-4)  # as printed
         assert largest_difference(weights(whole, 4), weights(split, 4)) <= 1e-6
+
+
+def test_result_does_not_depend_on_how_several_resolutions_are_packed(train, toy_parts):
+    sources = [f"{{path: {toy_parts / 'manifest.jsonl'}, resolution: {side}}}" for side in (64, 128)]
+    settings = ["data.path=null", f"data.sources=[{', '.join(sources)}]", "optim.eps=1e-8"]
+    whole = train("whole", *settings)
+    for name, dealt in (("single", "train.micro_batch_size=1"), ("tokens", "data.micro_batch_tokens=130")):
+        assert largest_difference(weights(whole, 4), weights(train(name, *settings, dealt), 4)) <= 1e-6
 
 
 def test_result_does_not_depend_on_worker_count(train):
@@ -140,6 +155,49 @@ def test_measured_statistics_and_random_text_encoder_are_made_once(train, toy_pa
     assert recorded.text_encoder.path == str(folder / "text_encoder")
     train("run", *asked, "train.max_steps=2")
     assert stats.stat().st_mtime_ns == made
+
+
+def test_statistics_of_another_resolution_are_warned_of_with_numbers(train, tmp_path, capsys):
+    """The toy has fewer images than are compared, so that the numbers are known."""
+
+    def warnings(name, stats, *overrides):
+        capsys.readouterr()
+        train(name, f"autoencoder.stats={stats}", "train.max_steps=1", *overrides)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("the latent statistics")]
+
+    at_32 = ["data.resolution=32"]
+    assert warnings("measured", "measure", *at_32) == []
+    own = LatentStats.load(tmp_path / "measured" / "latent_stats.safetensors", 32)
+    assert own.resolutions == (32,)
+    shifted = own.mean + own.std, 2 * own.std  # seen through these, images of 32 px have means of -1/2
+    LatentStats(*shifted, own.encoder, (64,)).save(tmp_path / "shifted.safetensors")
+    (line,) = warnings("other", tmp_path / "shifted.safetensors", *at_32)
+    assert line.startswith(f"the latent statistics {tmp_path}/shifted.safetensors were measured at 64 px, ")
+    assert "training is at 32 px: on a few training images" in line
+    assert "means of 0.500 rms (at most 0.50" in line
+    assert "deviations from 0.50 to 0.50 instead of 1" in line
+    assert warnings("trusted", tmp_path / "shifted.safetensors") == []  # at 64 px, as they say
+    for file, mean in (("near", own.mean + 0.1 * own.std), ("far", own.mean + 3 * own.std)):
+        torch.save({"mean": mean[None], "std": own.std[None]}, tmp_path / f"{file}.pt")  # no resolution is recorded
+    assert warnings("near", tmp_path / "near.pt", *at_32) == []
+    (line,) = warnings("far", tmp_path / "far.pt", *at_32)
+    assert "far.pt do not fit the images, training is at 32 px" in line
+    assert "means of 3.000 rms" in line
+
+
+def test_statistics_are_measured_at_the_resolutions_of_all_sources(train, toy_parts, capsys):
+    manifest = toy_parts / "manifest.jsonl"
+    sources = ", ".join(f"{{path: {manifest}, resolution: {side}}}" for side in (32, 64))
+    settings = ["data.path=null", f"data.sources=[{sources}]", "train.max_steps=1"]
+    folder = train("both", *settings, "autoencoder.stats=measure")
+    stats = LatentStats.load(folder / "latent_stats.safetensors", 32)
+    assert stats.resolutions == (32, 64)
+    alone = train("alone", "autoencoder.stats=measure", "train.max_steps=1") / "latent_stats.safetensors"
+    assert not torch.equal(LatentStats.load(alone, 32).mean, stats.mean)
+    capsys.readouterr()
+    train("mixed", *settings, f"autoencoder.stats={alone}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "were measured at" in line]
+    assert "alone/latent_stats.safetensors were measured at 64 px, training is at 32 px" in line
 
 
 def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
@@ -234,6 +292,14 @@ def test_every_shipped_config_is_valid(repo_root):
         assert config.micro_batches(processes) >= 1
         assert config.model_config(384, 2304).dim % 2 == 0
         assert isinstance(config.train, LoopConfig)
+        if path.name.startswith("stage"):
+            number = int(path.name[5])
+            assert config.train.global_batch_size == (1536 if number == 1 else 768)
+            assert config.optim.lr == 2e-4
+            assert config.text_encoder.max_length == (256 if number < 3 else 512)
+            assert config.data.resolution == (256, 512, 1024, 1024)[number - 1]
+            mix = config.data.caption_mix
+            assert mix.short + mix.middle + mix.long == pytest.approx(1)
 
 
 def test_residual_latents_train_and_export(train, tmp_path):
