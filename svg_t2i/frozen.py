@@ -235,9 +235,10 @@ def warn_of_statistics(config: TrainConfig, frozen: FrozenNetworks, manifest: Im
         seen = measure(frozen.autoencoder, Crops(manifest, others, config.data.widest, COMPARED_IMAGES))
     measured_at = f"were measured at {', '.join(map(str, stats.resolutions))} px"
     for resolution, accumulator in zip(others, seen):
-        if not accumulator.count:  # no image is readable: training will say so
+        try:
+            found = drift(stats, accumulator.result())
+        except UserError:  # no readable image, or nothing but plain ones: training will say so, or it says nothing
             continue
-        found = drift(stats, accumulator.result())
         if world.is_main and (stats.resolutions or found.size > FAR_OFF):
             log.warning(
                 "the latent statistics %s %s, training is at %d px: on a few training images, %s. Measure them at this "

@@ -115,7 +115,9 @@ def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message, revision):
             shutil.copytree(folder_path, hub / repo_id)
             address = f"https://huggingface.co/{repo_id}/commit/0"
-            return huggingface_hub.CommitInfo(address, commit_message, commit_description="", oid="0")
+            return huggingface_hub.CommitInfo(
+                commit_url=address, commit_message=commit_message, commit_description="", oid="0"
+            )
 
     monkeypatch.setattr(loading, "HfApi", Api)
     monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, token: hub / name)
