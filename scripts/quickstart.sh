@@ -6,6 +6,7 @@
 #   bash scripts/quickstart.sh --data my.jsonl      on your images and captions: {"path": ..., "prompt": ...} per line
 #   bash scripts/quickstart.sh --resolution 128     with --data: side of the squares, a multiple of 16
 #   bash scripts/quickstart.sh --output DIR         somewhere else than outputs/quickstart
+#   bash scripts/quickstart.sh --pictures           later: what else the model can do, into outputs/quickstart/pictures
 #
 # Look at samples.png and report.json in the output folder afterwards. OMP_NUM_THREADS sets how many cores are used.
 set -euo pipefail

@@ -19,6 +19,7 @@ import torch
 
 from autoencoder.config import REPO_ROOT, UserError, run_entry
 from svg_t2i.options import PRESETS
+from svg_t2i.parts import choose_device
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.solvers import SOLVERS
 from svg_t2i.studio import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
@@ -47,7 +48,7 @@ def build_page(studio: Studio) -> Any:
 def _text_tab(studio: Studio) -> None:
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             prompt = gr.Textbox(label="Prompt", lines=3, max_length=limits.prompt_characters, elem_id="prompt")
             negative = gr.Textbox(label="Negative prompt", max_length=limits.prompt_characters, elem_id="negative")
             with gr.Row():
@@ -66,7 +67,7 @@ def _text_tab(studio: Studio) -> None:
 def _image_tab(studio: Studio) -> None:
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], elem_id="image")
             prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.prompt_characters, elem_id="image_prompt")
             strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="how much changes")
@@ -164,8 +165,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def load_studio(arguments: argparse.Namespace) -> Studio:
     """The studio that the command line describes."""
     checkpoint = arguments.checkpoint or find_quickstart()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    device = choose_device(arguments.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipeline = SVGT2IPipeline.from_pretrained(checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)

@@ -25,9 +25,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from autoencoder.config import UserError, run_entry
+from autoencoder.config import UserError, build, run_entry, to_dict
 from autoencoder.images import image_grid, load_image, save_png
 from autoencoder.manifest import ImageFolder, Manifest
 from svg_t2i import suites, sweep
@@ -35,15 +33,23 @@ from svg_t2i.evaluation import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation_config import METRICS, EvaluationConfig, SamplingConfig
 from svg_t2i.frozen import load_autoencoder
 from svg_t2i.parallel import World, from_main, start_world
+from svg_t2i.parts import choose_device
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.prompts import read_prompts
-from svg_t2i.sample import add_parts, from_parts, parse_resolution
+from svg_t2i.rendering import write_json
+from svg_t2i.sample import (
+    add_parts,
+    add_sampling_arguments,
+    check_arguments,
+    chosen_options,
+    from_parts,
+    parse_resolution,
+    sampling_changes,
+)
 from svg_t2i.settings import AutoencoderSource
 from svg_t2i.shapes import benchmark_scenes, score_scenes, write_data_set
-from svg_t2i.solvers import SOLVERS
-from svg_t2i.suite_images import claim, digest_prompts, generate, write_json
-from svg_t2i.suites import Prompt, SuiteName
-from svg_t2i.text import SYSTEM_PROMPTS
+from svg_t2i.suite_images import claim, digest_prompts, generate
+from svg_t2i.suites import DPG_IMAGES, Prompt, SuiteName
 
 MAX_GRID_IMAGES = 96
 
@@ -58,7 +64,7 @@ def main(argv: list[str]) -> None:
     else:
         with start_world() as world:
             if world.size == 1 and arguments.device is not None:
-                world = replace(world, device=torch.device(arguments.device))
+                world = replace(world, device=choose_device(arguments.device))
             arguments.run(arguments, world)
 
 
@@ -68,10 +74,10 @@ def main(argv: list[str]) -> None:
 def run_suite(arguments: argparse.Namespace, world: World) -> None:
     """geneval, dpg: images in the tool's layout."""
     reader = suites.read_geneval if arguments.verb == "geneval" else suites.read_dpg
-    prompts, sampling = reader(arguments.prompts), sampling_of(arguments)
+    prompts, sampling = reader(arguments.prompts), sampling_of(arguments, world)
     if arguments.verb == "dpg" and sampling.width != sampling.height:
         raise UserError(f"--resolution {sampling.width}x{sampling.height}: DPG-Bench's tool takes squares")
-    make_images(arguments, arguments.verb, prompts, world)
+    make_images(arguments, arguments.verb, prompts, sampling, world)
     if world.is_main:
         print(f"{arguments.output / 'images'} is ready for the official tool; then: benchmark summarise")
 
@@ -82,11 +88,12 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
     check_folder_arguments(arguments, texts)
     references = None if arguments.reference is None else open_images(arguments.reference)
     if arguments.images is None:
-        pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), world)
+        sampling = sampling_of(arguments, world)
+        pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), sampling, world)
         numbers = [i for i in range(len(texts))[: arguments.limit] for _ in range(arguments.num_images_per_prompt)]
         captions = [texts[i] for i in numbers]
         own = numbers if references and len(references) == len(texts) and same_file(arguments) else None
-        autoencoder, size = pipeline.autoencoder, sampling_of(arguments).size
+        autoencoder, size = pipeline.autoencoder, sampling.size
     else:
         paths, captions = open_images(arguments.images), texts
         if captions and len(captions) != len(paths):
@@ -110,8 +117,8 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
 
 def run_shapes(arguments: argparse.Namespace, world: World) -> None:
     """shapes: pictures of the scenes that training never saw, and the fractions that are right."""
-    scenes = benchmark_scenes()[: arguments.limit]
-    _, paths = make_images(arguments, "folder", suites.number_prompts(s.caption for s in scenes), world)
+    scenes, sampling = benchmark_scenes()[: arguments.limit], sampling_of(arguments, world)
+    _, paths = make_images(arguments, "folder", suites.number_prompts(s.caption for s in scenes), sampling, world)
     if not world.is_main:
         return
     pictures = [load_image(path) for path in paths]
@@ -124,12 +131,13 @@ def run_shapes(arguments: argparse.Namespace, world: World) -> None:
 
 def run_sweep(arguments: argparse.Namespace, world: World) -> None:
     """sweep: the built-in metrics at every combination of settings."""
-    base = sampling_of(arguments)
-    axes = [sweep.parse_axis(text, base) for text in arguments.over]
+    axes = [sweep.parse_axis(text, SamplingConfig(**sampling_changes(arguments))) for text in arguments.over]
     if len({axis.name for axis in axes}) < len(axes) or len(axes) > 2:
         raise UserError(f"--over {' '.join(arguments.over)}: one or two different settings can be swept")
     names = [field.name for field in fields(EvaluationConfig) if hasattr(arguments, field.name)]
-    evaluation = EvaluationConfig(**{name: getattr(arguments, name) for name in names}, sampling=base)
+    evaluation = EvaluationConfig(**{name: getattr(arguments, name) for name in names})
+    base = sampling_of(arguments, world)
+    evaluation = replace(evaluation, sampling=base)
     swept = {axis.name for axis in axes}
     fixed = {name: value for name, value in asdict(base).items() if name not in swept}
     measured = {name: getattr(evaluation, name) for name in names if name != "batch_size"}
@@ -169,7 +177,7 @@ def summarise(arguments: argparse.Namespace) -> str:
 
 
 def make_images(
-    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], world: World
+    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], sampling: SamplingConfig, world: World
 ) -> tuple[SVGT2IPipeline, list[Path]]:
     """The pipeline, and the images of all prompts, which are made where they are not there yet."""
     settings = {
@@ -177,11 +185,11 @@ def make_images(
         "prompts": {"count": len(prompts), "sha256": digest_prompts(prompts)},
         "num_images_per_prompt": arguments.num_images_per_prompt,
         "seed": arguments.seed,
-        "sampling": asdict(sampling_of(arguments)),
+        "sampling": asdict(sampling),
     }
     pipeline = open_run(arguments, settings, world)
     paths = generate(
-        pipeline, suite, prompts[: arguments.limit], sampling_of(arguments), output=arguments.output,
+        pipeline, suite, prompts[: arguments.limit], sampling, output=arguments.output,
         count=arguments.num_images_per_prompt, seed=arguments.seed, batch_size=arguments.batch_size, world=world,
     )  # fmt: skip
     return pipeline, paths
@@ -247,11 +255,10 @@ def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:
 # --- command line -----------------------------------------------------------------------------------------------
 
 
-def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
-    """The sampling settings of the command line."""
-    width, height = arguments.resolution or (1024, 1024)
-    names = [field.name for field in fields(SamplingConfig) if field.name not in ("width", "height")]
-    return SamplingConfig(width, height, **{name: getattr(arguments, name) for name in names})
+def sampling_of(arguments: argparse.Namespace, world: World) -> SamplingConfig:
+    """How the images are made: as `chosen_options` says, in the size of `--resolution` where it is given."""
+    sizes = {} if arguments.resolution is None else dict(zip(("width", "height"), arguments.resolution))
+    return build(SamplingConfig, to_dict(chosen_options(arguments, world)) | sizes, source="sampling")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -273,8 +280,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     shapes = add_verb(verbs, "shapes", run_shapes, "colour, place, shape, two objects, counting", images=2)
     shapes.add_argument("--draw", type=Path, metavar="FOLDER", help="only draw a data set to train on")
-    toy = {"resolution": (64, 64), "system_prompt": "empty", "guidance_scale": 2.0, "num_inference_steps": 16}
-    shapes.set_defaults(prompts="unseen scenes", time_shift=1.0, batch_size=40, **toy)
+    shapes.set_defaults(prompts="unseen scenes", preset="quickstart", batch_size=40)
 
     swept = add_verb(verbs, "sweep", run_sweep, "metrics against sampling settings", images=None)
     swept.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,VALUE", help="once or twice")
@@ -288,7 +294,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     table.add_argument("--geneval", type=Path, help="results.jsonl of GenEval's evaluate_images.py")
     table.add_argument("--dpg", type=Path, help="results file of DPG-Bench's compute_dpg_bench.py")
     table.add_argument("--name", default="this model", help="first cell of the row")
-    return check_arguments(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    if arguments.verb != "summarise":
+        check(arguments)
+    return arguments
 
 
 def add_verb(
@@ -302,36 +311,27 @@ def add_verb(
     model.add_argument("--checkpoint", help="results folder, checkpoint folder, or saved pipeline")
     add_parts(model)
     model.add_argument("--device", default=None, help="default: cuda when there is one")
-    how = verb.add_argument_group("sampling")
-    how.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: 1024x1024")
-    how.add_argument("--solver", choices=sorted(SOLVERS), default="dpm")
-    how.add_argument("--num_inference_steps", type=int, default=50)
-    how.add_argument("--guidance_scale", type=float, default=4.0)
-    how.add_argument("--time_shift", type=float, help="default: 10 for dpm, 6 for the ODE solvers")
-    how.add_argument("--renorm_cfg", type=float, default=1.0, help="0 switches renormalisation off")
-    how.add_argument("--cfg_trunc", type=float, default=1.0, help="no guidance for t >= this, 1: never")
-    how.add_argument("--negative_prompt", default="")
-    how.add_argument("--system_prompt", choices=sorted(SYSTEM_PROMPTS), default="base")
-    how.add_argument("--seed", type=int, default=0, help="image i of the run has seed + i")
-    how.add_argument("--batch_size", type=int, default=4)
+    what = verb.add_argument_group("what to make")
+    what.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: as --preset or the model")
+    what.add_argument("--seed", type=int, default=0, help="image i of the run has seed + i")
+    what.add_argument("--batch_size", type=int, default=4)
     if images is not None:
-        how.add_argument("--num_images_per_prompt", type=int, default=images, help="%(default)s")
-        how.add_argument("--limit", type=int, help="only the first prompts; may be raised later")
+        what.add_argument("--num_images_per_prompt", type=int, default=images, help="%(default)s")
+        what.add_argument("--limit", type=int, help="only the first prompts; may be raised later")
+    add_sampling_arguments(verb)
     return verb
 
 
-def check_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+def check(arguments: argparse.Namespace) -> None:
     """Refuse what needs no file to be seen as wrong."""
-    for name in ("num_images_per_prompt", "batch_size", "limit", "num_images", "images_per_scene"):
-        value = getattr(arguments, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    check_arguments(arguments)
+    sampling_changes(arguments)
     makes_none = (getattr(arguments, name, None) is not None for name in ("images", "draw"))
-    if arguments.verb != "summarise" and arguments.checkpoint is None and not any(makes_none):
+    if arguments.checkpoint is None and not any(makes_none):
         raise UserError("--checkpoint is missing: a results folder, a checkpoint folder or a saved pipeline")
-    if arguments.verb != "summarise":
-        sampling_of(arguments)
-    return arguments
+    if arguments.verb == "dpg" and arguments.num_images_per_prompt > DPG_IMAGES:
+        number = arguments.num_images_per_prompt
+        raise UserError(f"--num_images_per_prompt {number}: DPG-Bench's tool reads {DPG_IMAGES} at most")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     interpolate      between two images, two prompts, or both
     retrieve         the nearest images of a folder: the latents know what is in a picture
 
-Images are PIL images, files, or tensors (3, H, W) in [-1, 1]. Their sides are cropped to multiples of 16 pixels.
+Images are PIL images, files, or tensors (3, H, W) in [0, 1]. Their sides are cropped to multiples of 16 pixels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from autoencoder.config import UserError
 from autoencoder.images import ImageError, crop_square, crop_to_size, load_image, to_float, to_rgb, to_uint8_tensor
 from svg_t2i.denoising import strength_start
 from svg_t2i.generation import Generation, SVGT2IOutput
-from svg_t2i.options import check_side
-from svg_t2i.settings import LATENT_PIXELS
+from svg_t2i.options import LATENT_PIXELS, check_side
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class ImageMethods(Generation):
         if not 0 <= start < 1:
             raise UserError(f"t = {start}: must lie in [0, 1); 0 is noise, 1 the image itself")
         sized = {name: options.get(name) for name in ("height", "width")}
-        settings = self.resolve_options(preset, **options)
+        settings = self.resolve_options(preset, output_type, **options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = [prepare_image(one, **sized) for one in _as_list(image)]
         if len(images) == 1:
@@ -123,18 +122,22 @@ class ImageMethods(Generation):
             raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one per prompt, or a single one")
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
         request = self.plan_request(prompts, heights, widths, num_images_per_prompt, seed, settings)
+        settings = settings.repeated(len(prompts), num_images_per_prompt)
         cells = [prepare_mask(mask, size).to(self.device) for size in request.sizes] if mask is not None else None
-        if strength is not None:
-            starts = {strength_start(settings, size, strength) for size in request.sizes}
-            if len(starts) > 1:
-                raise UserError("images of several sizes have several dynamic time shifts: one call per size, please")
-            start = 0.0 if strength == 1 else starts.pop()
+        starts = [start] * len(request.sizes)
+        if strength is not None and strength < 1:
+            starts = [strength_start(settings, size, strength) for size in request.sizes]
         conditions = self.encode_prompts(request.prompts, settings)
         clean = [x for x in self.encode_images(images) for _ in range(num_images_per_prompt)]
-        noise = self.draw_noise(request, generator)
-        begin = [torch.lerp(n, c, start) for n, c in zip(noise, clean)]
-        inpainting = {} if cells is None else {"known": clean, "repaint": cells}
-        solved = self.solve(begin, conditions, settings, callback_on_step_end, start=start, **inpainting)
+        noise, solved = self.draw_noise(request, generator), list(clean)
+        for begin in dict.fromkeys(starts):  # sizes with a dynamic time shift of their own start at their own times
+            rows = [i for i, one in enumerate(starts) if one == begin]
+            x = [torch.lerp(noise[i], clean[i], begin) for i in rows]
+            masked = {} if cells is None else {"known": [clean[i] for i in rows], "repaint": [cells[i] for i in rows]}
+            of_group = conditions.select(rows)
+            ends = self.solve(x, of_group, settings, callback_on_step_end, start=begin, rows=rows, **masked)
+            for i, end in zip(rows, ends, strict=True):
+                solved[i] = end
         return self.finish(solved, output_type, return_dict)
 
     def interpolate(
@@ -171,7 +174,7 @@ class ImageMethods(Generation):
             raise UserError("interpolate has nothing to go between: give two prompts, or two images")
         if not 0 <= t <= 1:
             raise UserError(f"t = {t}: must lie in [0, 1]; 0 is noise, 1 the mixed image itself")
-        settings = self.resolve_options(preset, **options)
+        settings = self.resolve_options(preset, output_type, **options)
         if images is not None:
             first = prepare_image(images[0], options.get("height"), options.get("width"))
             pair = [first, prepare_image(images[1], *first.shape[1:])]
@@ -250,15 +253,26 @@ def prepare_image(image: ImageInput, height: int | None = None, width: int | Non
     """(3, H, W) in [-1, 1], cropped in the middle to the size given, or else to the multiples of 16 below its own."""
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise UserError(f"image tensors are float (3, H, W) in [-1, 1], got {tuple(image.shape)} {image.dtype}")
+            raise UserError(f"image tensors are float (3, H, W) in [0, 1], got {tuple(image.shape)} {image.dtype}")
         check_side("image height", image.shape[1])
         check_side("image width", image.shape[2])
-        return image.float()
+        if image.min() < 0 or image.max() > 1:
+            raise UserError(f"image tensors lie in [0, 1]; got values from {image.min():.3g} to {image.max():.3g}")
+        return 2 * image.float() - 1
+    return to_float(to_uint8_tensor(crop_image(image, height, width)))
+
+
+def crop_image(image: Image.Image | str | Path, height: int | None = None, width: int | None = None) -> Image.Image:
+    """An image or file scaled and cropped in the middle to the size given, or cropped to multiples of 16 below its own.
+
+    Raises:
+        UserError: unreadable, or smaller than 16 pixels.
+    """
     picture = _to_pil(image)
     size = [given or own // LATENT_PIXELS * LATENT_PIXELS for given, own in zip((width, height), picture.size)]
     for name, side in zip(("image width", "image height"), size):
         check_side(name, side)
-    return to_float(to_uint8_tensor(crop_to_size(picture, tuple(size))))
+    return crop_to_size(picture, tuple(size))
 
 
 def prepare_mask(mask: ImageInput, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ attributes of the original stay: where a word of it went missing, the original b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -105,17 +105,29 @@ def tidy(written: str, prompt: str) -> str:
     """Clean a rewriting: no quotes or labels, no clause twice, the original's words kept, 4 clauses, 256 characters."""
     written = re.sub(r"^\s*(rewritten|prompt)\s*:\s*", "", written, flags=re.IGNORECASE)
     written = re.sub(r"[\"“”*_#`]", "", " ".join(written.split())).strip(" .,;:-")
-    clauses = [clause.strip(" .") for clause in re.split(r"[,;.]\s+|[;.]$", written)]
-    clauses = list(dict.fromkeys(clause for clause in clauses if clause))
-    if missing(prompt, ", ".join(clauses[:MAX_CLAUSES])):
-        clauses = [prompt] + [clause for clause in clauses if clause.lower() != prompt.lower()]
+    rewritten = _joined(_clauses(written))
+    if missing(prompt, rewritten):
+        own = _clauses(prompt)
+        new = [clause for clause in _clauses(written) if clause.lower() not in map(str.lower, own)]
+        rewritten = _joined([prompt, *new], MAX_CLAUSES - len(own) + 1)
+    return rewritten if rewritten and not missing(prompt, rewritten) else prompt
+
+
+def _clauses(text: str) -> list[str]:
+    """The parts of a text between commas, semicolons and full stops, each once."""
+    clauses = (clause.strip(" .") for clause in re.split(r"[,;.]\s+|[;.]$", text))
+    return list(dict.fromkeys(clause for clause in clauses if clause))
+
+
+def _joined(clauses: Sequence[str], most: int = MAX_CLAUSES) -> str:
+    """The first `most` clauses, as many as fit into the characters."""
     result = ""
-    for clause in clauses[:MAX_CLAUSES]:
+    for clause in clauses[: max(1, most)]:
         longer = f"{result}, {clause}" if result else clause
         if len(longer) > MAX_CHARACTERS:
             break
         result = longer
-    return result or prompt
+    return result
 
 
 def missing(prompt: str, rewritten: str) -> set[str]:

@@ -203,11 +203,11 @@ def measure(
     def distance_in_inception() -> float:
         with main_first(world):
             network = build_inception().to(world.device)
-
-        def features(batch: list[Tensor]) -> Tensor:
-            return network(torch.stack(batch).to(world.device))
-
-        return frechet_distance(*(rows(features, some, batch_size, world) for some in (images, references)))
+        features = (
+            rows(lambda batch: network(torch.stack(batch).to(world.device)), some, batch_size, world)
+            for some in (images, references)
+        )
+        return frechet_distance(*features)
 
     def fit_to_captions() -> float:
         with main_first(world):  # one process downloads, the others find the files

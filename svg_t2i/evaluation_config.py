@@ -5,36 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from autoencoder.config import UserError
-from svg_t2i.solvers import SOLVERS
+from svg_t2i.options import SamplingOptions
 
 METRICS = ("mmd", "fid", "clip_score", "shapes")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How every image is made; the fields are arguments of `SVGT2IPipeline.__call__`."""
+class SamplingConfig(SamplingOptions):
+    """How every image is made: the options of a pipeline, one value for all images; 256 px where no size is named."""
 
-    width: int = 256  # pixels, multiples of 16
     height: int = 256
-    solver: str = "dpm"
-    num_inference_steps: int = 50
-    guidance_scale: float = 4.0
-    time_shift: float | None = None  # None: the solver's default
-    renorm_cfg: float = 1.0
-    cfg_trunc: float = 1.0
-    negative_prompt: str = ""
-    system_prompt: str = "base"
+    width: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            _require(side >= 16 and side % 16 == 0, f"sampling.{name}", side, "a positive multiple of 16")
-        _require(self.solver in SOLVERS, "sampling.solver", self.solver, f"one of {', '.join(SOLVERS)}")
-        fewest = 1 if self.solver == "dpm" else 2
-        _require(self.num_inference_steps >= fewest, "sampling.num_inference_steps", self.num_inference_steps,
-                 f"at least {fewest} with {self.solver}")  # fmt: skip
-        _require(self.time_shift is None or self.time_shift > 0, "sampling.time_shift", self.time_shift, "positive")
-        _require(self.guidance_scale >= 0, "sampling.guidance_scale", self.guidance_scale, "0 or more")
+        super().__post_init__()
+        for name in ("guidance_scale", "negative_prompt"):
+            if isinstance(getattr(self, name), tuple):
+                raise UserError(f"{name} = {getattr(self, name)}: an evaluation takes one for all images")
 
     @property
     def size(self) -> tuple[int, int]:

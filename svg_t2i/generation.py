@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,20 +18,19 @@ from tqdm import tqdm
 from autoencoder.config import UserError
 from autoencoder.images import to_pil
 from svg_t2i.denoising import Conditions, count_steps, denoise
-from svg_t2i.options import SamplingOptions, changed, check_side, preset
+from svg_t2i.options import LATENT_PIXELS, SamplingOptions, changed, check_side, preset
 from svg_t2i.parts import PipelineParts
-from svg_t2i.settings import LATENT_PIXELS
 
-OutputType = Literal["pil", "pt", "latent"]
+OutputType = Literal["pil", "np", "pt", "latent"]
 StepEnd = Callable[[Any, int, float, dict[str, Any]], "dict[str, Any] | None"]
 
 
 @dataclass(frozen=True)
 class SVGT2IOutput:
-    """`images`: PIL images; with output_type "pt" a tensor (B, 3, H, W) in [-1, 1], with "latent" normalised latents
-    (B, C, h, w), either a list of tensors where sizes differ."""
+    """`images`: PIL images; with output_type "np" an array (B, H, W, 3) and with "pt" a tensor (B, 3, H, W), both in
+    [0, 1] as in diffusers; with "latent" normalised latents (B, C, h, w). A list of each where sizes differ."""
 
-    images: list[Image.Image] | list[Tensor] | Tensor
+    images: list[Image.Image] | list[np.ndarray] | np.ndarray | list[Tensor] | Tensor
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ class Request:
 class Generation(PipelineParts):
     """What every way of sampling has in common."""
 
-    def resolve_options(self, preset_name: str | None = None, **changes: Any) -> SamplingOptions:
+    def resolve_options(
+        self, preset_name: str | None = None, output_type: OutputType = "pil", **changes: Any
+    ) -> SamplingOptions:
         """The pipeline's options, or a preset's, with changes. UserError for unknown or wrong ones."""
+        if output_type not in get_args(OutputType):
+            raise UserError(f"output_type = {output_type!r}; choose one of {', '.join(get_args(OutputType))}")
         if preset_name is not None:
             return preset(preset_name, **changes)
         return changed(self.options, changes)
@@ -78,6 +82,8 @@ class Generation(PipelineParts):
         repeated = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
         counted = [seed + i % num_images_per_prompt for i in range(len(repeated))] if isinstance(seed, int) else None
         seeds = list(seed) if counted is None else counted
+        if not all(0 <= one < 2**63 for one in seeds):
+            raise UserError(f"seed = {seed}: whole numbers from 0 to 2^63 - 1")
         if len(seeds) != len(repeated):
             raise UserError(f"{len(seeds)} seeds for {len(repeated)} images; give one per image, or a single one")
         return Request([prompts[i] for i in repeated], [(sides[0][i], sides[1][i]) for i in repeated], seeds)
@@ -113,9 +119,13 @@ class Generation(PipelineParts):
         callback_on_step_end: StepEnd | None = None,
         *,
         start: float = 0.0,
+        rows: Sequence[int] | None = None,
         **inpainting: Any,
     ) -> list[Tensor]:
-        """`denoising.denoise` as a stage, with progress bar and callback. Normalised latents (C, h, w) per image."""
+        """`denoising.denoise` as a stage, with progress bar and callback. Normalised latents (C, h, w) per image.
+
+        rows: what the callback calls these images, where they are not all of the call's.
+        """
         sizes = tuple((x.shape[1], x.shape[2]) for x in latents)
         total = count_steps(options, sizes, start)
         with self._stage("denoising", self.transformer, self.guide), tqdm(total=total, **self._progress_bar) as bar:
@@ -124,20 +134,25 @@ class Generation(PipelineParts):
                 bar.update()
                 if callback_on_step_end is None:
                     return None
-                answer = callback_on_step_end(self, step - 1, t, {"latents": _stacked(group), "indices": indices})
+                named = indices if rows is None else [rows[i] for i in indices]
+                answer = callback_on_step_end(self, step - 1, t, {"latents": _stacked(group), "indices": named})
                 return None if not answer or "latents" not in answer else list(answer["latents"])
 
             return denoise(self.transformer, latents, conditions, options, start=start, on_step=on_step, **inpainting)
 
     def finish(self, latents: list[Tensor], output_type: OutputType, return_dict: bool) -> SVGT2IOutput | tuple:
         """Normalised latents (C, h, w) → the output that was asked for."""
-        if output_type not in ("pil", "pt", "latent"):
-            raise UserError(f"output_type = {output_type!r}; choose one of pil, pt, latent")
         if output_type == "latent":
             images: Any = _stacked(latents)
         else:
             decoded = self.decode_latents(latents)
-            images = [to_pil(image) for image in decoded] if output_type == "pil" else _stacked(decoded)
+            if output_type == "pil":
+                images = [to_pil(image) for image in decoded]
+            else:
+                images = _stacked([(image / 2 + 0.5).clamp(0, 1) for image in decoded])
+            if output_type == "np":
+                arrays = [image.permute(1, 2, 0).cpu().numpy() for image in images]  # (3, H, W) → (H, W, 3)
+                images = np.stack(arrays) if isinstance(images, Tensor) else arrays
         return SVGT2IOutput(images) if return_dict else (images,)
 
 

@@ -23,19 +23,21 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from autoencoder.config import UserError, build, locate, to_dict
+from autoencoder.config import UserError, build, find_config, locate, to_dict
 from autoencoder.weights import replacing
 from svg_t2i import checkpoint as checkpoints
 from svg_t2i import published
 from svg_t2i.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.parts import PipelineParts
 from svg_t2i.settings import AutoencoderSource, TextSource
+from svg_t2i.text import checked_source
 
 INDEX = "model_index.json"
 DEFAULT_AUTOENCODER = "P_stage3_1024"
 AUTOENCODER_OF_STAGE = {"stage1": "P_stage1_256", "stage2": "P_stage2_512"}
 PUBLISHED_STATS = "dinov3_s16p_layer_patchtoken_stats_dist.pt"
 GEMMA = "google/gemma-2-2b"
+_OPTIONS = {"checkpoint": "autoencoder_checkpoint", "stats": "latent_stats"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class Sources:
     autoencoder: AutoencoderSource
     text_encoder: TextSource
     options: SamplingOptions
+    guide: Path | None = None
+
+    def check(self) -> None:
+        """UserError for a part that is not there; looks at no weights. A Hub id passes: it may be there."""
+        if not locate(self.autoencoder.config).is_dir():
+            find_config(self.autoencoder.config)
+        for name in ("checkpoint", "stats"):
+            path = getattr(self.autoencoder, name)
+            if path is not None and not locate(path).exists():
+                raise UserError(f"autoencoder.{name} = {path}: no such file; give it as --{_OPTIONS[name]}")
+        checked_source(self.text_encoder.path)
 
 
 def fetch(name: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
@@ -73,6 +86,7 @@ def find_sources(
     autoencoder_checkpoint: str | os.PathLike | None = None,
     latent_stats: str | os.PathLike | None = None,
     text_encoder: str | os.PathLike | None = None,
+    guide: str | os.PathLike | None = None,
 ) -> Sources:
     """The sources of all parts, those given by the caller first, then what the folder says.
 
@@ -82,6 +96,11 @@ def find_sources(
     folder = folder / subfolder if subfolder else folder
     given = {"config": autoencoder, "checkpoint": autoencoder_checkpoint, "stats": latent_stats}
     given = {name: str(value) for name, value in given.items() if value is not None}
+    sources = _find_parts(folder, given, text_encoder)
+    return sources if guide is None else replace(sources, guide=checkpoints.find_checkpoint(guide))
+
+
+def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
     index = read_index(folder)
     if index is not None:
         options, max_length = index
@@ -96,7 +115,7 @@ def find_sources(
     if not meta:
         return _published_parts(transformer, given, text_encoder)
     trained_with = meta.get("config", {})
-    recorded = {} if autoencoder is not None else dict(trained_with.get("autoencoder", {}))
+    recorded = {} if "config" in given else dict(trained_with.get("autoencoder", {}))
     text = build(TextSource, trained_with.get("text_encoder", {}), source=str(transformer))
     if text_encoder is not None or "text_encoder" not in trained_with:
         text = replace(text, path=str(_require(text_encoder, "text_encoder", transformer)))
@@ -104,8 +123,8 @@ def find_sources(
         text = replace(text, path=_still_there(text.path, transformer))
     if recorded.get("stats") is not None:
         recorded["stats"] = _still_there(recorded["stats"], transformer)
-    _require((recorded | given).get("config"), "autoencoder", transformer)
-    source = build(AutoencoderSource, recorded | given, source="autoencoder")
+    _require({**recorded, **given}.get("config"), "autoencoder", transformer)
+    source = build(AutoencoderSource, {**recorded, **given}, source="autoencoder")
     return Sources(transformer, source, text, trained_options(trained_with))
 
 

@@ -3,6 +3,8 @@
     SamplingOptions(num_inference_steps=30, guidance_interval=(0.05, 0.9))
     preset("stage1")                       the settings that suit a published training stage
     preset("stage4", solver="heun")        the same with changes
+
+docs/sampling.md says where the presets come from.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoencoder.config import UserError, build, to_dict
-from svg_t2i.settings import LATENT_PIXELS
+from autoencoder.images import PATCH_SIZE as LATENT_PIXELS
+from svg_t2i.flow import flux_shift_factor
 from svg_t2i.solvers import SOLVERS
 from svg_t2i.text import build_prompt
 
 REFERENCE_CELLS = 4096  # latent cells of a 1024 px square, where the solvers' default time shifts belong
-SHIFT_SLOPE = (1.15 - 0.5) / (4096 - 256)  # of the training shift's exponent, per latent cell
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class SamplingOptions:
 
     height, width: pixels, positive multiples of 16, where a call names no size.
     num_inference_steps: model calls of `dpm`; grid points (both ends included) of the other solvers.
-    guidance_scale: s in v_u + s·(v_c − v_u), or one per image; 1 runs the conditional branch only.
-    negative_prompt: what guidance leads away from, or one per image; "" is the unconditional text of training.
+    guidance_scale: s in v_u + s·(v_c − v_u), or one per prompt; 1 runs the conditional branch only.
+    negative_prompt: what guidance leads away from, or one per prompt; "" is the unconditional text of training.
     renorm_cfg: bound on ‖v‖/‖v_c‖ per image; 0 is off.
     cfg_trunc: no guidance for t ≥ this; from 1 on, guidance to the end.
     guidance_interval: guidance for lo ≤ t < hi only, in [0, 1] from noise to image.
@@ -73,12 +75,22 @@ class SamplingOptions:
         build_prompt("", self.system_prompt)
 
     def guidance_scales(self, count: int | None) -> list[float]:
-        """One scale per image. UserError if there are several, but not `count`."""
-        return _per_image(self.guidance_scale, "guidance_scale", count)
+        """One scale per prompt. UserError if there are several, but not `count`."""
+        return _per_prompt(self.guidance_scale, "guidance_scale", count)
 
     def negative_prompts(self, count: int | None) -> list[str]:
-        """One negative prompt per image. UserError if there are several, but not `count`."""
-        return _per_image(self.negative_prompt, "negative_prompt", count)
+        """One negative prompt per prompt. UserError if there are several, but not `count`."""
+        return _per_prompt(self.negative_prompt, "negative_prompt", count)
+
+    def repeated(self, prompts: int, times: int) -> SamplingOptions:
+        """With the values of each prompt `times` over: one an image. UserError if there are not `prompts` of them."""
+        changes = {}
+        for name in ("guidance_scale", "negative_prompt"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                each = _per_prompt(value, name, prompts)
+                changes[name] = tuple(one for one in each for _ in range(times))
+        return replace(self, **changes) if changes else self
 
     @property
     def is_guided(self) -> bool:
@@ -92,11 +104,11 @@ class SamplingOptions:
         return dynamic_shift(self.solver, cells) if self.time_shift == "dynamic" else self.time_shift
 
 
-def _per_image(value: Any, name: str, count: int | None) -> list[Any]:
+def _per_prompt(value: Any, name: str, count: int | None) -> list[Any]:
     if not isinstance(value, tuple):
         return [value] * (1 if count is None else count)
     if count is not None and len(value) != count:
-        raise UserError(f"{len(value)} values of {name} for {count} images; give one per image, or a single one")
+        raise UserError(f"{len(value)} values of {name} for {count} prompts; give one per prompt, or a single one")
     return list(value)
 
 
@@ -110,12 +122,12 @@ def check_side(name: str, side: int) -> None:
 
 
 def dynamic_shift(solver: str, cells: int) -> float:
-    """The solver's default shift, scaled with the image as training scales its own: e^m, m linear in the latent cells.
+    """The solver's default shift, scaled with the image as training scales its own (`flux_shift_factor`).
 
-    A 1024 px square gets the default, smaller images less: with `dpm` 10 at 1024 px, 6.0 at 512 and 5.2 at 256. One
+    A 1024 px square gets the default, smaller images less: with `dpm` 10 at 1024 px, 5.9 at 512 and 5.2 at 256. One
     decimal, so that the crops of one resolution, whose areas differ a little, share a time grid.
     """
-    return round(SOLVERS[solver].default_shift * math.exp(SHIFT_SLOPE * (cells - REFERENCE_CELLS)), 1)
+    return round(SOLVERS[solver].default_shift * flux_shift_factor(cells) / flux_shift_factor(REFERENCE_CELLS), 1)
 
 
 # The published settings (dpm, 50 steps, guidance 4, shift 10) belong to 1024 px; earlier stages want less shift.
@@ -144,11 +156,11 @@ def changed(options: SamplingOptions, changes: Mapping[str, Any]) -> SamplingOpt
 
 
 def trained_options(config: Mapping[str, Any]) -> SamplingOptions:
-    """Defaults for a model from the configuration it was trained with: its resolution and system prompt."""
-    data, options = config.get("data", {}), SamplingOptions(time_shift="dynamic")
+    """Defaults for a model from the configuration it was trained with: its resolution, system prompt and times."""
+    data, flow, options = config.get("data", {}), config.get("flow", {}), SamplingOptions(time_shift="dynamic")
     if not isinstance(data.get("resolution"), int):
         return SamplingOptions()
     sizes = {"height": data["resolution"], "width": data["resolution"]}
-    if not config.get("flow", {}).get("shift", True):
-        sizes["time_shift"] = 1.0  # trained on even times
+    if not flow.get("shift", True):  # the median of the training times, sigmoid(mu), is where the middle step is
+        sizes["time_shift"] = round(math.exp(-flow.get("mu", 0.0)), 1) if flow.get("snr_type") == "lognorm" else 1.0
     return replace(options, **sizes, system_prompt=data.get("system_prompt") or options.system_prompt)

@@ -6,20 +6,21 @@ its networks to the device for that time, and a shortage of memory is reported u
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoder.config import UserError
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.denoising import Conditions
 from svg_t2i.memory import memory_stage
 from svg_t2i.model import SVGDiT
-from svg_t2i.options import SamplingOptions
-from svg_t2i.settings import LATENT_PIXELS
+from svg_t2i.options import LATENT_PIXELS, SamplingOptions
 from svg_t2i.text import TextEncoder, build_prompt
 
 P = TypeVar("P", bound="PipelineParts")
@@ -86,16 +87,29 @@ class PipelineParts:
         """Of transformer and text encoder."""
         return next(self.transformer.parameters()).dtype
 
+    def describe(self) -> dict[str, Any]:
+        """What identifies the weights. A path does not: a training run has newer ones under it every hour."""
+        guide = {} if self.guide is None else {"guide": weights_digest(self.guide)}
+        return {
+            "transformer": weights_digest(self.transformer),
+            "autoencoder": self.autoencoder.fingerprint(),
+            "decoder": weights_digest(self.autoencoder.decoder),
+            "text_encoder": self.text_encoder.fingerprint(),
+            "dtype": str(self.dtype),
+            **guide,
+        }
+
     def to(self: P, *args: Any, **kwargs: Any) -> P:
         """Move all models to a device, transformer and text encoder also to a dtype: to("cuda", torch.bfloat16)."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None:
-            self._offload_device = None
-            self.autoencoder.to(device)
-            if device.type == "cuda":
-                self.autoencoder.decoder.to(memory_format=torch.channels_last)
-        for part in filter(None, (self.transformer, self.guide, self.text_encoder)):
-            part.to(device=device, dtype=dtype)
+        with memory_stage("loading the weights"):
+            if device is not None:
+                self._offload_device = None
+                self.autoencoder.to(device)
+                if device.type == "cuda":
+                    self.autoencoder.decoder.to(memory_format=torch.channels_last)
+            for part in filter(None, (self.transformer, self.guide, self.text_encoder)):
+                part.to(device=device, dtype=dtype)
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
@@ -172,3 +186,25 @@ class PipelineParts:
                     for i, image in zip(chunk, self.autoencoder.decode(raw).float()):
                         images[i] = image
         return images
+
+
+def weights_digest(module: nn.Module) -> str:
+    """16 hex digits over names, shapes and a sample of the values of all weights."""
+    weights = dict(sorted(module.named_parameters()))
+    digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
+    samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in weights.values()]
+    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the first GPU, or the CPU. UserError if there is none of that name here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: {torch.cuda.device_count()} GPUs are visible here; use --device cpu")
+    return device

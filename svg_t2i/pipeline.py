@@ -69,7 +69,9 @@ class SVGT2IPipeline(ImageMethods):
             autoencoder_checkpoint=autoencoder_checkpoint,
             latent_stats=latent_stats,
             text_encoder=text_encoder,
+            guide=guide,
         )
+        sources.check()
         text = sources.text_encoder
         with memory_stage("loading the weights"):
             frozen = (
@@ -79,9 +81,9 @@ class SVGT2IPipeline(ImageMethods):
             checkpoints.check_fingerprints(sources.transformer, *(part.fingerprint() for part in frozen))
             transformer = checkpoints.load_transformer(sources.transformer, ema=use_ema).to(torch_dtype)
             pipeline = cls(frozen[0], transformer, frozen[1], sources.options)
-            if guide is not None:
-                checkpoints.check_fingerprints(guide, *(part.fingerprint() for part in frozen))
-                pipeline.set_guide(checkpoints.load_transformer(guide, ema=use_ema))
+            if sources.guide is not None:
+                checkpoints.check_fingerprints(sources.guide, *(part.fingerprint() for part in frozen))
+                pipeline.set_guide(checkpoints.load_transformer(sources.guide, ema=use_ema))
         return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -136,8 +138,9 @@ class SVGT2IPipeline(ImageMethods):
         Raises:
             UserError: an argument out of range, named with its value; or out of memory, naming the stage.
         """
-        settings = self.resolve_options(preset, height=_single(height), width=_single(width), **options)
+        settings = self.resolve_options(preset, output_type, height=_single(height), width=_single(width), **options)
         request = self.plan_request(prompt, height, width, num_images_per_prompt, seed, settings)
+        settings = settings.repeated(len(request.prompts) // num_images_per_prompt, num_images_per_prompt)
         conditions = self.encode_prompts(request.prompts, settings)
         noise = self.draw_noise(request, generator, latents)
         solved = self.solve(noise, conditions, settings, callback_on_step_end)

@@ -1,6 +1,6 @@
 """Many images into a folder, by one process or several: split, resume, survive, record.
 
-    OUTPUT/settings.json                                what all images of the folder have in common
+    OUTPUT/settings.json                                what all images of the folder have in common, weights included
     OUTPUT/images/{solver}_{steps}_{index}_{WxH}.png    the parameters of each image are in its PNG text chunk
     OUTPUT/data.json                                    one record an image, rewritten as the run goes on
     OUTPUT/failed.json                                  only if images failed: which, and why
@@ -16,7 +16,8 @@ import errno
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from svg_t2i.parallel import World
 log = logging.getLogger(__name__)
 
 MAX_GRID_IMAGES = 64
+SETTINGS = "settings.json"
 RECORD_EVERY = 5.0  # seconds between two versions of data.json
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -68,7 +70,7 @@ class RunFolder:
         settings: what all its images share: sampling options and model, JSON-able.
 
     Raises:
-        UserError: (from `prepare`) the folder holds something else, or images made with other settings.
+        UserError: (from `prepare`) the folder holds something else, or images made with other settings; a full disk.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -78,22 +80,12 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Create the folder, or make sure that it is a run with these settings, to go on with."""
-        path = self.folder / "settings.json"
-        if path.is_file():
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path} is broken ({error}); choose another --output") from error
-            other = [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]
-            if other:
-                changes = "; ".join(f"{k} was {before.get(k)!r}, is {self.settings.get(k)!r}" for k in other)
-                raise UserError(f"--output {self.folder} holds images with other settings ({changes}); choose another")
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"--output {self.folder} is not empty; nothing was overwritten. Choose another folder")
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        for leftover in (self.folder / "images").glob(".*.tmp"):
-            leftover.unlink()
-        write_json(self.settings, path)
+        check_folder(self.folder, self.settings)
+        with full_disk(self.folder):
+            (self.folder / "images").mkdir(parents=True, exist_ok=True)
+            for leftover in (self.folder / "images").glob(".*.tmp"):
+                leftover.unlink()
+            write_json(self.settings, self.folder / SETTINGS)
 
     def path(self, job: Job) -> Path:
         width, height = job.size
@@ -164,10 +156,41 @@ class RunFolder:
         save_png(grid, self.folder / "grid.png")
 
 
+def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """UserError if `folder` holds anything but a run with these settings; `settings` may be only some of a run's."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--output {folder} is not empty; nothing was overwritten. Choose another folder")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is broken ({error}); choose another --output") from error
+    now = json.loads(json.dumps(settings))
+    other = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if other:
+        raise UserError(f"--output {folder} holds images with other settings ({'; '.join(other)}); choose another")
+
+
 def write_json(content: Any, path: Path) -> None:
     """Write atomically: readers see the old file or the new one, never half of one."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Say of a disk that fills up inside what became of `folder`: every file in it is whole or not there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(
+            f"the disk of {folder} is full; its finished images and records are whole. Free some space and "
+            "run the same command again: it goes on where it stopped"
+        ) from error
 
 
 def render(make: Maker, jobs: Sequence[Job], run: RunFolder, batch_size: int, world: World) -> dict[int, str]:
@@ -184,19 +207,13 @@ def render(make: Maker, jobs: Sequence[Job], run: RunFolder, batch_size: int, wo
     share = [batch for batch in batches[world.rank :: world.size] if not all(run.is_done(job) for job in batch)]
     failed: dict[int, str] = {}
     for batch in tqdm(share, desc="sampling", unit="batch", disable=not world.is_main):
-        try:
-            for job, image in _make(make, batch, failed):
+        made = _make(make, batch, failed)
+        with full_disk(run.folder):
+            for job, image in made:
                 if not run.path(job).is_file():
                     run.save(job, image)
             if world.is_main:
                 run.write_records(jobs, now=False)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise UserError(
-                f"the disk of {run.folder} is full; its finished images and data.json are whole. Free some space and "
-                "run the same command again: it goes on where it stopped"
-            ) from error
     return failed
 
 

@@ -17,10 +17,10 @@ The output folder is drawn in `rendering`; the same command again goes on with a
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,14 @@ from PIL import Image
 
 from autoencoder.config import UserError, run_entry, to_dict
 from autoencoder.images import image_grid, load_image, save_png
-from svg_t2i.editing import prepare_image
-from svg_t2i.options import PRESETS, SamplingOptions, changed, preset
-from svg_t2i.parallel import World, from_main, main_first, reduce_sum, start_world
+from svg_t2i.editing import crop_image, list_images, prepare_mask
+from svg_t2i.loading import fetch, find_sources
+from svg_t2i.options import LATENT_PIXELS, PRESETS, SamplingOptions, changed
+from svg_t2i.parallel import World, from_main, main_first, reduce_sum, start_world, to_main
+from svg_t2i.parts import choose_device
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.prompts import Prompt, read_prompts
-from svg_t2i.rendering import Job, RunFolder, plan_jobs, render, write_json
+from svg_t2i.rendering import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
 from svg_t2i.solvers import SOLVERS
 from svg_t2i.text import SYSTEM_PROMPTS
 
@@ -64,41 +66,55 @@ def _time_shift(text: str) -> float | str:
 
 def add_parts(model: argparse._ArgumentGroup) -> None:
     """The arguments that say which networks `from_parts` loads."""
+    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
     model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
     model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
     model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
     model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
+    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
     model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 without")
 
 
-def from_parts(arguments: argparse.Namespace, device: torch.device, **more: Any) -> SVGT2IPipeline:
+def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("subfolder", "autoencoder", "autoencoder_checkpoint", "latent_stats", "text_encoder", "guide")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
     return SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
-        autoencoder=arguments.autoencoder,
-        autoencoder_checkpoint=arguments.autoencoder_checkpoint,
-        latent_stats=arguments.latent_stats,
-        text_encoder=arguments.text_encoder,
+        **_parts(arguments),
         use_ema=not arguments.raw_weights,
         torch_dtype=DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
-        **more,
     )
+
+
+def chosen_options(arguments: argparse.Namespace, world: World) -> SamplingOptions:
+    """The settings of a run: those of `--preset` or the model's own, with what the command line changes.
+
+    Reads what the model recorded about itself, but no weights. UserError for a part that is not there.
+    """
+    changes = sampling_changes(arguments)
+    with main_first(world):  # one process downloads, the others find the files
+        sources = find_sources(fetch(arguments.checkpoint), **_parts(arguments))
+    sources.check()
+    return changed(PRESETS[arguments.preset] if arguments.preset else sources.options, changes)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", required=True, help="saved pipeline, results folder, checkpoint, Hub id, …")
-    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
     add_parts(model)
-    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
     model.add_argument("--device", help="default: cuda when there is one")
     model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
     model.add_argument("--decode_pixels", type=int, help="pixels decoded at once")
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of `SamplingOptions` but for the size; `chosen_options` reads them."""
     how = parser.add_argument_group("how (defaults: the model's own, or those of --preset)")
     how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage")
     how.add_argument("--negative_prompt")
@@ -146,13 +162,27 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         what.add_argument("--num_images_per_prompt", type=int, default=1)
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
         what.add_argument("--batch_size", type=int, default=4, help="images in one packed batch")
-        _add_sampling_arguments(parser)
+        add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples"))
     arguments = parser.parse_args(argv[1:] if argv and argv[0] in VERBS else argv, argparse.Namespace(verb=verb))
-    for name in ("num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit"):
-        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    check_arguments(arguments)
     return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range, before any file is opened."""
+    whole = ("num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit", "num_images", "images_per_scene")
+    ranges: dict[str, tuple[Callable[[Any], bool], str]] = {name: (lambda n: n >= 1, "at least 1") for name in whole}
+    ranges["seed"] = (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1")
+    ranges["strength"] = (lambda strength: 0 < strength <= 1, "above 0 and at most 1")
+    ranges["weights"] = (lambda number: number >= 2, "at least 2, to make a way between two ends")
+    last = 1 if arguments.verb == "interpolate" else math.nextafter(1, 0)
+    ranges["t"] = (lambda t: 0 <= t <= last, f"in [0, 1{']' if last == 1 else ')'}; 0 is noise, 1 the image itself")
+    for name, (fits, rule) in ranges.items():
+        value = getattr(arguments, name, None)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name} {value}: must be {rule}")
+    choose_device(getattr(arguments, "device", None))
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -164,7 +194,7 @@ def sampling_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     if getattr(arguments, "enhance", False):
         changes.setdefault("system_prompt", "align")
-    changed(PRESETS.get(arguments.preset, SamplingOptions()), changes)
+    changed(PRESETS.get(arguments.preset, SamplingOptions()), changes)  # refuses what no model could take
     return changes
 
 
@@ -179,8 +209,8 @@ def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline on this process's device, as the model arguments say."""
-    device = torch.device(arguments.device or device)
-    pipeline = from_parts(arguments, device, subfolder=arguments.subfolder, guide=arguments.guide)
+    device = device if arguments.device is None else choose_device(arguments.device)
+    pipeline = from_parts(arguments, device)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)
     else:
@@ -200,7 +230,7 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     if arguments.verb == "enhance":
         prompts = given_prompts(arguments)
-        pipeline = load_pipeline(arguments, _default_device())
+        pipeline = load_pipeline(arguments, choose_device(None))
         for prompt in prompts:
             print(pipeline.enhance(prompt.text))
     elif arguments.verb == "retrieve":
@@ -212,40 +242,50 @@ def main(argv: list[str]) -> None:
 
 def draw(arguments: argparse.Namespace, world: World) -> None:
     """The verbs that make images: plan them all, make this process's share, then record and report together."""
-    changes = sampling_changes(arguments)
-    prompts, sources = plan_sources(arguments)
     sizes = [parse_resolution(text) for text in arguments.resolution or ()]
+    sampling_changes(arguments)
+    prompts, sources = plan_sources(arguments, sizes)
+    options = chosen_options(arguments, world)
+    shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
+    settings = {**shared, "verb": arguments.verb}
+    _by_main(lambda: check_folder(arguments.output, settings), world)
     with main_first(world):
         pipeline = load_pipeline(arguments, world.device)
-    options = preset(arguments.preset, **changes) if arguments.preset else pipeline.resolve_options(**changes)
+    run = RunFolder(arguments.output, {**settings, "model": pipeline.describe()})
+    _by_main(run.prepare, world)
     if getattr(arguments, "enhance", False):
-        prompts = [replace(prompt, text=pipeline.enhance(prompt.text)) for prompt in prompts]
+        prompts = enhance_all(pipeline, prompts, world)
     listed = [(prompt.text, {**prompt.settings, **source}) for prompt in prompts for source in sources or ({},)]
     default = (options.width, options.height)
     jobs = plan_jobs(listed, sizes or [default], arguments.num_images_per_prompt, arguments.seed)
     if sources and not sizes:
         jobs = [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], default)) for job in jobs]
-    shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
-    run = RunFolder(arguments.output, {**shared, "verb": arguments.verb, "model": _model_identity(arguments)})
-    _prepare(run, world)
     failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
-    run.write_failed(failed, world.rank)
-    total = int(reduce_sum(torch.tensor(len(failed), device=world.device), world))  # waits for the other processes
-    if world.is_main:
-        run.collect_failed(world.size)
-        run.write_records(jobs)
-        run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
-        print(f"{len(jobs) - total} images in {arguments.output / 'images'}")
+    with full_disk(run.folder):
+        run.write_failed(failed, world.rank)
+        total = int(reduce_sum(torch.tensor(len(failed), device=world.device), world))  # waits for the other processes
+        if world.is_main:
+            run.collect_failed(world.size)
+            run.write_records(jobs)
+            run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
+            print(f"{len(jobs) - total} images in {arguments.output / 'images'}")
     if total:
         raise UserError(f"{total} of {len(jobs)} images failed (failed.json); the same command again tries those anew")
 
 
-def _prepare(run: RunFolder, world: World) -> None:
-    """Rank 0 prepares the folder; what is wrong with it stops all processes."""
+def enhance_all(pipeline: SVGT2IPipeline, prompts: Sequence[Prompt], world: World) -> list[Prompt]:
+    """The prompts rewritten, a share by each process; all of them on every process."""
+    own = {i: pipeline.enhance(prompts[i].text) for i in range(world.rank, len(prompts), world.size)}
+    written = {i: text for share in from_main(to_main(own, world), world) for i, text in share.items()}
+    return [replace(prompt, text=written[i]) for i, prompt in enumerate(prompts)]
+
+
+def _by_main(check: Callable[[], None], world: World) -> None:
+    """Rank 0 looks at the folder; what is wrong with it stops all processes."""
     problem = None
     if world.is_main:
         try:
-            run.prepare()
+            check()
         except UserError as error:
             problem = str(error)
     problem = from_main(problem, world)
@@ -258,24 +298,32 @@ def _own_size(image: str | list[str], default: tuple[int, int]) -> tuple[int, in
     path = image if isinstance(image, str) else next(iter(image), None)
     if path is None:
         return default
-    _, height, width = prepare_image(path).shape
-    return width, height
+    return crop_image(path).size
 
 
-def plan_sources(arguments: argparse.Namespace) -> tuple[list[Prompt], list[dict[str, Any]]]:
-    """The prompts, and what each image starts from: one entry an input image or an interpolation weight."""
+def plan_sources(
+    arguments: argparse.Namespace, sizes: Sequence[tuple[int, int]] = ()
+) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The prompts, and what each image starts from: one entry an input image or an interpolation weight.
+
+    Raises:
+        UserError: an image or mask that cannot be used; found here, before any weight is loaded.
+    """
     verb = arguments.verb
     if verb == "generate":
         return given_prompts(arguments), []
-    for path in [*arguments.image, *([arguments.mask] if verb == "inpaint" else [])]:
-        load_image(path)  # unreadable ones are found before any weight is loaded
+    for path in arguments.image:
+        width, height = sizes[0] if sizes else (None, None)
+        width, height = crop_image(path, height, width).size
+        if verb == "inpaint":
+            prepare_mask(arguments.mask, (height // LATENT_PIXELS, width // LATENT_PIXELS))
     if verb == "variation":
         return [Prompt("")], [{"image": path, "t": arguments.t} for path in arguments.image]
     if verb == "interpolate":
         if len(arguments.prompt) > 2 or len(arguments.image) not in (0, 2):
             raise UserError("interpolate takes up to two --prompt and none or two --image")
-        if arguments.weights < 2:
-            raise UserError(f"--weights {arguments.weights}: at least 2 images make a way between two ends")
+        if len(arguments.prompt) < 2 and not arguments.image:
+            raise UserError("interpolate has nothing to go between: give two --prompt, or two --image")
         shares = [i / (arguments.weights - 1) for i in range(arguments.weights)]
         ends = {"prompts": arguments.prompt, "images": arguments.image, "t": arguments.t}
         return [Prompt(" → ".join(arguments.prompt))], [{**ends, "weight": share} for share in shares]
@@ -303,7 +351,7 @@ def make_images(
         between = {"weights": [job.own["weight"] for job in jobs], "t": arguments.t, "seed": seeds}
         size = {"width": width[0], "height": height[0]}
         return pipeline.interpolate(prompt, arguments.image or None, **between, **size, **settings).images
-    images = [prepare_image(job.own["image"], h, w) for job, h, w in zip(jobs, height, width)]
+    images = [crop_image(job.own["image"], h, w) for job, h, w in zip(jobs, height, width)]
     if arguments.verb == "variation":
         return pipeline.variation(images, t=arguments.t, seed=seeds, **settings).images
     if arguments.verb == "inpaint":
@@ -314,9 +362,11 @@ def make_images(
 
 def retrieve(arguments: argparse.Namespace) -> None:
     """Print the nearest images, best first; OUTPUT/matches.json and grid.png show query and matches."""
-    query = load_image(arguments.image[0])
-    pipeline = load_pipeline(arguments, _default_device())
-    matches = pipeline.retrieve(query, arguments.folder, top_k=arguments.top_k)
+    if len(arguments.image) > 1:
+        raise UserError(f"retrieve takes one --image, not {len(arguments.image)}")
+    query, files = load_image(arguments.image[0]), list_images(arguments.folder)
+    pipeline = load_pipeline(arguments, choose_device(None))
+    matches = pipeline.retrieve(query, files, top_k=arguments.top_k)
     for match in matches:
         print(f"{match.similarity:.4f}  {match.path}")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -327,15 +377,6 @@ def retrieve(arguments: argparse.Namespace) -> None:
         image.thumbnail((256, 256))
     labels = ["query", *(f"{match.similarity:.3f} {match.path.name}" for match in matches)]
     save_png(image_grid(shown, min(6, len(shown)), labels), arguments.output / "grid.png")
-
-
-def _model_identity(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("checkpoint", "subfolder", "autoencoder", "latent_stats", "text_encoder", "guide", "raw_weights")
-    return json.loads(json.dumps({name: getattr(arguments, name) for name in names if getattr(arguments, name)}))
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

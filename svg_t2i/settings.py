@@ -13,11 +13,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from autoencoder.config import UserError, build, to_dict
+from autoencoder.images import PATCH_SIZE as LATENT_PIXELS
 from svg_t2i.evaluation_config import EvaluationConfig
 from svg_t2i.flow import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.model import MODELS, DiTConfig
-
-LATENT_PIXELS = 16  # one latent cell is 16×16 image pixels, whatever the encoder
 
 
 @dataclass(frozen=True)

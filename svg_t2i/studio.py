@@ -21,7 +21,7 @@ from torch import Tensor
 
 from autoencoder.config import UserError, to_dict
 from autoencoder.images import save_png, to_pil
-from svg_t2i.editing import prepare_image
+from svg_t2i.editing import crop_image
 from svg_t2i.pipeline import SVGT2IPipeline
 
 GalleryItems = list[tuple[Any, str]]
@@ -104,13 +104,13 @@ class Studio:
         self.limits.check(
             prompts=(prompt,), width=width, height=height, steps=num_inference_steps, images=images, seed=seed
         )
-        pixels = prepare_image(image, height, width)
+        fitting = crop_image(image, height, width)
         settings = {"num_inference_steps": int(num_inference_steps), "guidance_scale": float(guidance_scale)}
         self.pipeline.resolve_options(**settings)
         shared = {"strength": float(strength), "num_images_per_prompt": int(images), "seed": int(seed), **settings}
 
         def run(callback: Callable) -> Any:
-            return self.pipeline.image_to_image(prompt.strip(), pixels, callback_on_step_end=callback, **shared)
+            return self.pipeline.image_to_image(prompt.strip(), fitting, callback_on_step_end=callback, **shared)
 
         yield from self._serve(run, {"prompt": prompt.strip(), "width": width, "height": height, **shared})
 

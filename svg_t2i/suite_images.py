@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from autoencoder.config import UserError
 from autoencoder.images import save_png
 from svg_t2i.evaluation import Job, own_batches, sample_batch
 from svg_t2i.evaluation_config import SamplingConfig
 from svg_t2i.parallel import World, reduce_sum
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.rendering import SETTINGS, check_folder, full_disk, write_json
 from svg_t2i.suites import Prompt, SuiteName, complete, image_path
 
 
@@ -55,10 +52,12 @@ def generate(
         images = sample_batch(pipeline, [jobs[i] for i in batch], sampling)
         for i in missing:
             record = {"caption": jobs[i].prompt, "seed": jobs[i].seed, **asdict(sampling)}
-            save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
+            with full_disk(output):
+                save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
     wait(world)
-    for prompt in prompts[world.rank :: world.size]:
-        complete(suite, output, prompt, count)
+    with full_disk(output):
+        for prompt in prompts[world.rank :: world.size]:
+            complete(suite, output, prompt, count)
     wait(world)
     return paths
 
@@ -84,65 +83,19 @@ def claim(
     Raises:
         UserError: the folder holds a run with other settings or weights, or something else.
     """
-    path = output / "settings.json"
     if world.is_main:
-        check_settings(path, settings)
+        check_folder(output, settings)
     pipeline = load()
     if world.is_main:
-        complete_settings = {**settings, "model": describe_model(pipeline)}
-        check_settings(path, complete_settings)
+        complete_settings = {**settings, "model": pipeline.describe()}
+        check_folder(output, complete_settings)
         run = {**command, "processes": world.size, "device": str(pipeline.device), "torch": torch.__version__}
-        write_json({**complete_settings, "run": run}, path)
+        with full_disk(output):
+            write_json({**complete_settings, "run": run}, output / SETTINGS)
     wait(world)
     return pipeline
-
-
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds anything but a run with these settings, finished or not."""
-    folder = path.parent
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--output {folder} is not empty and holds no benchmark; choose another folder or empty it")
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(settings))
-    changed = [
-        f"{key} was {json.dumps(recorded.get(key))} and is {json.dumps(wanted[key])}"
-        for key in wanted
-        if recorded.get(key) != wanted[key]
-    ]
-    if changed:
-        raise UserError(f"--output {folder} holds other images; choose another folder: {'; '.join(changed)}")
-
-
-def describe_model(pipeline: SVGT2IPipeline) -> dict[str, Any]:
-    """What identifies the weights. A path does not: a training run has newer ones under it every hour."""
-    return {
-        "transformer": weights_digest(pipeline.transformer),
-        "autoencoder": pipeline.autoencoder.fingerprint(),
-        "decoder": weights_digest(pipeline.autoencoder.decoder),
-        "text_encoder": pipeline.text_encoder.fingerprint(),
-        "dtype": str(next(pipeline.transformer.parameters()).dtype),
-    }
-
-
-def weights_digest(module: nn.Module) -> str:
-    """16 hex digits over names, shapes and a sample of the values of all weights."""
-    weights = dict(sorted(module.named_parameters()))
-    digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
-    samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in weights.values()]
-    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def digest_prompts(prompts: Sequence[Prompt]) -> str:
     """16 hex digits over all prompts."""
     return hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]
-
-
-def write_json(values: Mapping[str, Any], path: Path) -> None:
-    """Write atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -9,7 +9,7 @@ The tools themselves (object detectors, a VQA model) are not part of this projec
 
     DPG-Bench    OUTPUT/images/NAME.png                      2 × 2 images of one prompt, NAME.txt, without gaps
     (Hu et al.   OUTPUT/samples/NAME/0000.png …              the same images one by one
-    2024)        → bash dpg_bench/dist_eval.sh OUTPUT/images RESOLUTION
+    2024)        → PIC_NUM=4 bash dpg_bench/dist_eval.sh OUTPUT/images RESOLUTION
 
     folder       OUTPUT/images/00000_0000.png …              of any prompt file
 """
@@ -39,6 +39,8 @@ GENEVAL_TASKS = {
 COLUMNS = (*GENEVAL_TASKS.values(), "GenEval", "DPG-Bench")
 PUBLISHED = dict(zip(COLUMNS, (0.94, 0.89, 0.49, 0.89, 0.69, 0.62, 0.75, 85.78)))
 
+DPG_IMAGES = 4  # that the tool cuts out of a grid
+
 SuiteName = Literal["geneval", "dpg", "folder"]
 
 
@@ -63,7 +65,7 @@ def read_geneval(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"--prompts {path} does not exist; give GenEval's prompts/evaluation_metadata.jsonl")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -87,7 +89,7 @@ def read_dpg(folder: Path) -> list[Prompt]:
         raise UserError(f"--prompts {folder} is no folder; give DPG-Bench's dpg_bench/prompts")
     prompts = []
     for path in sorted(folder.glob("*.txt")):
-        text = " ".join(path.read_text(encoding="utf-8").split())
+        text = " ".join(_read(path).split())
         if not text:
             raise UserError(f"{path} is empty; a prompt file holds one prompt")
         if "." in path.stem:
@@ -99,6 +101,13 @@ def read_dpg(folder: Path) -> list[Prompt]:
 def number_prompts(texts: Iterable[str]) -> list[Prompt]:
     """Any prompts, named by their number."""
     return [Prompt(f"{number:05d}", text) for number, text in enumerate(texts)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _not_empty(prompts: list[Prompt], path: Path) -> list[Prompt]:
@@ -152,7 +161,7 @@ def read_geneval_results(path: Path) -> tuple[dict[str, float], int]:
     if not path.is_file():
         raise UserError(f"--geneval {path} does not exist; give the results.jsonl that evaluate_images.py wrote")
     correct: dict[str, list[bool]] = {tag: [] for tag in GENEVAL_TASKS}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -178,7 +187,7 @@ def read_dpg_results(path: Path) -> tuple[float, int]:
     if not path.is_file():
         raise UserError(f"--dpg {path} does not exist; give the results file of compute_dpg_bench.py")
     means, final = [], None
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _read(path).splitlines():
         if line.startswith("DPG-Bench score:"):
             final = _number(line.partition(":")[2])
         elif "," in line and (mean := _number(line.rpartition(",")[2])) is not None:

@@ -43,7 +43,7 @@ def parse_axis(text: str, sampling: SamplingConfig) -> Axis:
 def _with(sampling: SamplingConfig, name: str, text: str) -> SamplingConfig:
     """`sampling` with one field given as text."""
     try:
-        value = text.strip() if name == "solver" else float(text)
+        value = text.strip() if name == "solver" or text.strip() == "dynamic" else float(text)
     except ValueError:
         raise UserError(f"--over {name}: {text!r} is not a number") from None
     return build(SamplingConfig, to_dict(sampling) | {name: value}, source="--over")

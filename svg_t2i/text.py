@@ -121,7 +121,7 @@ class TextEncoder:
             UserError: if the folder does not exist, a part of it is missing or unreadable, the Hub refuses, or
                 `max_length` exceeds the positions the model knows.
         """
-        source = _checked_source(path_or_id)
+        source = checked_source(path_or_id)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
         try:
             config = AutoConfig.from_pretrained(source)
@@ -270,7 +270,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return digest.hexdigest()[:16]
 
 
-def _checked_source(path_or_id: str | os.PathLike) -> str:
+def checked_source(path_or_id: str | os.PathLike) -> str:
     """A folder that exists, or a name the Hub may know; anything else is a missing folder."""
     folder = locate(path_or_id)
     if folder.is_dir():

@@ -127,12 +127,13 @@ AT_TOY_SIZE = {
     "python -m autoencoder.measure_latents": ["--resolution", "64"],
     "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch-size", "64"],
     "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
-    "python -m svg_t2i.sample": ["--num_inference_steps", "2"],
+    "python -m svg_t2i.sample --checkpoint": ["--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark folder --images": [],
     "python -m svg_t2i.benchmark shapes": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark sweep": ["--num_images", "4", "--num_inference_steps", "2"],
 }
+EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
 ELSEWHERE = {
     "conda": "the environment of the tests is such a one",
     "pip": "the same",
@@ -142,6 +143,7 @@ ELSEWHERE = {
     "bash run_train.sh": "tests/scripts/test_run_train.py",
     "bash run_eval.sh": "tests/scripts/test_run_train.py",
     "bash scripts/run_train_": "tests/scripts/test_dit_scripts.py",
+    **{f"python -m svg_t2i.sample {verb}": "tests/svg_t2i/test_sample.py" for verb in EDITS},
     "bash scripts/sample.sh": "tests/scripts/test_sample_script.py",
     "python -m svg_t2i.app": "tests/svg_t2i/test_app.py",
     "torchrun --nproc_per_node 8 -m svg_t2i.benchmark geneval": "tests/svg_t2i/test_benchmark.py",
@@ -236,7 +238,7 @@ def test_the_quickstart_runs_on_own_images(place, recipe, monkeypatch):
     assert 0 <= report["own_image"] <= 1
     assert 0 < report["reconstruction_psnr_min"] <= report["reconstruction_psnr"] < 30
     with Image.open(place / "outputs" / "example" / "reconstructions.png") as grid:
-        assert grid.width > 3 * 64 * recipe.ZOOM
+        assert grid.width > 3 * 64 * 2
 
 
 def test_python_in_the_readme_runs(place, monkeypatch):

@@ -32,27 +32,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from draw import SIZE, all_things, draw, write_data_set, write_jsonl
+from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
 
 from autoencoder.config import UserError, run_entry
-from autoencoder.images import (
-    aspect_buckets,
-    crop_square,
-    image_grid,
-    load_image,
-    save_png,
-    to_float,
-    to_pil,
-    to_uint8_tensor,
-)
+from autoencoder.images import aspect_buckets, crop_square, load_image, save_png, to_float, to_pil, to_uint8_tensor
 from autoencoder.manifest import Manifest
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.text import make_toy_text_encoder
 
 AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
 TRANSFORMER = "configs/svg_t2i/quickstart.yaml"
-ZOOM = 2  # of the pictures in the grids
 
 
 @dataclass(frozen=True)
@@ -184,14 +175,8 @@ class Recipe:
         with torch.inference_mode():
             reconstructions = [to_pil(image) for image in autoencoder.decode(autoencoder.encode(images))]
         rows = [row[:10] for row in (pictures, reconstructions)]
-        self.write_grid("reconstructions.png", [picture for row in rows for picture in row], len(rows[0]), None)
+        write_grid(self.output / "reconstructions.png", [picture for row in rows for picture in row], len(rows[0]))
         return reconstructions
-
-    def write_grid(
-        self, name: str, pictures: Sequence[Image.Image], columns: int, labels: Sequence[str] | None
-    ) -> None:
-        zoomed = [picture.resize([ZOOM * side for side in picture.size], Image.NEAREST) for picture in pictures]
-        save_png(image_grid(zoomed, columns, labels), self.output / name)
 
     def write_report(self, results: dict[str, object]) -> None:
         report = {**results, "seconds": self.seconds, "processes": self.processes}
@@ -222,7 +207,7 @@ def run_on_shapes(recipe: Recipe) -> None:
     with recipe.phase("score"):
         per_prompt = recipe.plan.pictures_per_prompt
         first = samples[::per_prompt]
-        recipe.write_grid("samples.png", first, columns=8, labels=[thing.caption for thing in wanted])
+        write_grid(recipe.output / "samples.png", first, columns=8, labels=[thing.caption for thing in wanted])
         result = score(samples, [thing for thing in wanted for _ in range(per_prompt)])
         drawn = [draw(thing) for thing in wanted]
         reconstruction = score(recipe.reconstruct(drawn), wanted)
@@ -249,7 +234,7 @@ def run_on_data(recipe: Recipe, manifest: Manifest) -> None:
     with recipe.phase("score"):
         squares = [load_image(path) for path, _ in shown]
         reconstructions = recipe.reconstruct(squares)
-        recipe.write_grid("samples.png", pictures[::per_prompt], columns=5, labels=captions)
+        write_grid(recipe.output / "samples.png", pictures[::per_prompt], columns=5, labels=captions)
         reconstruction = [
             float(compare(square, [own])[0]) for square, own in zip(squares, reconstructions, strict=True)
         ]
@@ -325,6 +310,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help='your images and captions: JSONL of {"path": ..., "prompt": ...}')
     parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares (default: 128)")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
+    parser.add_argument(
+        "--pictures", action="store_true", help="train nothing: draw the README's pictures of the verbs"
+    )
     return parser.parse_args(argv)
 
 
@@ -334,6 +322,9 @@ def main(argv: Sequence[str]) -> None:
     output, own_data = args.output.resolve(), args.data is not None
     if own_data and not args.data.is_file():
         raise UserError(f"--data {args.data}: there is no such file; give a JSONL of {{path, prompt}}")
+    if args.pictures:
+        draw_pictures(output)
+        return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
     if own_data:  # complain before anything is written

@@ -17,6 +17,7 @@ from PIL import Image, ImageFilter
 
 from autoencoder.config import UserError
 from autoencoder.manifest import Manifest
+from svg_t2i.options import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
 EXAMPLE = FOLDER.parents[1] / "configs" / "example.jsonl"
@@ -195,6 +196,21 @@ def test_squares_of_the_users_images(score, tmp_path):
     assert image.getpixel((3, 3)) == (255, 0, 0)
 
 
+def test_pictures_of_every_verb_that_starts_from_images(draw, saved_pipeline, monkeypatch, tmp_path):
+    recipe = pytest.importorskip("recipe")
+    with pytest.raises(UserError, match="holds no finished quickstart"):
+        recipe.main(["--pictures", "--output", str(tmp_path)])
+    draw.write_data_set(tmp_path / "data", copies=1)
+    for path in sorted((tmp_path / "data" / "images").iterdir())[7:]:
+        path.unlink()
+    (tmp_path / "transformer").symlink_to(saved_pipeline)
+    monkeypatch.setitem(PRESETS, "quickstart", replace(PRESETS["quickstart"], num_inference_steps=2))
+    recipe.main(["--pictures", "--output", str(tmp_path)])
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "pictures").glob("*.png")}
+    assert set(sizes) == {"variation", "image_to_image", "inpaint", "interpolate", "retrieve"}
+    assert min(width for width, _ in sizes.values()) > 6 * 64
+
+
 def test_help_needs_no_installation(tmp_path):
     """Quickstart explains itself before anything is installed: no Python in sight."""
     (tmp_path / "bin").mkdir()
@@ -202,6 +218,6 @@ def test_help_needs_no_installation(tmp_path):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     command = ["bash", str(FOLDER.parent / "quickstart.sh"), "--help"]
     done = subprocess.run(command, env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True, check=True)
-    for option in ("--short", "--data", "--resolution", "--output"):
+    for option in ("--short", "--data", "--resolution", "--output", "--pictures"):
         assert option in done.stdout
     assert not done.stderr

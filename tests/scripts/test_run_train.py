@@ -1,6 +1,7 @@
 """The scripts of `autoencoder/`, run as a user would from inside it, at a size of seconds."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_published_command_on_two_devices(run_train, tmp_path):
     result = run_train(2, CONFIG, *TINY, f"training.logdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("step 2/2") == 1  # one process speaks
+    assert re.search(r"2 steps in \d+\.\d minutes, at most \d+\.\d\d GiB", result.stdout)
     assert "RANDOM ENCODER" in result.stderr
     folder = tmp_path / Path(CONFIG).name
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)

@@ -12,10 +12,11 @@ from PIL import Image
 
 from autoencoder.config import UserError
 from svg_t2i import app
-from svg_t2i.studio import Limits, Studio
+from svg_t2i.studio import Limits, Studio, fitting_size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
+SELECT_ALL = "\ue009a\ue000"  # control + a, release
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1200,1000"
@@ -50,10 +51,17 @@ def test_command_line(saved_pipeline):
 
 
 @pytest.fixture(scope="module")
-def address(toy_pipeline):
-    """The page, served on a free port, with a model of four steps."""
+def studio(toy_pipeline):
+    """A model of four steps; or the one in SVG_T2I_APP_CHECKPOINT, for screenshots with good pictures."""
+    if checkpoint := os.environ.get("SVG_T2I_APP_CHECKPOINT"):
+        return app.load_studio(app.parse_arguments(["--checkpoint", checkpoint, "--preset", "quickstart"]))
+    return Studio(toy_pipeline, Limits(side=64, steps=20, images=2, prompt_characters=60))
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    """The page, served on a free port."""
     pytest.importorskip("gradio", reason="gradio is not installed (pip install 'svg-t2i[app]')")
-    studio = Studio(toy_pipeline, Limits(side=64, steps=20, images=2, prompt_characters=60))
     page = app.launch(studio, max_waiting=4, prevent_thread_lock=True, quiet=True)
     yield page.local_url
     page.close()
@@ -102,14 +110,18 @@ def console_errors(browser):
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_draw_and_redraw_in_the_browser(address, browser, tmp_path):
+def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
+    options = studio.pipeline.options
     browser.get(address)
-    find(browser, "#prompt textarea").send_keys("much noise")
+    find(browser, "#prompt textarea").send_keys("a large blue square at the right")
+    find(browser, "input[aria-label='number input for Images']").send_keys(SELECT_ALL, "2\ue004")  # tab
     find(browser, "#draw").click()
     text, sizes = finished_image(browser, "draw")
-    assert "much noise" in text
-    assert "48x32" in sizes
-    find(browser, "#prompt textarea").send_keys("\ue009a\ue000\ue003")  # control + a, release, backspace
+    assert "a large blue square at the right" in text
+    assert f"{options.width}x{options.height}" in sizes
+    if folder := os.environ.get("SVG_T2I_SCREENSHOTS"):
+        browser.save_screenshot(os.path.join(folder, "app.png"))
+    find(browser, "#prompt textarea").send_keys(SELECT_ALL, "\ue003")  # backspace
     find(browser, "#draw").click()
     wait_for(lambda: "write a prompt first" in find(browser, "body").text, "the message")
 
@@ -123,7 +135,5 @@ def test_draw_and_redraw_in_the_browser(address, browser, tmp_path):
     find(browser, "#redraw").click()
     text, sizes = finished_image(browser, "redraw")
     assert "strength" in text
-    assert "48x32" in sizes
-    if folder := os.environ.get("SVG_T2I_SCREENSHOTS"):
-        browser.save_screenshot(os.path.join(folder, "app.png"))
+    assert "{}x{}".format(*fitting_size((96, 64), options.width * options.height)) in sizes
     assert console_errors(browser) == []

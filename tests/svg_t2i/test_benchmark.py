@@ -1,6 +1,7 @@
 """The benchmark's command line on a tiny random pipeline: folders, resuming, refusals, sweeps."""
 
 import csv
+import errno
 import json
 import os
 
@@ -63,11 +64,45 @@ def test_geneval_resumes_to_the_same_images(saved, geneval_file, tmp_path, monke
     assert len(batches) == 1
     assert contents(tmp_path / "images") == images
 
-    with pytest.raises(UserError, match="holds other images.*guidance_scale"):
+    with pytest.raises(UserError, match="with other settings.*guidance_scale"):
         run("geneval", saved, tmp_path, *arguments, "--guidance_scale", 2)
-    with pytest.raises(UserError, match='holds other images.*"fp32"|model was'):
+    with pytest.raises(UserError, match="with other settings .model was.*float32"):
         run("geneval", saved, tmp_path, *arguments, "--dtype", "bf16")
     assert contents(tmp_path / "images") == images
+
+
+def test_a_full_disk_leaves_what_is_finished(saved, geneval_file, tmp_path, monkeypatch):
+    save_png = suite_images.save_png
+
+    def full_after_two(image, path, text):
+        if len(list(tmp_path.glob("images/*/samples/*"))) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_png(image, path, text)
+
+    monkeypatch.setattr(suite_images, "save_png", full_after_two)
+    arguments = ["--prompts", geneval_file, "--batch_size", 4, "--num_images_per_prompt", 1]
+    with pytest.raises(UserError, match="is full; its finished images and records are whole"):
+        run("geneval", saved, tmp_path, *arguments)
+    before = contents(tmp_path / "images")
+    assert len(before) == 2
+    monkeypatch.undo()
+    run("geneval", saved, tmp_path, *arguments)
+    assert before.items() <= contents(tmp_path / "images").items()
+    assert len(list(tmp_path.glob("images/*/samples/*"))) == 3
+
+
+def test_settings_are_the_model_s_own_where_none_are_given(saved, geneval_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite_images, "sample_batch", lambda pipeline, jobs, sampling: [
+        Image.new("RGB", sampling.size) for _ in jobs
+    ])  # fmt: skip
+    arguments = ["geneval", "--checkpoint", str(saved), "--prompts", str(geneval_file), "--device", "cpu"]
+    main([*arguments, "--output", str(tmp_path / "own"), "--guidance_interval", "0.1", "0.9"])
+    sampling = json.loads((tmp_path / "own" / "settings.json").read_text())["sampling"]
+    chosen = {"width": 48, "height": 32, "num_inference_steps": 4, "guidance_interval": [0.1, 0.9]}
+    assert chosen.items() <= sampling.items()
+    main([*arguments, "--output", str(tmp_path / "preset"), "--preset", "stage1", "--time_shift", "3"])
+    sampling = json.loads((tmp_path / "preset" / "settings.json").read_text())["sampling"]
+    assert (sampling["width"], sampling["num_inference_steps"], sampling["time_shift"]) == (256, 50, 3.0)
 
 
 def test_dpg(saved, tmp_path):
@@ -152,6 +187,9 @@ def test_summarise(tmp_path, capsys):
     (["geneval", "--prompts", "nowhere.jsonl", "--checkpoint", "x"], "nowhere.jsonl does not exist"),
     (["dpg", "--prompts", "nowhere", "--checkpoint", "x"], "nowhere is no folder"),
     (["dpg", "--prompts", ".", "--checkpoint", "x", "--num_images_per_prompt", "0"], "--num_images_per_prompt 0"),
+    (["dpg", "--prompts", ".", "--checkpoint", "x", "--num_images_per_prompt", "5"], "tool reads 4 at most"),
+    (["geneval", "--prompts", ".", "--checkpoint", "x", "--renorm_cfg", "-1"], "renorm_cfg"),
+    (["geneval", "--prompts", ".", "--checkpoint", "x", "--device", "quantum"], "no such device"),
     (["folder", "--checkpoint", "x"], "--metrics mmd needs real images"),
     (["folder", "--checkpoint", "x", "--reference", "."], "folder needs --prompts"),
     (["folder", "--images", ".", "--reference", "."], "needs an --autoencoder"),
@@ -159,7 +197,7 @@ def test_summarise(tmp_path, capsys):
     (["sweep", "--checkpoint", "x", "--over", "guidance=1,2"], "expected NAME=VALUE"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1,a"], "'a' is not a number"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1,1"], "names a value twice"),
-    (["sweep", "--checkpoint", "x", "--over", "num_inference_steps=0"], "num_inference_steps=0 must be at least 1"),
+    (["sweep", "--checkpoint", "x", "--over", "num_inference_steps=0"], "num_inference_steps = 0 must be at least 1"),
     (["sweep", "--checkpoint", "x", "--over", "guidance_scale=1"], "evaluation.manifest is not set"),
     (["sweep", "--checkpoint", "x", *["--over", "guidance_scale=1"] * 2], "one or two different"),
     (["summarise"], "nothing to summarise"),
@@ -173,5 +211,5 @@ def test_wrong_arguments_are_named_before_anything_is_loaded(arguments, message,
 
 def test_a_folder_of_something_else_is_refused(saved, geneval_file, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+    with pytest.raises(UserError, match="is not empty; nothing was overwritten"):
         run("geneval", saved, tmp_path, "--prompts", geneval_file)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from autoencoder.config import UserError
-from svg_t2i.editing import prepare_mask, slerp
+from svg_t2i.editing import prepare_image, prepare_mask, slerp
 
 PROMPTS = ["a picture of noise", "very much noise"]
 
@@ -48,6 +48,22 @@ def test_full_strength_is_text_to_image_and_little_changes_little(toy_pipeline, 
     assert steps == [0, 1, 2, 3]  # a tenth of the steps
     far = latents(toy_pipeline.image_to_image, PROMPTS[0], image, strength=0.9, num_inference_steps=40, time_shift=1.0)
     assert (near - clean).square().mean() < 0.1 * (far - clean).square().mean()
+
+
+def test_images_of_several_sizes_start_where_each_of_their_shifts_says(toy_pipeline, image):
+    """A dynamic time shift depends on the size, and so does where the last steps begin."""
+    large = image.resize((272, 256))
+    settings = {"strength": 0.5, "time_shift": "dynamic", "num_inference_steps": 4}
+    seen = []
+    together = latents(
+        toy_pipeline.image_to_image, PROMPTS, [image, large], seed=[1, 2], **settings,
+        callback_on_step_end=lambda pipe, step, t, kwargs: seen.append((round(t, 6), kwargs["indices"])),
+    )  # fmt: skip
+    assert [indices for _, indices in seen] == [[0], [0], [1], [1]]
+    assert seen[0][0] != seen[2][0]
+    for i, one in enumerate([image, large]):
+        alone = latents(toy_pipeline.image_to_image, PROMPTS[i], one, seed=1 + i, **settings)
+        assert_near(together[i], alone[0])
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])
@@ -180,7 +196,11 @@ def test_wrong_arguments(toy_pipeline, image, name, arguments, message):
 
 
 def test_image_tensors_are_checked(toy_pipeline):
-    for wrong in (torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.uint8)):
+    wrong_ones = [torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.uint8)]
+    for wrong in [*wrong_ones, torch.full((3, 32, 48), -1.0)]:
         with pytest.raises(UserError, match="image"):
             toy_pipeline.variation(wrong)
+    picture = Image.new("RGB", (48, 32), (255, 255, 255))
+    assert_near(toy_pipeline.encode_images([prepare_image(torch.ones(3, 32, 48))])[0],
+                toy_pipeline.encode_images([prepare_image(picture)])[0])  # fmt: skip
     assert toy_pipeline.variation(torch.zeros(3, 32, 48)).images[0].size == (48, 32)

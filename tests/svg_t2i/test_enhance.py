@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
 from autoencoder.config import UserError
 from svg_t2i import enhance as enhance_module
-from svg_t2i.enhance import INSTRUCTION, _continue, causal_model, enhance, tidy
+from svg_t2i.enhance import _continue, causal_model, enhance, tidy
+from svg_t2i.text import TextEncoder
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def _short(monkeypatch):
 @torch.no_grad()
 def test_decoding_is_greedy_with_the_encoder_s_own_weights(toy_pipeline):
     encoder = toy_pipeline.text_encoder
-    text = INSTRUCTION.format(prompt="very much noise")
+    text = "a picture of very much noise"  # words that this tokenizer knows
     ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
     start = ids.shape[1]
     causal = causal_model(encoder.model)
@@ -28,7 +29,25 @@ def test_decoding_is_greedy_with_the_encoder_s_own_weights(toy_pipeline):
         ids = torch.cat([ids, (hidden @ encoder.model.embed_tokens.weight.T).argmax(dim=1, keepdim=True)], dim=1)
         if ids[0, -1] == encoder.tokenizer.eos_token_id:
             break
-    assert _continue(text, encoder) == encoder.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    expected = encoder.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert len(expected.split()) > 3
+    assert _continue(text, encoder) == expected
+
+
+def test_a_causal_checkpoint_writes_what_its_own_class_writes(toy_parts, tmp_path):
+    """The published Gemma is saved with its language-model head, which the text encoder does not load."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_parts / "text_encoder")
+    own = Gemma2ForCausalLM(Gemma2Config.from_pretrained(toy_parts / "text_encoder")).eval()
+    torch.nn.init.normal_(own.model.embed_tokens.weight, std=0.5)
+    own.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "a picture of very much noise"  # words that this tokenizer knows
+    tokens = tokenizer(text, return_tensors="pt")
+    names = ("input_ids", "attention_mask")
+    written = own.generate(**{name: tokens[name] for name in names}, max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert len(expected.split()) > 3
+    assert _continue(text, TextEncoder.from_pretrained(tmp_path)) == expected
 
 
 def test_writing_leaves_the_encoder_as_it_was(toy_pipeline):
@@ -50,6 +69,21 @@ def test_writing_leaves_the_encoder_as_it_was(toy_pipeline):
 def test_tidy_keeps_the_prompt_and_four_clauses(written, expected):
     assert tidy(written, "two red foxes in snow") == expected
     assert len(tidy(written, "two red foxes in snow")) <= 256
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "expected"),
+    [
+        # the place stands behind what the limit cuts off: not kept, so the prompt goes first
+        ("a fox in snow", "a fox, " + "long " * 50 + "in snow", "a fox in snow, a fox"),
+        # four clauses of its own leave no room for new ones
+        ("a fox, snow, dawn, mist", "a fox, birds", "a fox, snow, dawn, mist"),
+        ("a fox, snow", "a fox, birds, trees, stones, a lake", "a fox, snow, birds, trees"),
+        ("very " * 60 + "red fox", "a fox, birds", ("very " * 60).strip() + " red fox"),
+    ],
+)
+def test_what_is_kept_is_judged_by_what_comes_out(prompt, written, expected):
+    assert tidy(written, prompt) == expected
 
 
 def test_what_cannot_write_says_so(toy_pipeline):

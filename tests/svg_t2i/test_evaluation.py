@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from autoencoder.config import UserError, build
 from autoencoder.images import to_float
@@ -15,7 +16,7 @@ from svg_t2i import evaluation
 from svg_t2i.clip_score import CLIPScorer, clip_score
 from svg_t2i.distances import frechet_distance, median_distance, mmd
 from svg_t2i.evaluation import alone, evaluate, measure, own_batches, rows
-from svg_t2i.evaluation_config import EvaluationConfig, SamplingConfig
+from svg_t2i.evaluation_config import EvaluationConfig
 from svg_t2i.parallel import World
 from svg_t2i.shapes import TASKS
 
@@ -88,6 +89,10 @@ def test_fid_or_its_absence(monkeypatch):
     report = measure(made, ["fid"], references=real, batch_size=4, world=WORLD)
     expected = frechet_distance(*(torch.stack(i).double().mean(dim=(2, 3)) for i in (made, real)))
     assert report.values == {"fid": pytest.approx(expected, rel=1e-4)}
+    theirs = FrechetInceptionDistance(Colours()).set_dtype(torch.float64)
+    for images, is_real in ((made, False), (real, True)):
+        theirs.update(torch.stack(images), real=is_real)
+    assert report.values == {"fid": pytest.approx(theirs.compute().item(), rel=1e-3)}
 
 
 def test_clip_score_is_that_of_the_whole_model(clip_folder):
@@ -153,16 +158,11 @@ def test_evaluate_tracks_a_pipeline(toy_pipeline, toy_parts, caplog):
     ({"metrics": ["fvd"]}, "metrics='fvd' must be some of mmd"),
     ({"metrics": ["mmd", "shapes"]}, "manifest is not set; mmd need"),
     ({"metrics": ["shapes"], "every": -1}, "every=-1"),
-    ({"metrics": ["shapes"], "sampling": {"width": 40}}, "width=40 must be a positive multiple of 16"),
-    ({"metrics": ["shapes"], "sampling": {"solver": "rk"}}, "solver='rk' must be one of"),
-    ({"metrics": ["shapes"], "sampling": {"time_shift": 0}}, "time_shift=0.0 must be positive"),
+    ({"metrics": ["shapes"], "sampling": {"width": 40}}, "width = 40: image sides must be positive multiples of 16"),
+    ({"metrics": ["shapes"], "sampling": {"solver": "rk"}}, "solver = 'rk'; choose one of"),
+    ({"metrics": ["shapes"], "sampling": {"guidance_scale": [1, 2]}}, "one for all images"),
+    ({"metrics": ["shapes"], "sampling": {"time_shift": 0}}, "time_shift = 0.0: must be positive"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(values, message):
     with pytest.raises(UserError, match=message):
         build(EvaluationConfig, values)
-
-
-def test_sampling_settings_are_the_pipelines_options():
-    from svg_t2i.options import SamplingOptions
-
-    assert SamplingOptions(**SamplingConfig().__dict__).solver == SamplingConfig().solver

@@ -10,6 +10,7 @@ import yaml
 from autoencoder.config import UserError
 from autoencoder.weights import read_state_dict
 from svg_t2i import loading, options
+from svg_t2i.flow import shift_time
 from svg_t2i.model import MODELS, DiTConfig, SVGDiT
 from svg_t2i.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.pipeline import SVGT2IPipeline
@@ -92,6 +93,10 @@ def test_defaults_from_training_settings():
     expected = SamplingOptions(height=128, width=128, system_prompt="empty", time_shift=1.0)
     assert trained_options(config) == expected
     assert trained_options({}) == SamplingOptions()
+    config["flow"] |= {"snr_type": "lognorm", "mu": -2.0}  # half of the training times lie below sigmoid(-2)
+    shift = trained_options(config).time_shift
+    assert shift == 7.4
+    assert shift_time(0.5, shift) == pytest.approx(torch.sigmoid(torch.tensor(-2.0)).item(), abs=1e-3)
 
 
 def test_presets_are_valid_and_can_be_changed():

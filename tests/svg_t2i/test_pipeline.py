@@ -47,7 +47,13 @@ def count_rows(module, calls):
 
 def test_output_types_and_orientation(pipeline):
     assert [image.size for image in pipeline(PROMPTS[:1]).images] == [(48, 32)]  # the release swapped the two
-    assert pipeline(PROMPTS[0], output_type="pt").images.shape == (1, 3, 32, 48)
+    tensors, arrays = (pipeline(PROMPTS[0], output_type=kind).images for kind in ("pt", "np"))
+    assert (tensors.shape, arrays.shape) == ((1, 3, 32, 48), (1, 32, 48, 3))
+    picture = np.asarray(pipeline(PROMPTS[0]).images[0])
+    assert np.array_equal((arrays[0] * 255).round(), picture)  # both in [0, 1], as in diffusers
+    assert np.array_equal((tensors[0].permute(1, 2, 0).numpy() * 255).round(), picture)
+    two_sizes = pipeline(PROMPTS[:2], height=[32, 48], output_type="np").images
+    assert [image.shape for image in two_sizes] == [(32, 48, 3), (48, 48, 3)]
     assert latents(pipeline, PROMPTS[0]).shape == (1, 32, 2, 3)
     (images,) = pipeline(PROMPTS[0], return_dict=False)
     assert images[0].size == (48, 32)
@@ -108,13 +114,16 @@ def test_guidance_equals_two_plain_runs_combined_by_hand(pipeline):
     torch.testing.assert_close(guided, noise + v_uncond + 2.5 * (v_cond - v_uncond), atol=1e-5, rtol=1e-5)
 
 
-def test_scales_and_negative_prompts_of_each_image(pipeline):
+def test_scales_and_negative_prompts_of_each_prompt(pipeline):
     noise = torch.randn(2, 32, 2, 3)
     settings = {"guidance_scale": (1.5, 6.0), "negative_prompt": ("", "number 3")}
     both = latents(pipeline, PROMPTS[:2], latents=noise, **settings, **EULER)
     for i, (scale, negative) in enumerate(zip(*settings.values())):
         single = {"guidance_scale": scale, "negative_prompt": negative}
         assert_near(both[i], latents(pipeline, PROMPTS[i], latents=noise[i : i + 1], **single, **EULER)[0])
+    twice = noise.repeat_interleave(2, dim=0)  # and of all images of a prompt, as in diffusers
+    four = latents(pipeline, PROMPTS[:2], latents=twice, num_images_per_prompt=2, **settings, **EULER)
+    assert_near(four, both.repeat_interleave(2, dim=0))
 
 
 def test_autoguidance_equals_its_formula(pipeline):
@@ -278,12 +287,13 @@ def test_decoding_in_chunks_changes_nothing(pipeline, monkeypatch):
         ({"time_shift": "auto"}, "'dynamic'"),
         ({"guidance_interval": (0.5, 0.1)}, "0 ≤ lo ≤ hi ≤ 1"),
         ({"guidance_scale": float("nan")}, "finite"),
-        ({"guidance_scale": (1.0, 2.0)}, "2 values of guidance_scale for 1 images"),
+        ({"guidance_scale": (1.0, 2.0)}, "2 values of guidance_scale for 1 prompts"),
         ({"renorm_cfg": -1.0}, "renorm_cfg"),
         ({"num_images_per_prompt": 0}, "at least 1"),
         ({"guidance_scal": 2.0}, "did you mean 'guidance_scale'"),
         ({"preset": "stage9"}, "choose one of stage1"),
-        ({"output_type": "np"}, "choose one of pil"),
+        ({"output_type": "jpeg"}, "choose one of pil, np, pt, latent"),
+        ({"seed": -1}, "seed = -1"),
         ({"latents": torch.zeros(1, 32, 3, 2)}, r"expected \[\(32, 2, 3\)\]"),
     ],
 )
@@ -317,6 +327,21 @@ def test_out_of_memory_names_the_stage_and_an_option(pipeline, monkeypatch, part
     monkeypatch.setattr(getattr(pipeline, part), method, fail)
     with pytest.raises(UserError, match=f"out of memory while {stage}: .*{option}.*Tried to allocate 20.00 GiB"):
         pipeline(PROMPTS[0])
+
+
+def test_out_of_memory_while_loading_and_encoding_images(pipeline, saved_pipeline, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 20 GiB")
+
+    monkeypatch.setattr(pipeline.autoencoder, "encode", fail)
+    with pytest.raises(UserError, match="out of memory while encoding the images: .*smaller images"):
+        pipeline.variation(torch.zeros(3, 32, 48))
+    monkeypatch.setattr(pipeline.transformer, "to", fail)
+    with pytest.raises(UserError, match="out of memory while loading the weights: .*--cpu_offload"):
+        pipeline.to("cpu")
+    monkeypatch.setattr(SVGDiT, "to", fail)
+    with pytest.raises(UserError, match="out of memory while loading the weights: .*--dtype bf16"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(pipeline, monkeypatch):

@@ -65,6 +65,13 @@ def test_batch_size_does_not_change_images(saved_pipeline, tmp_path):
         (["--prompt", "x", "--guidance_interval", "0.9", "0.1"], "0 ≤ lo ≤ hi ≤ 1"),
         (["--prompt", "x", "--time_shift", "-1"], "must be positive"),
         (["--prompt", "x", "--solver", "heun", "--num_inference_steps", "1"], "needs both ends"),
+        (["--prompt", "x", "--seed", "-1"], "--seed -1: must be a whole number"),
+        (["--prompt", "x", "--device", "quantum"], "--device quantum: no such device"),
+        (["--prompt", "x", "--device", "cuda:99"], "GPUs are visible here"),
+        (["--prompt", "x", "--guide", "nowhere"], "nowhere: no DiT here"),
+        (["--prompt", "x", "--text_encoder", "./nowhere"], "this folder does not exist"),
+        (["--prompt", "x", "--autoencoder", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
+        (["--prompt", "x", "--latent_stats", "nowhere.pt"], "nowhere.pt"),
     ],
 )
 def test_wrong_command_lines(saved_pipeline, tmp_path, arguments, message, monkeypatch):
@@ -92,13 +99,25 @@ def test_wrong_prompt_files(tmp_path, name, content, message):
         read_prompts(tmp_path / name)
 
 
-def test_a_used_output_folder_is_left_alone(saved_pipeline, tmp_path):
+def test_a_used_output_folder_is_left_alone(saved_pipeline, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep.txt").write_text("mine")
+    monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)  # refused before any weight is read
     with pytest.raises(UserError, match="not empty; nothing was overwritten"):
         run(saved_pipeline, tmp_path / "out", "--prompt", "noise")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["keep.txt"]
 
+
+def test_a_folder_of_other_weights_is_refused(saved_pipeline, toy_pipeline, tmp_path, monkeypatch):
+    """The same path may hold other weights by now: a training run goes on."""
+    run(saved_pipeline, tmp_path, "--prompt", "noise")
+    weight = toy_pipeline.transformer.x_embedder.weight
+    changed = toy_pipeline.describe()["transformer"]
+    monkeypatch.setattr(weight, "data", weight.data + 0.1)
+    monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", lambda *args, **kwargs: toy_pipeline)
+    assert toy_pipeline.describe()["transformer"] != changed
+    with pytest.raises(UserError, match=f"other settings .model was .*{changed}"):
+        run(saved_pipeline, tmp_path, "--prompt", "noise two")
 
 
 def test_the_same_command_again_makes_only_what_is_missing(saved_pipeline, tmp_path, monkeypatch):
@@ -157,7 +176,7 @@ def test_a_full_disk_leaves_what_is_finished(saved_pipeline, tmp_path, monkeypat
     monkeypatch.setattr(rendering, "RECORD_EVERY", 0.0)
     monkeypatch.setattr(Image.Image, "save", full_after_two)
     arguments = [*PROMPTS, "--num_images_per_prompt", "2", "--batch_size", "2"]
-    with pytest.raises(UserError, match="is full; its finished images and data.json are whole"):
+    with pytest.raises(UserError, match="is full; its finished images and records are whole"):
         run(saved_pipeline, tmp_path, *arguments)
     records = json.loads((tmp_path / "data.json").read_text())
     assert len(records) == 2
@@ -229,9 +248,32 @@ def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("much noise")
 
 
-def test_missing_input_images_are_found_before_the_weights(saved_pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("variation --image nowhere.png", "nowhere.png: no such image file"),
+        ("variation --image IMAGE --t 1", r"--t 1.0: must be in \[0, 1\)"),
+        ("variation --image tiny.png", "image width = 0: image sides must be"),
+        ("image_to_image --image IMAGE --prompt a --strength 0", "--strength 0.0: must be above 0"),
+        ("image_to_image --image IMAGE", "nothing to draw"),
+        ("inpaint --image IMAGE --mask nowhere.png --prompt a", "nowhere.png: no such image file"),
+        ("inpaint --image IMAGE --mask black.png --prompt a", "the mask is black everywhere"),
+        ("interpolate --prompt a --prompt b --prompt c", "up to two --prompt and none or two --image"),
+        ("interpolate --prompt a", "nothing to go between"),
+        ("interpolate --image IMAGE --image IMAGE --t 1.5", r"--t 1.5: must be in \[0, 1\]"),
+        ("interpolate --prompt a --prompt b --weights 1", "--weights 1: must be at least 2"),
+        ("retrieve --image IMAGE --folder nowhere", "nowhere: no such folder"),
+        ("retrieve --image IMAGE --image IMAGE --folder .", "retrieve takes one --image"),
+        ("retrieve --image IMAGE --folder . --top_k 0", "--top_k 0: must be at least 1"),
+        ("enhance", "nothing to draw"),
+    ],
+)
+def test_what_no_verb_can_do_is_said_early(saved_pipeline, picture, tmp_path, monkeypatch, command, message):
     monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)
-    with pytest.raises(UserError, match="nowhere.png: no such image file"):
-        verb(saved_pipeline, tmp_path, "variation", "--image", "nowhere.png")
-    with pytest.raises(UserError, match="none or two --image"):
-        verb(saved_pipeline, tmp_path, "interpolate", "--prompt", "a", "--prompt", "b", "--prompt", "c")
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (70, 50)).save("black.png")
+    Image.new("RGB", (8, 8)).save("tiny.png")
+    words = command.replace("IMAGE", str(picture)).split()
+    with pytest.raises(UserError, match=message):
+        sample_entry.main([*words, "--checkpoint", str(saved_pipeline), "--output", "out"])
+    assert not (tmp_path / "out").exists()

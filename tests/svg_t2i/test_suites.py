@@ -39,10 +39,11 @@ def test_geneval_prompts_and_folders(tmp_path):
     ('{"tag": "counting", "prompt": "x"}', "jsonl:2: no include"),
     ("{broken", "jsonl:2: not valid JSON"),
     ("[1]", "jsonl:2: no tag, include, prompt"),
+    (b"\xff", "m.jsonl is not UTF-8 text"),
 ])  # fmt: skip
 def test_bad_geneval_lines_are_named(tmp_path, line, message):
     path = tmp_path / "m.jsonl"
-    path.write_text(json.dumps(RECORDS[0]) + "\n" + line)
+    path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + (line if isinstance(line, bytes) else line.encode()))
     with pytest.raises(UserError, match=message):
         suites.read_geneval(path)
 
@@ -73,8 +74,12 @@ def test_geneval_results(tmp_path):
     """Scores of summary_scores.py: means over images per task, then over tasks, which have different sizes."""
     path, lines = tmp_path / "results.jsonl", []
     for size, tag in enumerate(GENEVAL_TASKS, 2):
-        lines += [{"filename": "f", "tag": tag, "correct": i == 0, "reason": ""} for i in range(size)]
-    path.write_text("\n".join(map(json.dumps, lines)))
+        lines += [
+            {"filename": "out/00000/samples/0000.png", "tag": tag, "prompt": "a photo", "correct": i == 0,
+             "reason": "expected kite>=2, found 1", "metadata": json.dumps(RECORDS[1]), "details": "{}"}
+            for i in range(size)
+        ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)).replace("/", "\\/"))  # as pandas writes them
     scores, images = read_geneval_results(path)
     tasks = [1 / size for size in range(2, 8)]
     assert [scores[column] for column in GENEVAL_TASKS.values()] == pytest.approx(tasks)
