@@ -131,10 +131,18 @@ AT_TOY_SIZE = {
     "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark folder --images": [],
     "python -m svg_t2i.benchmark shapes": ["--limit", "2", "--num_inference_steps", "2"],
-    "python -m svg_t2i.benchmark sweep": ["--num_images", "4", "--num_inference_steps", "2"],
+    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --over": [
+        "--num_images",
+        "4",
+        "--num_inference_steps",
+        "2",
+    ],
 }
 EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
 ELSEWHERE = {
+    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --preset": (
+        "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
+    ),
     "conda": "the environment of the tests is such a one",
     "pip": "the same",
     "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
