@@ -35,6 +35,17 @@ class ConfigError(UserError):
     """A mistake in a configuration file or an override."""
 
 
+def locate(path: str | os.PathLike) -> Path:
+    """A path as given or, where nothing is there, below the repository or its svg_t2i.
+
+    The published commands run inside autoencoder/ and svg_t2i/: this way what one of them wrote, and the release's
+    pre-trained/ in svg_t2i/, is found from everywhere. What is nowhere is returned as given, for the reader to report.
+    """
+    given = Path(path).expanduser()
+    candidates = (given, REPO_ROOT / given, REPO_ROOT / "svg_t2i" / given)
+    return next((candidate for candidate in candidates if candidate.exists()), given)
+
+
 def find_config(path: str | os.PathLike) -> Path:
     """Resolve a config path: as given, with `.yaml` appended, then both again below the repository root.
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autoencoder.config import REPO_ROOT, UserError, resolve_target
+from autoencoder.config import UserError, locate, resolve_target
 from autoencoder.images import (
     DECODE_ERRORS,
     FORMATS,
@@ -61,7 +60,7 @@ class ManifestParams:
 
     def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
         paths = [self.json_path, self.val_json_path]
-        train, validation = (Manifest.open(find_data(p), require_captions=False) if p else None for p in paths)
+        train, validation = (Manifest.open(locate(p), require_captions=False) if p else None for p in paths)
         return train, validation, aspect_buckets(self.train_resol, self.max_aspect)
 
 
@@ -78,7 +77,7 @@ class Split:
 
     def source(self, field: str) -> ImageFolder:
         folder = resolve_target(self.target, f"data.params.{field}.target", IMAGENET_SPLITS)
-        return ImageFolder(find_data(self.params.data_root), folder)
+        return ImageFolder(locate(self.params.data_root), folder)
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,6 @@ DATA: dict[str, type[ManifestParams] | type[FolderParams]] = {
     "autoencoder.data.FolderParams": FolderParams,
     "autoencoder.data.ManifestParams": ManifestParams,
 }
-
-
-def find_data(path: str) -> Path:
-    """A data path of a config: as given, else from the repository root."""
-    candidates = [Path(path).expanduser(), REPO_ROOT / path]
-    return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoencoder.config import ConfigError, UserError
+from autoencoder.config import ConfigError, UserError, locate
 from autoencoder.encoder_table import FAMILIES, EncoderConfig, Family
 from autoencoder.positions import Rotary, resize_positions
 from autoencoder.published_keys import ONLY_OFFICIAL, canonical, from_official, to_official
@@ -234,7 +234,7 @@ def _read_weights(config: EncoderConfig) -> Mapping[str, Tensor]:
                 f"({type(error).__name__}: {error}). Where a licence must be accepted first, do so on its page and log "
                 "in; without a network, download the official file elsewhere and give its path"
             ) from error
-    state = read_state_dict(config.weights, "encoder weights (dinoconfig.weights)")
+    state = read_state_dict(locate(config.weights), "encoder weights (dinoconfig.weights)")
     if "encoder.patch_embed.proj.weight" not in state:
         return state
     return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}

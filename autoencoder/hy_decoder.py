@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from autoencoder.config import UserError
@@ -79,9 +80,7 @@ class HyDecoderConfig:
 
 def pixel_shuffle(x: Tensor) -> Tensor:
     """(B, 4C, h, w) → (B, C, 2h, 2w); channels are ordered (row offset, column offset, C), unlike torch's."""
-    b, channels, h, w = x.shape
-    blocks = x.view(b, 2, 2, channels // 4, h, w)
-    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(b, channels // 4, 2 * h, 2 * w)  # (B, C, h, 2, w, 2) in between
+    return rearrange(x, "b (row col c) h w -> b c (h row) (w col)", row=2, col=2)
 
 
 class ShuffleUpsample(nn.Module):

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoder import striped
-from autoencoder.config import REPO_ROOT, ConfigError, UserError, build, find_config, read_config, to_dict
+from autoencoder.config import ConfigError, UserError, build, find_config, locate, read_config, to_dict
 from autoencoder.decoder import ConvDecoder, DecoderConfig
 from autoencoder.encoders import EncoderConfig, build_encoder
 from autoencoder.hy_decoder import HyDecoder, HyDecoderConfig
@@ -253,7 +253,8 @@ class SVGAutoencoder(nn.Module):
             config = read_config(config, overrides)
         params = build(ModelConfig, _params(config, source), source)
         if checkpoint is None and params.ckpt_path is not None:
-            checkpoint = _locate(params.ckpt_path, base)
+            beside = base / params.ckpt_path
+            checkpoint = beside if beside.is_file() else locate(params.ckpt_path)
         state = {}
         if checkpoint is not None:
             state = read_state_dict(checkpoint, "autoencoder checkpoint", params.use_ema)
@@ -333,10 +334,3 @@ def _params(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
         raise ConfigError(f"{source}: there is no section model.params, which describes the autoencoder")
     return model["params"]
-
-
-def _locate(path: str, base: Path) -> Path:
-    """A checkpoint path as given, beside the YAML file, from the repository's root, or in its svg_t2i."""
-    given = Path(path).expanduser()
-    candidates = (given, base / given, REPO_ROOT / given, REPO_ROOT / "svg_t2i" / given)
-    return next((candidate for candidate in candidates if candidate.is_file()), given)

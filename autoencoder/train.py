@@ -32,7 +32,7 @@ from autoencoder.callbacks import (
     ReconstructionGrid,
 )
 from autoencoder.collectives import SyncedBatchNorm
-from autoencoder.config import UserError, find_config, load_config, run_entry, save_config, to_dict
+from autoencoder.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
 from autoencoder.encoders import build_encoder
 from autoencoder.latents import LatentStats
 from autoencoder.losses import AutoencoderLoss, build_loss
@@ -118,7 +118,7 @@ def build_module(
         checkpoint = read_file(last, "checkpoint to resume from")
         state = checkpoint["state_dict"]
     elif model.init_weight:
-        state = read_state_dict(model.init_weight, "model.init_weight")
+        state = read_state_dict(locate(model.init_weight), "model.init_weight")
     autoencoder = build_autoencoder(model, state, resumed=last is not None)
     norm = SyncedBatchNorm if training.trainer.sync_batchnorm else None
     loss = build_loss(model.params.lossconfig, norm=norm)

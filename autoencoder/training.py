@@ -110,7 +110,7 @@ class ImageDataModule(LightningDataModule):
             return []
         sizes = CropSizes(self.val_source, self.buckets)
         batches = validation_batches(sizes, self.params.batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), batches)
+        return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), _FixedBatches(batches))
 
     def _loader(self, dataset: ImageDataset, batches: Any) -> DataLoader:
         return PlainLoader(
@@ -120,6 +120,12 @@ class ImageDataModule(LightningDataModule):
             collate_fn=group_by_size,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class _FixedBatches(list):
+    """Batches of keys. Lightning 2.5.0 asks a batch sampler for its sampler, to see whether it shuffles."""
+
+    sampler = None
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

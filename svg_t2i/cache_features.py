@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoencoder.config import UserError, load_config, run_entry
+from autoencoder.config import UserError, load_config, locate, run_entry
 from autoencoder.images import to_float
 from autoencoder.manifest import JoinedSources
 from svg_t2i import feature_cache
@@ -35,7 +35,7 @@ from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision
 from svg_t2i.loader import read_ahead
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import World, main_first, reduce_sum, start_world
-from svg_t2i.settings import LATENT_PIXELS, TrainConfig, locate
+from svg_t2i.settings import LATENT_PIXELS, TrainConfig
 
 log = logging.getLogger("svg_t2i")
 

@@ -19,13 +19,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoencoder.config import UserError
+from autoencoder.config import UserError, locate
 from autoencoder.images import Size, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
 from autoencoder.manifest import ImageSource, Sample
 from autoencoder.tar_shards import open_source
 from svg_t2i.draws import Augmentation, crop_rng
 from svg_t2i.feature_cache import CachedDataset, FeatureCache
-from svg_t2i.settings import LATENT_PIXELS, DataConfig, locate
+from svg_t2i.settings import LATENT_PIXELS, DataConfig
 from svg_t2i.text import SYSTEM_PROMPTS, build_prompt
 
 BYTES_PER_TOKEN = 4  # of UTF-8, about, in English as in Chinese; an estimate is enough to balance micro-batches

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoencoder.config import UserError
+from autoencoder.config import UserError, locate
 from autoencoder.drift import drift
 from autoencoder.images import to_float
 from autoencoder.latents import LatentStats
@@ -29,7 +29,7 @@ from svg_t2i.feature_cache import FeatureBatch
 from svg_t2i.model import SVGDiT
 from svg_t2i.packing import TextFeatures
 from svg_t2i.parallel import ShardedAtRest, World, main_first
-from svg_t2i.settings import AutoencoderSource, TrainConfig, locate
+from svg_t2i.settings import AutoencoderSource, TrainConfig
 from svg_t2i.text import TextEncoder, make_toy_text_encoder
 
 log = logging.getLogger(__name__)
@@ -235,9 +235,10 @@ def warn_of_statistics(config: TrainConfig, frozen: FrozenNetworks, manifest: Im
         seen = measure(frozen.autoencoder, Crops(manifest, others, config.data.widest, COMPARED_IMAGES))
     measured_at = f"were measured at {', '.join(map(str, stats.resolutions))} px"
     for resolution, accumulator in zip(others, seen):
-        if not accumulator.count:  # no image is readable: training will say so
+        try:
+            found = drift(stats, accumulator.result())
+        except UserError:  # no readable image, or nothing but plain ones: training will say so, or it says nothing
             continue
-        found = drift(stats, accumulator.result())
         if world.is_main and (stats.resolutions or found.size > FAR_OFF):
             log.warning(
                 "the latent statistics %s %s, training is at %d px: on a few training images, %s. Measure them at this "

@@ -23,13 +23,13 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from autoencoder.config import UserError, build, find_config, to_dict
+from autoencoder.config import UserError, build, find_config, locate, to_dict
 from autoencoder.weights import replacing
 from svg_t2i import checkpoint as checkpoints
 from svg_t2i import published
 from svg_t2i.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.parts import PipelineParts
-from svg_t2i.settings import AutoencoderSource, TextSource, locate
+from svg_t2i.settings import AutoencoderSource, TextSource
 from svg_t2i.text import checked_source
 
 INDEX = "model_index.json"
@@ -119,6 +119,10 @@ def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.P
     text = build(TextSource, trained_with.get("text_encoder", {}), source=str(transformer))
     if text_encoder is not None or "text_encoder" not in trained_with:
         text = replace(text, path=str(_require(text_encoder, "text_encoder", transformer)))
+    else:
+        text = replace(text, path=_still_there(text.path, transformer))
+    if recorded.get("stats") is not None:
+        recorded["stats"] = _still_there(recorded["stats"], transformer)
     _require({**recorded, **given}.get("config"), "autoencoder", transformer)
     source = build(AutoencoderSource, {**recorded, **given}, source="autoencoder")
     return Sources(transformer, source, text, trained_options(trained_with))
@@ -143,6 +147,15 @@ def find_transformer(folder: Path) -> Path:
         names = ", ".join(str(path.relative_to(folder)) for path in below)
         raise UserError(f"{folder} holds several DiTs ({names}); choose one with subfolder (--subfolder)")
     return below[0]
+
+
+def _still_there(recorded: str, transformer: Path) -> str:
+    """The recorded path of a part, or where nothing is there any more, that of the same name in the run's folder.
+
+    Training makes statistics and random text encoders in `results_dir`: they move with it.
+    """
+    moved = (folder / Path(recorded).name for folder in transformer.resolve().parents[:2])
+    return recorded if locate(recorded).exists() else str(next((path for path in moved if path.exists()), recorded))
 
 
 def _published_parts(transformer: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:

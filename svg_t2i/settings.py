@@ -1,19 +1,18 @@
 """The settings of a DiT training run, as its YAML file spells them.
 
-Paths may be relative to the working directory or to the repository (`locate`). What can be checked before any weight is
-loaded is checked here; the messages name the field, its value and the rule.
+Paths may be relative to the working directory or to the repository (`autoencoder.config.locate`). What can be checked
+before any weight is loaded is checked here; the messages name the field, its value and the rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from autoencoder.config import REPO_ROOT, UserError, build, to_dict
+from autoencoder.config import UserError, build, to_dict
 from autoencoder.images import PATCH_SIZE as LATENT_PIXELS
 from svg_t2i.evaluation_config import EvaluationConfig
 from svg_t2i.flow import dimension_shift_factor, flux_shift_factor, timestep_range
@@ -322,10 +321,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def locate(path: str) -> Path:
-    """`path` as given or, where nothing is there, below the repository."""
-    given = Path(path).expanduser()
-    below = REPO_ROOT / given
-    return below if below.exists() and not given.exists() else given

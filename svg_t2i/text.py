@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from autoencoder.config import UserError
+from autoencoder.config import UserError, locate
 from svg_t2i.packing import TextFeatures
 
 log = logging.getLogger(__name__)
@@ -272,7 +272,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def checked_source(path_or_id: str | os.PathLike) -> str:
     """A folder that exists, or a name the Hub may know; anything else is a missing folder."""
-    folder = Path(path_or_id).expanduser()
+    folder = locate(path_or_id)
     if folder.is_dir():
         return str(folder)
     could_be_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(path_or_id)) is not None

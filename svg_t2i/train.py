@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from autoencoder.config import REPO_ROOT, UserError, load_config, run_entry, save_config, to_dict
+from autoencoder.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
 from autoencoder.manifest import ImageSource, JoinedSources
 from svg_t2i import checkpoint, saving, stopping
 from svg_t2i.data import TrainBatch, make_datasets, open_caches, open_sources
@@ -31,7 +31,7 @@ from svg_t2i.monitor import Meter, ProgressLogger, profiling
 from svg_t2i.optimizer import learning_rate
 from svg_t2i.parallel import AnyRank, World, from_main, main_first, parallelize, start_world
 from svg_t2i.samples import evaluate_averaged, sample_grid
-from svg_t2i.settings import TrainConfig, changed_settings, locate
+from svg_t2i.settings import TrainConfig, changed_settings
 from svg_t2i.stopping import StopRequest
 from svg_t2i.training import FlowObjective, TrainState, train_step
 

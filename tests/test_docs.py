@@ -1,33 +1,45 @@
-"""Commands in the README and docs/ name scripts, modules, options, configs and fields that exist."""
+"""Commands in the README and docs/ name what exists, and those that need no download run, at toy size.
 
+Of the rest `ELSEWHERE` says which test runs the same script or verb, or what they need.
+"""
+
+import importlib
+import json
+import logging
+import os
 import re
 import shlex
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from PIL import Image
 
 from svg_t2i.model import DiTConfig
 from svg_t2i.settings import TrainConfig
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
-FOREIGN = ("conda", "pip", "hf", "python geneval", "(cd ELLA", "bash dpg_bench", "source", "pytest")
+FOREIGN = ("conda", "pip", "hf", "python geneval", "(cd ELLA", "source", "pytest")
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(folder the command runs in, command) of all bash blocks; a `cd` holds to the end of its block."""
+    """(folder the command runs in, command) of all bash blocks, which start and end at the repository's root."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        folder = "."
+        folder, variables = ".", {}
         for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("#")[0].split("&&"):
-                command = command.strip()
-                if command.startswith("cd "):
-                    folder = command[3:]
-                elif command:
-                    found.append((folder, command))
+            command = line.split("#")[0].strip()
+            for name, value in variables.items():
+                command = command.replace(f"${name}", value)
+            if command.startswith("cd "):
+                folder = os.path.normpath(Path(folder, command[3:]))
+            elif assignment := re.fullmatch(r"(\w+)=(\S+)", command):
+                variables[assignment[1]] = assignment[2]
+            elif command:
+                found.append((folder, command))
+        assert folder == ".", f"a block ends in {folder}: the next one starts from the root\n{block}"
     return found
 
 
@@ -104,3 +116,142 @@ def test_every_published_flag_is_listed_with_keys_that_exist():
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+# ---- running them ---------------------------------------------------------------------------------------------------
+
+# Beginning of a command → what is added here to make it small. They run in this order, each on the results of others.
+AT_TOY_SIZE = {
+    "python -m autoencoder.reconstruct": ["--resolution", "64"],
+    "python -m autoencoder.evaluate_reconstruction": ["--resolution", "64"],
+    "python -m autoencoder.measure_latents": ["--resolution", "64"],
+    "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch-size", "64"],
+    "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
+    "python -m svg_t2i.sample --checkpoint": ["--num_inference_steps", "2"],
+    "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
+    "python -m svg_t2i.benchmark folder --images": [],
+    "python -m svg_t2i.benchmark shapes": ["--limit", "2", "--num_inference_steps", "2"],
+    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --over": [
+        "--num_images",
+        "4",
+        "--num_inference_steps",
+        "2",
+    ],
+}
+EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
+ELSEWHERE = {
+    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --preset": (
+        "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
+    ),
+    "conda": "the environment of the tests is such a one",
+    "pip": "the same",
+    "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
+    "bash scripts/test.sh": "runs in .ci/run",
+    "pytest tests/parity": "runs with all tests",
+    "bash run_train.sh": "tests/scripts/test_run_train.py",
+    "bash run_eval.sh": "tests/scripts/test_run_train.py",
+    "bash scripts/run_train_": "tests/scripts/test_dit_scripts.py",
+    **{f"python -m svg_t2i.sample {verb}": "tests/svg_t2i/test_sample.py" for verb in EDITS},
+    "bash scripts/sample.sh": "tests/scripts/test_sample_script.py",
+    "python -m svg_t2i.app": "tests/svg_t2i/test_app.py",
+    "torchrun --nproc_per_node 8 -m svg_t2i.benchmark geneval": "tests/svg_t2i/test_benchmark.py",
+    "torchrun --nproc_per_node 8 -m svg_t2i.benchmark dpg": "tests/svg_t2i/test_benchmark.py",
+    "python -m svg_t2i.benchmark summarise": "tests/svg_t2i/test_benchmark.py",
+    "python geneval": "GenEval's own tool",
+    "(cd ELLA": "DPG-Bench's own tool",
+}
+
+
+FOR_TEST = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
+TINY = [
+    "model.params.dinoconfig.weights=random",
+    "model.params.dinoconfig.overrides={embed_dim: 32, depth: 1, num_heads: 1}",
+    "model.params.ddconfig={z_channels: 32, ch: 32, ch_mult: [1, 1, 1, 1, 1], num_res_blocks: 0}",
+    "model.params.lossconfig.params.disc_ndf=8",
+    "data.params.train_resol=64",
+    "training.trainer.accelerator=cpu",
+    "training.trainer.max_steps=1",
+]
+
+
+def run(*words: object) -> None:
+    """`python -m MODULE ARGUMENTS`, also behind torchrun, in this process: imports take longer than all the rest."""
+    words = ["-m", *map(str, words)]
+    module, *arguments = words[len(words) - words[::-1].index("-m") :]
+    logging.getLogger().handlers.clear()  # those of the last entry write where nobody reads any more
+    importlib.import_module(module).main(arguments)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The quickstart's module, running its commands in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO_ROOT / "scripts" / "quickstart")
+        module = importlib.import_module("recipe")
+        patch.setattr(module.Recipe, "run", lambda self, *words, processes=1: run(*words))
+        yield module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, recipe):
+    """A folder to stand in, with what the quickstart and the README's first training leave there, hardly trained."""
+    folder = tmp_path_factory.mktemp("root")
+    (folder / "configs").symlink_to(REPO_ROOT / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        plan = recipe.Plan(copies=1, autoencoder_steps=1, transformer_steps=1, prompts=4, pictures_per_prompt=1)
+        recipe.run_on_shapes(recipe.Recipe(folder / "outputs" / "quickstart", 64, plan, processes=1, threads=1))
+        run("autoencoder.train", "--config", FOR_TEST, *TINY, f"training.logdir={folder}/autoencoder/logs")
+    return folder
+
+
+def test_every_command_is_run_somewhere():
+    for document in DOCUMENTS:
+        for _, command in commands(document.read_text()):
+            known = [start for start in (*AT_TOY_SIZE, *ELSEWHERE) if without_variables(command).startswith(start)]
+            assert len(known) == 1, f"{command}: add it to AT_TOY_SIZE, or say in ELSEWHERE where it runs"
+    for path in re.findall(r"tests/\S+\.py", "\n".join(ELSEWHERE.values())):
+        assert (REPO_ROOT / path).is_file()
+
+
+def without_variables(command: str) -> str:
+    return re.sub(r"^([A-Z_]+=\S*\s+)*", "", command)
+
+
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_commands_run_one_after_another(place, monkeypatch):
+    """As written but for options that make them small, on what those before them left."""
+    monkeypatch.chdir(place)
+    found = [command for document in DOCUMENTS for _, command in commands(document.read_text())]
+    for command in found:
+        for start, smaller in AT_TOY_SIZE.items():
+            if command.startswith(start):
+                run(*shlex.split(command)[1:], *smaller)
+    made = [
+        "reconstructions/sheet.png", "evaluation/table.md", "latent_stats.safetensors", "cache",
+        "from_cache/config.yaml", "circles/data.json", "benchmark/folder/metrics.json",
+        "benchmark/samples/metrics.json", "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
+    ]  # fmt: skip
+    assert [name for name in made if not (place / "outputs" / name).exists()] == []
+
+
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_the_quickstart_runs_on_own_images(place, recipe, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(recipe, "ON_DATA", replace(recipe.ON_DATA, autoencoder_steps=1, transformer_steps=1, prompts=3))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe.main(["--data", "configs/example.jsonl", "--resolution", "64", "--output", "outputs/example"])
+    report = json.loads((place / "outputs" / "example" / "report.json").read_text())
+    assert (report["images"], report["pictures"]) == (8, 3)
+    assert 0 <= report["own_image"] <= 1
+    assert 0 < report["reconstruction_psnr_min"] <= report["reconstruction_psnr"] < 30
+    with Image.open(place / "outputs" / "example" / "reconstructions.png") as grid:
+        assert grid.width > 3 * 64 * 2
+
+
+def test_python_in_the_readme_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO_ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert [image.size for image in names["images"]] == [(64, 64)] * 2

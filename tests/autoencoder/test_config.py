@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from autoencoder import config
 from autoencoder.config import (
     ConfigError,
     UserError,
@@ -120,3 +122,16 @@ def test_run_entry_prints_one_line(capsys):
         run_entry(main, ["thing"])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == "error: bad thing\n"
+
+
+def test_paths_are_found_from_every_folder(tmp_path, monkeypatch):
+    repository, here = tmp_path / "repository", tmp_path / "here"
+    for path in (repository / "data" / "a", repository / "svg_t2i" / "pre-trained" / "a", here / "data" / "b"):
+        path.mkdir(parents=True)
+    monkeypatch.setattr(config, "REPO_ROOT", repository)
+    monkeypatch.chdir(here)
+    assert config.locate("data/b") == Path("data/b")  # what is given wins
+    assert config.locate("data/a") == repository / "data" / "a"
+    assert config.locate("pre-trained/a") == repository / "svg_t2i" / "pre-trained" / "a"
+    assert config.locate("pre-trained/b") == Path("pre-trained/b")
+    assert config.locate(str(here)) == here

@@ -20,6 +20,7 @@ from autoencoder.manifest import Manifest
 from svg_t2i.options import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
+EXAMPLE = FOLDER.parents[1] / "configs" / "example.jsonl"
 PROPERTIES = ("colour", "shape", "place", "size")
 
 
@@ -152,7 +153,11 @@ def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--output", "full"], "full is not empty"), (["--data", "none.jsonl"], "none.jsonl: there is no such file")],
+    [
+        (["--output", "full"], "full is not empty"),
+        (["--data", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["--data", str(EXAMPLE), "--resolution", "100"], "100 is not a positive multiple of 16"),
+    ],
 )
 def test_recipe_refuses_bad_input_and_touches_nothing(score, monkeypatch, tmp_path, arguments, message):
     recipe = pytest.importorskip("recipe")
@@ -162,6 +167,33 @@ def test_recipe_refuses_bad_input_and_touches_nothing(score, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=message):
         recipe.main(arguments)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "kept.txt"]
+
+
+def test_pictures_are_told_from_those_of_other_captions(score):
+    recipe = pytest.importorskip("recipe")
+    rng = np.random.default_rng(0)
+    levels = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(4)]
+    images = [Image.fromarray(level) for level in levels]
+    assert recipe.compare(images[0], images)[0] > 100
+    noisy = [
+        Image.fromarray((0.8 * level + 0.2 * rng.integers(0, 256, level.shape)).astype(np.uint8)) for level in levels
+    ]
+    right = recipe.own_image(noisy, [0, 1, 2, 3], images)
+    assert right["own_image"] == 1.0
+    assert right["sample_psnr"] > right["sample_psnr_others"] + 5
+    assert recipe.own_image([noisy[1], *noisy[1:]], [0, 1, 2, 3], images)["own_image"] == 0.75
+    assert recipe.own_image([noisy[1], *noisy[1:]], [1, 1, 2, 3], images)["own_image"] == 1.0
+
+
+def test_squares_of_the_users_images(score, tmp_path):
+    recipe = pytest.importorskip("recipe")
+    Image.new("RGB", (100, 50), "red").save(tmp_path / "wide.png")
+    captions = ["a red field", "red"]
+    (tmp_path / "my.jsonl").write_text(json.dumps({"path": "wide.png", "prompt": captions}))
+    recipe.write_squares(Manifest.open(tmp_path / "my.jsonl"), tmp_path / "data", 32)
+    image, sample = Manifest.open(tmp_path / "data" / "train.jsonl").load(0)
+    assert (image.size, sample.captions) == ((32, 32), tuple(captions))
+    assert image.getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_pictures_of_every_verb_that_starts_from_images(draw, saved_pipeline, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The published command, run as a user would from inside `autoencoder/`, at a size of seconds."""
+"""The scripts of `autoencoder/`, run as a user would from inside it, at a size of seconds."""
 
 import os
 import re
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from autoencoder.config import save_config
 
 CONFIG = "configs/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
 TINY = [
@@ -53,3 +55,31 @@ def test_mistakes_are_one_line(run_train, tmp_path):
     assert "did you mean 'max_steps'" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_fills_a_table_and_goes_on(repo_root, tmp_path):
+    """Two configs, one of which lacks its weights: the other's row is there, and is not measured again."""
+    small = {"z_channels": 32, "ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 0}
+    encoder = {"model_name": "dinov3_vits16plus", "overrides": {"embed_dim": 32, "depth": 1, "num_heads": 1}}
+    for name, weights in (("small", "random"), ("lost", "lost.pth")):
+        params = {"ddconfig": small, "dinoconfig": encoder | {"weights": weights}}
+        save_config({"model": {"params": params}}, tmp_path / f"{name}.yaml")
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUTPUT": str(tmp_path / "out")}
+    environment |= {"CONFIGS": f"{tmp_path}/small.yaml {tmp_path}/lost.yaml", "RESOLUTIONS": "32", "NUM_WORKERS": "0"}
+
+    def evaluate():
+        command = ["bash", "run_eval.sh", "1", "../configs/example_images"]
+        return subprocess.run(
+            command, cwd=repo_root / "autoencoder", env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    result = evaluate()
+    assert result.returncode == 2
+    assert "lost.pth" in result.stderr
+    assert "lost.yaml was not evaluated" in result.stderr
+    assert "| small | configs/example_images | 32 | 8 |" in result.stdout
+    environment["CONFIGS"] = f"{tmp_path}/small.yaml"
+    again = evaluate()
+    assert again.returncode == 0, again.stderr
+    assert "small has results" in again.stdout
+    assert not list((repo_root / "autoencoder").glob("results"))

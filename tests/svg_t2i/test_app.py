@@ -42,6 +42,7 @@ def test_command_line(saved_pipeline):
     studio = app.load_studio(app.parse_arguments(["--checkpoint", str(saved_pipeline), "--max_side", "128"]))
     assert studio.limits.side == 128
     assert studio.pipeline.options.height == 32
+    pytest.importorskip("gradio")
     with pytest.raises(UserError, match="--queue 0"):
         app.main(["--checkpoint", str(saved_pipeline), "--queue", "0"])
 

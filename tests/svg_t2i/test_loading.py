@@ -74,6 +74,20 @@ def test_a_training_run_knows_its_parts_and_its_resolution(toy_parts, tmp_path):
     assert pipeline("noise", num_inference_steps=1).images[0].size == (64, 64)
 
 
+def test_what_a_run_made_moves_with_its_folder(toy_parts, tmp_path, monkeypatch):
+    """Statistics and text encoder are recorded relative to where training ran; here nothing is there any more."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    made = ["text_encoder.path=random", "autoencoder.stats=measure"]
+    train(["--config", str(toy_parts / "train.yaml"), "results_dir=results/run", "train.max_steps=1", *made])
+    monkeypatch.chdir(tmp_path)
+    moved = (tmp_path / "there" / "results" / "run").rename(tmp_path / "moved")
+    sources = loading.find_sources(moved)
+    assert sources.autoencoder.stats == str(moved / "latent_stats.safetensors")
+    assert sources.text_encoder.path == str(moved / "text_encoder")
+    assert SVGT2IPipeline.from_pretrained(moved)("noise", num_inference_steps=1).images[0].size == (64, 64)
+
+
 def test_defaults_from_training_settings():
     config = {"data": {"resolution": 128, "system_prompt": "empty"}, "flow": {"shift": False}}
     expected = SamplingOptions(height=128, width=128, system_prompt="empty", time_shift=1.0)
@@ -106,7 +120,9 @@ def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message, revision):
             shutil.copytree(folder_path, hub / repo_id)
             address = f"https://huggingface.co/{repo_id}/commit/0"
-            return huggingface_hub.CommitInfo(address, commit_message, commit_description="", oid="0")
+            return huggingface_hub.CommitInfo(
+                commit_url=address, commit_message=commit_message, commit_description="", oid="0"
+            )
 
     monkeypatch.setattr(loading, "HfApi", Api)
     monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, token: hub / name)
