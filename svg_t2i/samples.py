@@ -37,18 +37,14 @@ def averaged_pipeline(state: TrainState, frozen: FrozenNetworks, config: TrainCo
     return pipeline
 
 
-def evaluate_averaged(
-    state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World
-) -> dict[str, float]:
+def evaluate_averaged(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> dict[str, float]:
     """The metrics of the `evaluation` section, of the averaged weights; the same on every rank."""
     pipeline = averaged_pipeline(state, frozen, config, world)
     with frozen.whole():
         return evaluate(pipeline, config.evaluation, world)
 
 
-def sample_grid(
-    state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World
-) -> Image.Image | None:
+def sample_grid(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> Image.Image | None:
     """The pictures of `samples.prompts`, dealt to all ranks; written to results_dir/samples/{step:07d}.png by rank 0.
 
     Returns:

@@ -120,6 +120,7 @@ def test_links_lead_somewhere(document):
 
 # ---- running them ---------------------------------------------------------------------------------------------------
 
+EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
 # Beginning of a command → what is added here to make it small. They run in this order, each on the results of others.
 AT_TOY_SIZE = {
     "python -m autoencoder.reconstruct": ["--resolution", "64"],
@@ -128,6 +129,8 @@ AT_TOY_SIZE = {
     "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch-size", "64"],
     "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
     "python -m svg_t2i.sample --checkpoint": ["--num_inference_steps", "2"],
+    **{f"python -m svg_t2i.sample {verb}": ["--num_inference_steps", "2"] for verb in EDITS[:-1]},
+    f"python -m svg_t2i.sample {EDITS[-1]}": [],
     "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark folder --images": [],
     "python -m svg_t2i.benchmark shapes": ["--limit", "2", "--num_inference_steps", "2"],
@@ -138,7 +141,6 @@ AT_TOY_SIZE = {
         "2",
     ],
 }
-EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
 ELSEWHERE = {
     "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --preset": (
         "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
@@ -151,7 +153,6 @@ ELSEWHERE = {
     "bash run_train.sh": "tests/scripts/test_run_train.py",
     "bash run_eval.sh": "tests/scripts/test_run_train.py",
     "bash scripts/run_train_": "tests/scripts/test_dit_scripts.py",
-    **{f"python -m svg_t2i.sample {verb}": "tests/svg_t2i/test_sample.py" for verb in EDITS},
     "bash scripts/sample.sh": "tests/scripts/test_sample_script.py",
     "python -m svg_t2i.app": "tests/svg_t2i/test_app.py",
     "torchrun --nproc_per_node 8 -m svg_t2i.benchmark geneval": "tests/svg_t2i/test_benchmark.py",
@@ -201,6 +202,9 @@ def place(tmp_path_factory, recipe):
         patch.chdir(folder)
         plan = recipe.Plan(copies=1, autoencoder_steps=1, transformer_steps=1, prompts=4, pictures_per_prompt=1)
         recipe.run_on_shapes(recipe.Recipe(folder / "outputs" / "quickstart", 64, plan, processes=1, threads=1))
+        mask = folder / "outputs" / "quickstart" / "pictures" / "inputs" / "mask.png"
+        mask.parent.mkdir(parents=True)
+        Image.linear_gradient("L").point(lambda value: 255 * (value > 127)).save(mask)
         run("autoencoder.train", "--config", FOR_TEST, *TINY, f"training.logdir={folder}/autoencoder/logs")
     return folder
 
@@ -229,7 +233,8 @@ def test_commands_run_one_after_another(place, monkeypatch):
                 run(*shlex.split(command)[1:], *smaller)
     made = [
         "reconstructions/sheet.png", "evaluation/table.md", "latent_stats.safetensors", "cache",
-        "from_cache/config.yaml", "circles/data.json", "benchmark/folder/metrics.json",
+        "from_cache/config.yaml", "circles/data.json",
+        *(f"{verb}/data.json" for verb in EDITS[:-1]), "retrieve/matches.json", "benchmark/folder/metrics.json",
         "benchmark/samples/metrics.json", "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
     ]  # fmt: skip
     assert [name for name in made if not (place / "outputs" / name).exists()] == []
