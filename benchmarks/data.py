@@ -1,7 +1,7 @@
 """Time what a large data source costs: opening it, looking up its order, reading its samples, decoding its JPEGs.
 
-    python benchmarks/data.py [--lines 2000000 --jpegs 64 --folder DIR]
-    python benchmarks/data.py --lines 100000000 --short     # 6.7 GB on the disk while it runs
+    python -m benchmarks.data [--lines 2000000 --jpegs 64 --folder DIR]
+    python -m benchmarks.data --lines 100000000 --short     # 6.7 GB on the disk while it runs
 
 A manifest of `--lines` lines like those of web data sets is written to a temporary folder (some 200 bytes a line, or
 67 with `--short`).

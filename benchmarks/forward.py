@@ -3,7 +3,7 @@
 Both hold the same weights and get the same latents and the same captions of different lengths: packed for us, padded
 for the peer, as each of them wants it. The two alternate, so that a busy machine slows both alike.
 
-    python benchmarks/forward.py [--dim 192 --layers 6 --grid 4 4 --captions 8 16 --batch 64 --threads 1]
+    python -m benchmarks.forward [--dim 192 --layers 6 --grid 4 4 --captions 8 16 --batch 64 --threads 1]
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ RENAMES = {
     "attention_norm2": "norm2",
     "feed_forward.w": "feed_forward.linear_",
 }
+
+
+def ragged_lengths(count: int, seed: int = 0) -> tuple[int, ...]:
+    """Caption lengths in tokens, system prompt included: a tenth dropped (2 tokens), and of the others a third each
+    short (24 to 48), of middle length (49 to 128) and long (129 to 256), uniform within."""
+    generator = torch.Generator().manual_seed(seed)
+    ranges = ((24, 48), (49, 128), (129, 256))
+    lengths = []
+    for _ in range(count):
+        dropped, kind, within = torch.rand(3, generator=generator).tolist()
+        low, high = ranges[int(3 * kind)]
+        lengths.append(2 if dropped < 0.1 else low + int((high - low + 1) * within))
+    return tuple(lengths)
 
 
 def lumina2_state_dict(model: SVGDiT) -> dict[str, Tensor]:

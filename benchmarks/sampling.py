@@ -6,13 +6,14 @@ transformer twice a step on captions padded to 256 tokens, as that pipeline pads
 two alternate in one process, so that a busy machine slows both alike. On a GPU, `--full` times the 2B model at
 1024 px, its decoder, and the first step.
 
-    python benchmarks/sampling.py [--dim 384 --layers 8 --grid 16 16 --captions 12 60 --batch 1 --steps 8 --threads 2]
-    python benchmarks/sampling.py --full
+    python -m benchmarks.sampling [--dim 384 --layers 8 --grid 16 16 --batch 1 --steps 8 --threads 2]
+    python -m benchmarks.sampling --full
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from torch import Tensor
 
 from autoencoder.decoder import ConvDecoder, DecoderConfig
-from benchmarks.forward import lumina2_peer, randomise, timings
+from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
 from svg_t2i.denoising import Conditions, denoise
 from svg_t2i.model import MODELS, DiTConfig, SVGDiT
 from svg_t2i.options import SamplingOptions
@@ -30,7 +31,7 @@ PUBLISHED = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 EMPTY_TOKENS = 1  # of the unconditional text
 
 
-def caption_features(lengths: list[int], width: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
+def caption_features(lengths: Sequence[int], width: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
     """Random features of captions of these lengths, then those of the empty text."""
     total = sum(lengths) + EMPTY_TOKENS
     features = torch.randn(total, width, generator=torch.Generator().manual_seed(1))
@@ -88,7 +89,7 @@ def compare(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
     model = SVGDiT(config).eval().requires_grad_(False)
     randomise(model)
     model.to(device, dtype)
-    lengths = torch.linspace(*arguments.captions, arguments.batch).round().int().tolist()
+    lengths = arguments.captions or ragged_lengths(arguments.batch)
     text = caption_features(lengths, config.cap_feat_dim, device, dtype)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(arguments.batch, config.in_channels, *arguments.grid, generator=generator).to(device)
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> float | None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--channels", type=int, default=384)
     parser.add_argument("--grid", type=int, nargs=2, default=(16, 16), help="latent height and width")
-    parser.add_argument("--captions", type=int, nargs=2, default=(12, 120), help="tokens of the shortest and longest")
+    parser.add_argument("--captions", type=int, nargs="+", help="tokens of each caption; default: as in training")
     parser.add_argument("--pad", type=int, default=256, help="tokens that the peer pads captions to")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
@@ -151,6 +152,8 @@ def main(argv: list[str] | None = None) -> float | None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.captions and len(arguments.captions) != arguments.batch:
+        parser.error(f"{len(arguments.captions)} lengths of captions for a batch of {arguments.batch}")
     if arguments.full:
         full_size(device, arguments.repeats)
         return None

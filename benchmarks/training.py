@@ -4,9 +4,9 @@ Both have the same sizes and weights and see the same latents and captions; a st
 gradient clipping, fused AdamW and one running average. The peer gets captions padded to the longest and a mask, as it
 wants them. Steps alternate, so that a busy machine slows all alike. Timings are medians.
 
-    python benchmarks/training.py                                  # two small models, CPU, uniform and ragged captions
-    python benchmarks/training.py --compile                        # compiled blocks against eager ones, too
-    python benchmarks/training.py --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner --peer none \
+    python -m benchmarks.training                # two small models, CPU, uniform and ragged captions
+    python -m benchmarks.training --compile      # compiled blocks against eager ones, too
+    python -m benchmarks.training --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner --peer none \
         --pixels 1024 --batch 8 --compile [--live]                 # model FLOP utilisation on a GPU
 
 On a GPU every measured step of ours runs under torch.cuda.set_sync_debug_mode("error"): one that waited for the device
@@ -24,11 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from forward import lumina2_peer, randomise, timings
 from torch import Tensor, nn
 
 from autoencoder.latents import LatentStats
 from autoencoder.model import SVGAutoencoder
+from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
 from svg_t2i.data import TrainBatch
 from svg_t2i.flops import peak_tflops, training_flops
 from svg_t2i.frozen import FrozenNetworks, MicroBatch
@@ -41,19 +41,6 @@ from svg_t2i.text import TextEncoder, make_toy_text_encoder
 from svg_t2i.training import FlowObjective, TrainState, train_step
 
 UNIFORM_TOKENS = 128
-
-
-def ragged_lengths(count: int, seed: int = 0) -> tuple[int, ...]:
-    """Caption lengths in tokens, system prompt included: a tenth dropped (2 tokens), and of the others a third each
-    short (24 to 48), of middle length (49 to 128) and long (129 to 256), uniform within."""
-    generator = torch.Generator().manual_seed(seed)
-    ranges = ((24, 48), (49, 128), (129, 256))
-    lengths = []
-    for _ in range(count):
-        dropped, kind, within = torch.rand(3, generator=generator).tolist()
-        low, high = ranges[int(3 * kind)]
-        lengths.append(2 if dropped < 0.1 else low + int((high - low + 1) * within))
-    return tuple(lengths)
 
 
 class Ready:
