@@ -6,7 +6,7 @@ transformer twice a step on captions padded to 256 tokens, as that pipeline pads
 two alternate in one process, so that a busy machine slows both alike. On a GPU, `--full` times the 2B model at
 1024 px, its decoder, and the first step.
 
-    python -m benchmarks.sampling [--dim 384 --layers 8 --grid 16 16 --batch 1 --steps 8 --threads 2]
+    python -m benchmarks.sampling [--dim 192 --layers 8 --grid 16 16 --batch 1 --steps 8 --threads 2]
     python -m benchmarks.sampling --full
 """
 
@@ -137,7 +137,7 @@ def full_size(device: torch.device, repeats: int) -> None:
 
 def main(argv: list[str] | None = None) -> float | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=384, help="a multiple of 96")
+    parser.add_argument("--dim", type=int, default=192, help="a multiple of 96")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--channels", type=int, default=384)
     parser.add_argument("--grid", type=int, nargs=2, default=(16, 16), help="latent height and width")

@@ -21,7 +21,7 @@ from svg_t2i.solvers import SOLVERS, sample, solver_times
 
 # Latent cells times the model's width in one forward pass: beyond, what a CPU writes does not stay in its caches, and
 # an image takes longer the more of them there are (benchmarks/sampling.py).
-CPU_NUMBERS = 200_000
+CPU_NUMBERS = 100_000
 
 StepCallback = Callable[[int, float, list[Tensor], list[int]], "list[Tensor] | None"]
 
