@@ -99,7 +99,7 @@ class _NormedRotation(torch.autograd.Function):
         q_and_k = heads.shape[1] - (heads.shape[1] - queries) // 2
         normed = heads[:, :q_and_k]
         inverse = inverse_rms(normed, eps)
-        out = torch.empty(normed.shape)
+        out = normed.new_empty(normed.shape)
         torch.mul(normed[:, :queries], q_weight, out=out[:, :queries])
         torch.mul(normed[:, queries:], k_weight, out=out[:, queries:])
         turn_(out.mul_(inverse), torch.view_as_complex(rope))
