@@ -195,18 +195,22 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, recipe):
-    """A folder to stand in, with what the quickstart and the README's first training leave there, hardly trained."""
+    """A folder to stand in, with what the quickstart and the README's first training leave there, hardly trained.
+
+    It passes for the repository's root: what the README's commands once left in the real one is not found.
+    """
     folder = tmp_path_factory.mktemp("root")
     (folder / "configs").symlink_to(REPO_ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("autoencoder.config.REPO_ROOT", folder)
         plan = recipe.Plan(copies=1, autoencoder_steps=1, transformer_steps=1, prompts=4, pictures_per_prompt=1)
         recipe.run_on_shapes(recipe.Recipe(folder / "outputs" / "quickstart", 64, plan, processes=1, threads=1))
         mask = folder / "outputs" / "quickstart" / "pictures" / "inputs" / "mask.png"
         mask.parent.mkdir(parents=True)
         Image.linear_gradient("L").point(lambda value: 255 * (value > 127)).save(mask)
         run("autoencoder.train", "--config", FOR_TEST, *TINY, f"training.logdir={folder}/autoencoder/logs")
-    return folder
+        yield folder
 
 
 def test_every_command_is_run_somewhere():

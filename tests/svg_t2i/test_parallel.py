@@ -94,7 +94,10 @@ def test_compiled_blocks_need_no_new_graphs_for_new_shapes(model, monkeypatch):
 
 @pytest.mark.parametrize(("mode", "backend"), [("full", "eager"), ("selective", "aot_eager")])
 def test_compiled_blocks_may_be_recomputed(model, monkeypatch, mode, backend):
-    """With an attention that is traced, as on a GPU: two kinds of block, one graph each, the same gradients."""
+    """With an attention that is traced, as on a GPU: one graph for each of two kinds of block, the same gradients.
+
+    torch 2.10 learns that sizes vary from the second batch, and compiles each once more.
+    """
 
     def dense(q, k, v, segments):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -103,16 +106,20 @@ def test_compiled_blocks_may_be_recomputed(model, monkeypatch, mode, backend):
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=same).transpose(0, 1)
 
     monkeypatch.setattr(attention, "attention_by_runs", dense)
-    batches = [([(2, 3), (2, 2)], [5, 2]), ([(4, 3), (1, 2), (3, 3)], [3, 7, 4])]
+    batches = [([(2, 3), (2, 2)], [5, 2]), ([(4, 3), (1, 2), (3, 3)], [3, 7, 4]), ([(3, 4), (2, 4)], [6, 1])]
     expected = [gradients(model, *batch) for batch in batches]
+    graphs_of_a_kind = 1 if torch.__version__ >= "2.14" else 2
     torch._dynamo.reset()
     compile, before = nn.Module.compile, compiled_graphs()
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile(self, backend=backend, **options))
     parallelize(model, ParallelConfig(compile=True, activation_checkpointing=mode), "bf16", ALONE)
+    made = []
     for batch, eager in zip(batches, expected, strict=True):
         for name, gradient in gradients(model, *batch).items():
             torch.testing.assert_close(gradient, eager[name], atol=1e-5, rtol=1e-4)
-        assert compiled_graphs() == before + 2
+        made.append(compiled_graphs() - before)
+    assert made[0] == 2
+    assert made[1] == made[2] <= 2 * graphs_of_a_kind
 
 
 def test_compiling_what_cannot_be_traced_is_reported(model, caplog):
