@@ -237,7 +237,9 @@ def warn_of_statistics(config: TrainConfig, frozen: FrozenNetworks, manifest: Im
     for resolution, accumulator in zip(others, seen):
         try:
             found = drift(stats, accumulator.result())
-        except UserError:  # no readable image, or nothing but plain ones: training will say so, or it says nothing
+        except UserError as error:  # no readable image, which stops training itself, or nothing but plain ones
+            if world.is_main:
+                log.info("the latent statistics were not compared with training at %d px: %s", resolution, error)
             continue
         if world.is_main and (stats.resolutions or found.size > FAR_OFF):
             log.warning(

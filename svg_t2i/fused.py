@@ -36,6 +36,8 @@ def rms_norm_backward_(grad: Tensor, x: Tensor, inverse: Tensor, along: Tensor) 
 
 
 class _RMSNorm(torch.autograd.Function):
+    """`rms_norm`; keeps x and 1 / rms(x), and gathers the weights per token anew."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, owner: Tensor | None, residual: Tensor | None) -> Tensor:
         inverse = inverse_rms(x, eps)
@@ -74,6 +76,8 @@ def rms_norm(
 
 
 class _GatedProduct(torch.autograd.Function):
+    """`gated_product`; keeps its two factors, and takes silu(gate) anew."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(gate, value)
@@ -94,6 +98,8 @@ def gated_product(gate: Tensor, value: Tensor) -> Tensor:
 
 
 class _NormedRotation(torch.autograd.Function):
+    """The norm and rotation of `rotated_heads`; the gradients of queries, keys and values come back as one tensor."""
+
     @staticmethod
     def forward(ctx, heads: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, queries: int):
         q_and_k = heads.shape[1] - (heads.shape[1] - queries) // 2

@@ -35,6 +35,19 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_for_test() -> list[str]:
+    """Overrides that make the published forTest configuration of the autoencoder tiny, but for its number of steps."""
+    return [
+        "model.params.dinoconfig.weights=random",
+        "model.params.dinoconfig.overrides={embed_dim: 32, depth: 1, num_heads: 1}",
+        "model.params.ddconfig={z_channels: 32, ch: 32, ch_mult: [1, 1, 1, 1, 1], num_res_blocks: 0}",
+        "model.params.lossconfig.params.disc_ndf=8",
+        "data.params.train_resol=64",
+        "training.trainer.accelerator=cpu",
+    ]
+
+
+@pytest.fixture(scope="session")
 def toy_parts(tmp_path_factory) -> Path:
     """All that a DiT run reads, tiny: manifest.jsonl and images, autoencoder/, text_encoder/, train.yaml."""
     import json

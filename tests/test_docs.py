@@ -164,15 +164,6 @@ ELSEWHERE = {
 
 
 FOR_TEST = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
-TINY = [
-    "model.params.dinoconfig.weights=random",
-    "model.params.dinoconfig.overrides={embed_dim: 32, depth: 1, num_heads: 1}",
-    "model.params.ddconfig={z_channels: 32, ch: 32, ch_mult: [1, 1, 1, 1, 1], num_res_blocks: 0}",
-    "model.params.lossconfig.params.disc_ndf=8",
-    "data.params.train_resol=64",
-    "training.trainer.accelerator=cpu",
-    "training.trainer.max_steps=1",
-]
 
 
 def run(*words: object) -> None:
@@ -194,7 +185,7 @@ def recipe():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, recipe):
+def place(tmp_path_factory, recipe, tiny_for_test):
     """A folder to stand in, with what the quickstart and the README's first training leave there, hardly trained.
 
     It passes for the repository's root: what the README's commands once left in the real one is not found.
@@ -209,7 +200,8 @@ def place(tmp_path_factory, recipe):
         mask = folder / "outputs" / "quickstart" / "pictures" / "inputs" / "mask.png"
         mask.parent.mkdir(parents=True)
         Image.linear_gradient("L").point(lambda value: 255 * (value > 127)).save(mask)
-        run("autoencoder.train", "--config", FOR_TEST, *TINY, f"training.logdir={folder}/autoencoder/logs")
+        own = ["training.trainer.max_steps=1", f"training.logdir={folder}/autoencoder/logs"]
+        run("autoencoder.train", "--config", FOR_TEST, *tiny_for_test, *own)
         yield folder
 
 

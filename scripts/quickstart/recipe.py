@@ -137,6 +137,7 @@ class Recipe:
         make_toy_text_encoder(captions, self.output / "text_encoder")
 
     def train_transformer(self) -> None:
+        """The DiT, on the autoencoder's latents and the captions, into `output`/transformer."""
         batch = max(4, 32 // self.batch_shrink)
         self.run(
             *("torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"),
@@ -302,6 +303,7 @@ def divide_cores() -> tuple[int, int]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of scripts/quickstart.sh."""
     parser = argparse.ArgumentParser(
         prog="bash scripts/quickstart.sh",
         description="Autoencoder, DiT and pictures at toy size, with no download.",

@@ -12,15 +12,6 @@ import torch
 from autoencoder.config import save_config
 
 CONFIG = "configs/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
-TINY = [
-    "model.params.dinoconfig.weights=random",
-    "model.params.dinoconfig.overrides={embed_dim: 32, depth: 1, num_heads: 1}",
-    "model.params.ddconfig={z_channels: 32, ch: 32, ch_mult: [1, 1, 1, 1, 1], num_res_blocks: 0}",
-    "model.params.lossconfig.params.disc_ndf=8",
-    "data.params.train_resol=64",
-    "training.trainer.accelerator=cpu",
-    "training.trainer.max_steps=2",
-]
 
 
 @pytest.fixture
@@ -35,8 +26,9 @@ def run_train(repo_root):
     return run
 
 
-def test_published_command_on_two_devices(run_train, tmp_path):
-    result = run_train(2, CONFIG, *TINY, f"training.logdir={tmp_path}")
+def test_published_command_on_two_devices(run_train, tiny_for_test, tmp_path):
+    steps = "training.trainer.max_steps=2"
+    result = run_train(2, CONFIG, *tiny_for_test, steps, f"training.logdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("step 2/2") == 1  # one process speaks
     assert re.search(r"2 steps in \d+\.\d minutes, at most \d+\.\d\d GiB", result.stdout)
@@ -49,8 +41,9 @@ def test_published_command_on_two_devices(run_train, tmp_path):
     assert list((folder / "checkpoints").glob("step_0000002.ckpt"))
 
 
-def test_mistakes_are_one_line(run_train, tmp_path):
-    result = run_train(1, CONFIG + ".yaml", *TINY, f"training.logdir={tmp_path}", "training.trainer.max_step=3")
+def test_mistakes_are_one_line(run_train, tiny_for_test, tmp_path):
+    mistake = "training.trainer.max_step=3"
+    result = run_train(1, CONFIG + ".yaml", *tiny_for_test, f"training.logdir={tmp_path}", mistake)
     assert result.returncode == 2
     assert "did you mean 'max_steps'" in result.stderr
     assert "Traceback" not in result.stderr
