@@ -126,7 +126,6 @@ class FileBytes:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: FileIO | None = None
 
     def read(self, first: int, count: int) -> bytes:
         """Up to `count` bytes from byte `first` on, fewer at the end of the file."""
@@ -154,12 +153,13 @@ class FileBytes:
 
     @property
     def _descriptor(self) -> int:
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
-        return self._file.fileno()
+        file: FileIO | None = self.__dict__.get("_file")
+        if file is None:  # of threads that come at once one wins: no descriptor in use is closed with a lost file
+            file = self.__dict__.setdefault("_file", self.path.open("rb", buffering=0))
+        return file.fileno()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None}
+        return {"path": self.path}
 
 
 class Lines:
