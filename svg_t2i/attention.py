@@ -7,7 +7,7 @@ says where each one begins. Shapes: T tokens of all samples, Hq query heads, Hkv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -32,12 +32,14 @@ class Segments:
     runs: tuple[tuple[int, int], ...]  # (samples, tokens per sample), in order of appearance
     cu_seqlens: Tensor  # (samples + 1,) int32, on the device: cumulative lengths
     owner: Tensor  # (T,) int32, on the device: index into the batch of the sample that a token belongs to
+    order: Tensor  # (samples,) int64, on the device: index into the batch of each sample, as they lie here
 
     @classmethod
     def build(cls, lengths: Sequence[int], cu_seqlens: Tensor, owner: Tensor) -> Segments:
         lengths = tuple(int(length) for length in lengths)
         runs = tuple((len(list(run)), length) for length, run in groupby(lengths))
-        return cls(lengths, max(lengths), runs, cu_seqlens, owner)
+        order = owner.index_select(0, cu_seqlens[:-1]).long()
+        return cls(lengths, max(lengths), runs, cu_seqlens, owner, order)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -67,10 +69,15 @@ def has_varlen_kernel(q: Tensor) -> bool:
 @torch.compiler.disable  # the runs differ from batch to batch: as constants of a graph they would force recompiling
 def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`attention` with one dense call per run of equally long samples; works on every device and dtype."""
-    spans = [samples * length for samples, length in segments.runs]
     outputs = []
-    for (samples, length), *qkv in zip(segments.runs, *(x.split(spans) for x in (q, k, v)), strict=True):
-        q_run, k_run, v_run = (x.unflatten(0, (samples, length)).transpose(1, 2) for x in qkv)  # (samples, H, L, D)
+    for q_run, k_run, v_run in heads_by_runs(segments.runs, q, k, v):
         out = F.scaled_dot_product_attention(q_run, k_run, v_run, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def heads_by_runs(runs: Sequence[tuple[int, int]], *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each run of n samples of L tokens its part of packed (T, H, …) tensors, as (n, H, L, …)."""
+    parts = zip(*(x.split([n * length for n, length in runs]) for x in packed), strict=True)
+    for (n, length), part in zip(runs, parts, strict=True):
+        yield tuple(x.unflatten(0, (n, length)).transpose(1, 2) for x in part)

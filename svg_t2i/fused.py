@@ -1,23 +1,47 @@
-"""The element-wise parts of the DiT: plain formulas, and faster forms of them for float32 on the CPU.
+"""The element-wise parts of the DiT: plain formulas, and faster forms of them for the CPU.
 
 On a CPU a fresh tensor costs more than the arithmetic that fills it. The fast forms work in place on memory of their
-own and keep less for the backward pass, which can be run once through, not differentiated again. Half precision, GPUs,
-autocast and compiled code take the formulas; tests hold both to float64.
+own, in float32 where they sum or rotate, go through a batch by runs of equally long samples, and keep less for the
+backward pass, which can be run once through, not differentiated again. GPUs, other dtypes and compiled code take the
+formulas; tests hold both to float64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from svg_t2i.attention import Segments, heads_by_runs
+
+R = TypeVar("R")
+Counts = tuple[int, int, int]  # heads that are queries, keys and values
+
+
+def without_autocast(function: Callable[..., R]) -> Callable[..., R]:
+    """The function, computing in the dtypes that it is given."""
+
+    @wraps(function)
+    def plain(*args: object) -> R:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return plain
+
 
 def works_fast(*tensors: Tensor | None) -> bool:
-    """Whether tensors are all float32 on the CPU, in eager mode."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    """Whether tensors are float32 or bfloat16 on the CPU, in eager mode."""
+    if torch.compiler.is_compiling():
         return False
-    return all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
+    return all(x is None or (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)) for x in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------- RMS norm
 
 
 def per_token(gain: Tensor, owner: Tensor | None) -> Tensor:
@@ -36,43 +60,70 @@ def rms_norm_backward_(grad: Tensor, x: Tensor, inverse: Tensor, along: Tensor) 
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`rms_norm`; keeps x and 1 / rms(x), and gathers the weights per token anew."""
+    """`rms_norm` of x (T, D); keeps x and 1 / rms(x)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, owner: Tensor | None, residual: Tensor | None) -> Tensor:
-        inverse = inverse_rms(x, eps)
-        weights = per_token(weight, owner)
-        out = weights * x if weights is weight else weights.mul_(x)  # the gathered weights are our own
-        ctx.save_for_backward(x, weight, inverse, owner)
-        return out.mul_(inverse) if residual is None else torch.addcmul(residual, out, inverse)
+    @without_autocast
+    def forward(
+        ctx, x: Tensor, weight: Tensor, eps: float, segments: Segments | None, residual: Tensor | None
+    ) -> Tensor:
+        shared = weight.ndim == 1 or len(weight) == 1
+        ctx.runs, order = (((1, len(x)),), None) if shared else (segments.runs, segments.order)
+        weights = weight.view(1, -1) if shared else weight.index_select(0, order)  # as the samples lie in x
+        single = x.float()
+        inverse, out = inverse_rms(single, eps), torch.empty_like(single)
+        for x_run, out_run, weight_run in by_runs(ctx.runs, (single, out), (weights.float(),)):
+            torch.mul(x_run, weight_run, out=out_run)
+        ctx.save_for_backward(x, weights, inverse, order)
+        ctx.weight_shape = weight.shape
+        out = out.mul_(inverse) if residual is None else torch.addcmul(residual.float(), out, inverse, out=out)
+        return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse, owner = ctx.saved_tensors
-        grad_weights = (grad * x).mul_(inverse)
-        if weight.ndim == 1 or len(weight) == 1:
-            grad_weight = grad_weights.sum_to_size(weight.shape)
-        else:
-            grad_weight = torch.zeros_like(weight).index_add_(0, owner, grad_weights)
-        weights = per_token(weight, owner)
-        grad_normed = weights * grad if weights is weight else weights.mul_(grad)
-        residual = grad if ctx.needs_input_grad[4] else None
-        along = torch.linalg.vecdot(grad_normed, x)[..., None]
-        return rms_norm_backward_(grad_normed, x, inverse, along), grad_weight, None, None, residual
+        x, weights, inverse, order = ctx.saved_tensors
+        single, grad_x, along = x.float(), x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(inverse)
+        grad_weights = weights.new_empty(weights.shape, dtype=torch.float32)
+        views = by_runs(ctx.runs, (single, grad.float(), grad_x, inverse, along), (weights.float(), grad_weights))
+        for x_run, grad_run, product, inverse_run, along_run, weight, grad_weight in views:
+            torch.mul(grad_run, x_run, out=product)
+            torch.bmm(inverse_run.mT, product, out=grad_weight)  # summed over the tokens of each sample
+            torch.bmm(product, weight.mT, out=along_run)
+            torch.mul(grad_run, weight, out=product)
+        rms_norm_backward_(grad_x, single, inverse, along)
+        if order is not None:
+            grad_weights = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
+        grad_weight = grad_weights.view(ctx.weight_shape).to(weights.dtype)
+        return grad_x.to(x.dtype), grad_weight, None, None, grad if ctx.needs_input_grad[4] else None
+
+
+def by_runs(
+    runs: Sequence[tuple[int, int]], packed: Sequence[Tensor], per_sample: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Per run of n samples of L tokens its part of tensors: of packed (T, D), as (n, L, D), of (B, D), as (n, 1, D)."""
+    samples, tokens = [n for n, _ in runs], [n * length for n, length in runs]
+    parts = [x.split(tokens) for x in packed] + [x[:, None].split(samples) for x in per_sample]
+    for (n, length), part in zip(runs, zip(*parts, strict=True), strict=True):
+        yield *(x.view(n, length, -1) for x in part[: len(packed)]), *part[len(packed) :]
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, owner: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, segments: Segments | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis of x (T, D), plus residual (T, D), in x's dtype.
+    """x / sqrt(mean(x²) + eps) · weight over the last axis of x, plus residual, in x's dtype.
 
-    weight: (D,) or (1, D) for all tokens, or (B, D) per sample with owner (T,), the sample of each token.
+    weight: (D,) or (1, D) for all tokens, or (B, D) per sample for x (T, D), packed as `segments` say.
     """
-    if works_fast(x, weight, residual):
-        return _RMSNorm.apply(x, weight, eps, owner, residual)
-    out = (F.rms_norm(x, x.shape[-1:], eps=eps) * per_token(weight, owner)).to(x.dtype)
+    if x.ndim == 2 and works_fast(x, weight, residual):
+        return _RMSNorm.apply(x, weight, eps, segments, residual)
+    weight = per_token(weight, None if segments is None else segments.owner)
+    out = (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
     return out if residual is None else residual + out
+
+
+# ------------------------------------------------------------------------------------------------------- feed-forward
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -97,36 +148,60 @@ def gated_product(gate: Tensor, value: Tensor) -> Tensor:
     return _GatedProduct.apply(gate, value) if works_fast(gate, value) else F.silu(gate) * value
 
 
-class _NormedRotation(torch.autograd.Function):
-    """The norm and rotation of `rotated_heads`; the gradients of queries, keys and values come back as one tensor."""
+# ----------------------------------------------------------------------------------------------------- attention heads
+
+
+class _AttendedHeads(torch.autograd.Function):
+    """`attended_heads` by torch's flash attention for CPUs; backward in float32, which is faster than in bfloat16."""
 
     @staticmethod
-    def forward(ctx, heads: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, queries: int):
-        q_and_k = heads.shape[1] - (heads.shape[1] - queries) // 2
-        normed = heads[:, :q_and_k]
-        inverse = inverse_rms(normed, eps)
-        out = normed.new_empty(normed.shape)
-        torch.mul(normed[:, :queries], q_weight, out=out[:, :queries])
-        torch.mul(normed[:, queries:], k_weight, out=out[:, queries:])
-        turn_(out.mul_(inverse), torch.view_as_complex(rope))
-        ctx.save_for_backward(heads, q_weight, k_weight, rope, inverse)
-        return out[:, :queries], out[:, queries:], heads[:, q_and_k:]
+    @without_autocast
+    def forward(
+        ctx, heads: Tensor, counts: Counts, q_weight: Tensor, k_weight: Tensor, eps: float, rope: Tensor,
+        segments: Segments,
+    ) -> Tensor:  # fmt: skip
+        queries, keys, _ = counts
+        weights = torch.cat([q_weight.repeat(queries), k_weight.repeat(keys)]).float()  # per channel
+        normed, values = heads.split([queries + keys, keys], dim=1)
+        single = normed.float()
+        inverse, turned = inverse_rms(single, eps), single.new_empty(single.shape)
+        torch.mul(single.flatten(1), weights, out=turned.flatten(1))
+        turn_(turned.mul_(inverse), torch.view_as_complex(rope))
+        turned = turned.to(heads.dtype)
+        outputs, logsumexps = [], []
+        for qkv in heads_by_runs(segments.runs, *turned.split([queries, keys], dim=1), values):
+            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            logsumexps.append(logsumexp)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        ctx.save_for_backward(heads, weights, inverse, rope, turned, out, *logsumexps)
+        ctx.counts, ctx.runs = counts, segments.runs
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        heads, q_weight, k_weight, rope, inverse = ctx.saved_tensors
-        queries, q_and_k = grad_q.shape[1], inverse.shape[1]
-        grad_heads = torch.cat([grad_q, grad_k, grad_v], dim=1)
-        grad, normed = grad_heads[:, :q_and_k], heads[:, :q_and_k]
-        turn_(grad, torch.view_as_complex(rope).conj().resolve_conj())  # a rotation's transpose turns the other way
-        product = grad * normed
-        along = torch.cat([product[:, :queries] @ q_weight, product[:, queries:] @ k_weight], dim=1)
-        grad_weight = product.mul_(inverse).sum(dim=0)
-        grad[:, :queries].mul_(q_weight)
-        grad[:, queries:].mul_(k_weight)
-        rms_norm_backward_(grad, normed, inverse, along[..., None])
-        return grad_heads, grad_weight[:queries].sum(dim=0), grad_weight[queries:].sum(dim=0), None, None, None
+    @without_autocast
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, weights, inverse, rope, turned, out, *logsumexps = ctx.saved_tensors
+        queries, keys, _ = ctx.counts
+        normed, values = heads.float().split([queries + keys, keys], dim=1)
+        grad_heads = torch.empty_like(heads, dtype=torch.float32)
+        qk = turned.float().split([queries, keys], dim=1)
+        runs = heads_by_runs(ctx.runs, grad.float(), *qk, values, out.float())
+        parts = grad_heads.split([n * length for n, length in ctx.runs])
+        for tensors, logsumexp, part in zip(runs, logsumexps, parts, strict=True):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, logsumexp, 0.0, False)
+            torch.cat([x.transpose(1, 2).flatten(0, 1) for x in grads], dim=1, out=part)
+        grad_turned = grad_heads[:, : queries + keys]
+        turn_(grad_turned, torch.view_as_complex(rope).conj().resolve_conj())  # the transpose turns the other way
+        product = grad_turned * normed
+        columns = torch.block_diag(*weights.view(queries + keys, -1, 1))  # (channels, heads)
+        along = product.flatten(1) @ columns
+        grad_weights = product.mul_(inverse).sum(dim=0)
+        grad_turned.flatten(1).mul_(weights)
+        rms_norm_backward_(grad_turned, normed, inverse, along[..., None])
+        grad_q_weight, grad_k_weight = (x.sum(dim=0) for x in grad_weights.split([queries, keys]))
+        return grad_heads.to(heads.dtype), None, grad_q_weight, grad_k_weight, None, None, None
 
 
 def turn_(x: Tensor, rope: Tensor) -> Tensor:
@@ -135,16 +210,21 @@ def turn_(x: Tensor, rope: Tensor) -> Tensor:
     return x
 
 
+def attended_heads(
+    heads: Tensor, counts: Counts, weights: tuple[Tensor, Tensor], eps: float, rope: Tensor, segments: Segments
+) -> Tensor:
+    """`attention` of `rotated_heads`, (T, queries, d), where the latter's arguments work fast."""
+    return _AttendedHeads.apply(heads, counts, *weights, eps, rope, segments)
+
+
 def rotated_heads(
-    heads: Tensor, counts: tuple[int, int, int], weights: tuple[Tensor, Tensor] | None, eps: float, rope: Tensor
+    heads: Tensor, counts: Counts, weights: tuple[Tensor, Tensor] | None, eps: float, rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """heads (T, H, d) -> queries, keys and values, counts of each; the former two RMS-normalised and rotated.
 
     weights: of the norms of queries and keys, (d,) each, or None for no norm. Channels (2i, 2i + 1) turn by angle i of
     rope (T, 1, d/2, 2), in float32.
     """
-    if weights is not None and works_fast(heads, *weights):
-        return _NormedRotation.apply(heads, *weights, rope, eps, counts[0])
     q, k, v = heads.split(counts, dim=1)
     if weights is not None:
         q, k = rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autoencoder.config import UserError
 from svg_t2i.attention import Segments, attention
-from svg_t2i.fused import gated_product, per_token, rms_norm, rotated_heads
+from svg_t2i.fused import attended_heads, gated_product, per_token, rms_norm, rotated_heads, works_fast
 from svg_t2i.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
 
 QK_NORM_EPS = 1e-6
@@ -90,7 +90,7 @@ class DiTConfig:
 
 
 class RMSNorm(nn.Module):
-    """RMS norm, its weight times a gain where given: (B, D) with owner (T,) the tokens' samples, or (1, D) for all.
+    """RMS norm, its weight times a gain where given: (B, D) for the samples of `segments`, or (1, D) for all.
 
     A residual (T, D) is added to the result.
     """
@@ -101,10 +101,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, gain: Tensor | None = None, owner: Tensor | None = None, residual: Tensor | None = None
+        self, x: Tensor, gain: Tensor | None = None, segments: Segments | None = None, residual: Tensor | None = None
     ) -> Tensor:
         weight = self.weight if gain is None else (self.weight * gain).to(x.dtype)
-        return rms_norm(x, weight, self.eps, owner, residual)
+        return rms_norm(x, weight, self.eps, segments, residual)
 
 
 class Attention(nn.Module):
@@ -123,8 +123,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, segments: Segments, rope: Tensor) -> Tensor:  # (T, D) -> (T, D)
         heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # (T, Hq + 2 Hkv, d)
         weights = (self.q_norm.weight, self.k_norm.weight) if self.normed else None
-        q, k, v = rotated_heads(heads, self.heads, weights, QK_NORM_EPS, rope)
-        return self.out(attention(q, k, v, segments).flatten(1))
+        if self.normed and works_fast(heads, *weights):
+            attended = attended_heads(heads, self.heads, weights, QK_NORM_EPS, rope, segments)
+        else:
+            q, k, v = rotated_heads(heads, self.heads, weights, QK_NORM_EPS, rope)
+            attended = attention(q, k, v, segments)
+        return self.out(attended.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -162,11 +166,10 @@ class Block(nn.Module):
         if t_emb is not None:
             scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(t_emb).float().chunk(4, dim=1)  # (B, D) each
             scale_a, gate_a, scale_m, gate_m = 1 + scale_a, gate_a.tanh(), 1 + scale_m, gate_m.tanh()
-        owner = segments.owner
-        attended = self.attention(self.attention_norm1(x, scale_a, owner), segments, rope)
-        x = self.attention_norm2(attended, gate_a, owner, residual=x)
-        fed = self.feed_forward(self.ffn_norm1(x, scale_m, owner))
-        return self.ffn_norm2(fed, gate_m, owner, residual=x)
+        attended = self.attention(self.attention_norm1(x, scale_a, segments), segments, rope)
+        x = self.attention_norm2(attended, gate_a, segments, residual=x)
+        fed = self.feed_forward(self.ffn_norm1(x, scale_m, segments))
+        return self.ffn_norm2(fed, gate_m, segments, residual=x)
 
 
 class TimestepEmbedder(nn.Module):

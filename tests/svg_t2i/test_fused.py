@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from svg_t2i import fused
-from svg_t2i.fused import gated_product, rms_norm, rotate, rotated_heads
+from svg_t2i.attention import Segments, attention
+from svg_t2i.fused import attended_heads, gated_product, rms_norm, rotate, rotated_heads
 
-OWNER = torch.tensor([1, 1, 1, 0, 0, 2, 2, 2, 2], dtype=torch.int32)
+LENGTHS = (2, 2, 5)
+OWNER = torch.tensor([1, 0, 2], dtype=torch.int32).repeat_interleave(torch.tensor(LENGTHS))
+SEGMENTS = Segments.build(LENGTHS, torch.tensor([0, 2, 4, 9], dtype=torch.int32), OWNER)
 
 
 @pytest.fixture(params=["fast", "formula"])
@@ -17,20 +20,21 @@ def form(request, monkeypatch):
         monkeypatch.setattr(fused, "works_fast", lambda *tensors: False)
 
 
-def leaves(*shapes):
-    """The same random values twice, to differentiate by: float32 and float64."""
-    single = [torch.randn(shape, requires_grad=True) for shape in shapes]
+def leaves(*shapes, dtype=torch.float32):
+    """The same random values twice, to differentiate by: in dtype and in float64."""
+    single = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     return single, [x.detach().double().requires_grad_() for x in single]
 
 
-def assert_same(actual, expected, single, double):
-    """Equal results and gradients, up to float32 rounding."""
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)
-    upstream = torch.randn(actual.shape)
+def assert_same(actual, expected, single, double, atol=1e-5):
+    """Equal results and gradients, up to rounding."""
+    torch.testing.assert_close(actual.double(), expected, atol=atol, rtol=0)
+    upstream = torch.randn(actual.shape).to(actual.dtype)
     actual.backward(upstream)
     expected.backward(upstream.double())
     for x, x64 in zip(single, double, strict=True):
-        torch.testing.assert_close(x.grad.double(), x64.grad, atol=2e-5, rtol=0)
+        assert x.grad.dtype == x.dtype
+        torch.testing.assert_close(x.grad.double(), x64.grad, atol=2 * atol, rtol=0)
 
 
 @pytest.mark.usefixtures("form")
@@ -39,9 +43,9 @@ def assert_same(actual, expected, single, double):
 def test_rms_norm_equals_torch(weight_shape, residual):
     single, double = leaves((9, 12), weight_shape, *([(9, 12)] if residual else []))
     (x, weight, *rest), (x64, weight64, *rest64) = single, double
-    per_token = weight64[OWNER] if len(weight_shape) == 2 and weight_shape[0] > 1 else weight64
+    per_token = weight64[OWNER.long()] if len(weight_shape) == 2 and weight_shape[0] > 1 else weight64
     expected = F.rms_norm(x64, (12,), eps=1e-2) * per_token + (rest64[0] if residual else 0)
-    assert_same(rms_norm(x, weight, 1e-2, OWNER, *rest), expected, single, double)
+    assert_same(rms_norm(x, weight, 1e-2, SEGMENTS, *rest), expected, single, double)
 
 
 @pytest.mark.usefixtures("form")
@@ -50,24 +54,56 @@ def test_gated_product_equals_torch():
     assert_same(gated_product(*single), F.silu(double[0]) * double[1], single, double)
 
 
+def attended(heads, counts, weights, rope):
+    """Both forms, as the model chooses between them."""
+    if weights and fused.works_fast(heads):
+        return attended_heads(heads, counts, weights, 1e-6, rope, SEGMENTS)
+    return attention(*rotated_heads(heads, counts, weights or None, 1e-6, rope), SEGMENTS)
+
+
+def reference_attention(heads, counts, weights, angles):
+    """What `attended_heads` computes, a sample at a time, in float64."""
+    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)
+
+    def turned(x, *weight):
+        x = F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight[0] if weight else x
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+
+    q, k, v = heads.split(counts, dim=1)
+    q, k = turned(q, *weights[:1]), turned(k, *weights[1:])
+    k, v = (x.repeat_interleave(counts[0] // counts[1], dim=1) for x in (k, v))
+    attended = []
+    for q_i, k_i, v_i in zip(*(x.split(LENGTHS) for x in (q, k, v)), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q_i, k_i) / q.shape[-1] ** 0.5
+        attended.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v_i))
+    return torch.cat(attended)
+
+
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("counts", [(4, 2, 2), (3, 3, 3), (2, 1, 1)])
-def test_heads_are_normalised_and_turned(counts, normed):
-    single, double = leaves((7, sum(counts), 6), *([(6,), (6,)] if normed else []))
-    angles = torch.randn(7, 1, 3)
+def test_heads_are_normalised_turned_and_attended(counts, normed):
+    single, double = leaves((9, sum(counts), 6), *([(6,), (6,)] if normed else []))
+    angles = torch.randn(9, 1, 3)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)
+    actual = attended(single[0], counts, tuple(single[1:]), rope)
+    assert_same(actual, reference_attention(double[0], counts, double[1:], angles), single, double)
 
-    def reference(x, *weight):
-        x = F.rms_norm(x, (6,), eps=1e-6) * weight[0] if weight else x
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous()) * turns).flatten(-2)
 
-    q, k, v = double[0].split(counts, dim=1)
-    expected = torch.cat([reference(q, *double[1:2]), reference(k, *double[2:3]), v], dim=1)
-    actual = rotated_heads(single[0], counts, tuple(single[1:]) or None, 1e-6, rope)
-    assert [x.shape[1] for x in actual] == list(counts)
-    assert_same(torch.cat(actual, dim=1), expected, single, double)
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_loses_no_more_than_its_rounding(autocast):
+    angles = torch.randn(9, 1, 4)
+    rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    x, double = leaves((9, 32), (3, 32), (8,), (8,), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        gained = rms_norm(x[0], x[1], 1e-5, SEGMENTS, residual=x[0])
+        heads = attended(gained.view(9, 4, 8), (2, 1, 1), tuple(x[2:]), rope)
+        actual = gated_product(heads, heads)
+    gained = double[0] + F.rms_norm(double[0], (32,), eps=1e-5) * double[1][OWNER.long()]
+    heads = reference_attention(gained.view(9, 4, 8), (2, 1, 1), double[2:], angles)
+    assert actual.dtype == torch.bfloat16
+    assert_same(actual, F.silu(heads) * heads, x, double, atol=0.2)
 
 
 @pytest.mark.parametrize("compiling", [False, True])

@@ -174,7 +174,8 @@ def _varlen_on_cpu(
 ) -> torch.Tensor:
     lengths = cu_seqlens.diff().tolist()
     assert max(lengths) == longest
-    return attention_module.attention_by_runs(q, k, v, attention_module.Segments.build(lengths, cu_seqlens, cu_seqlens))
+    owner = torch.repeat_interleave(cu_seqlens.diff())
+    return attention_module.attention_by_runs(q, k, v, attention_module.Segments.build(lengths, cu_seqlens, owner))
 
 
 # ------------------------------------------------------------------------------------- construction and checkpoints
