@@ -31,6 +31,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(toy, assert_equal):
         time.sleep(np.random.default_rng().uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        time.sleep(1)  # event files of one second are read in the order of their process numbers
     resumed = toy.run(*settings, logdir="killed")
     for part in ("state_dict", "ema_state_dict", "optimizer_states", "ImageDataModule", "global_step"):
         assert_equal(toy.read(resumed, 20)[part], toy.read(whole, 20)[part], part)
