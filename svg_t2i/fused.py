@@ -28,6 +28,8 @@ def without_autocast(function: Callable[..., R]) -> Callable[..., R]:
 
     @wraps(function)
     def plain(*args: object) -> R:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args)
         with torch.autocast("cpu", enabled=False):
             return function(*args)
 
@@ -67,46 +69,45 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, eps: float, segments: Segments | None, residual: Tensor | None
     ) -> Tensor:
-        shared = weight.ndim == 1 or len(weight) == 1
-        ctx.runs, order = (((1, len(x)),), None) if shared else (segments.runs, segments.order)
-        weights = weight.view(1, -1) if shared else weight.index_select(0, order)  # as the samples lie in x
-        single = x.float()
-        inverse, out = inverse_rms(single, eps), torch.empty_like(single)
-        for x_run, out_run, weight_run in by_runs(ctx.runs, (single, out), (weights.float(),)):
-            torch.mul(x_run, weight_run, out=out_run)
-        ctx.save_for_backward(x, weights, inverse, order)
-        ctx.weight_shape = weight.shape
-        out = out.mul_(inverse) if residual is None else torch.addcmul(residual.float(), out, inverse, out=out)
+        single, per_sample = x.float(), weight.ndim == 2 and len(weight) > 1
+        inverse, weights = inverse_rms(single, eps), weight.float()
+        out = weights.index_select(0, segments.owner).mul_(single) if per_sample else weights * single
+        out = out.mul_(inverse) if residual is None else torch.addcmul(residual.float(), out, inverse)
+        ctx.save_for_backward(x, weight, inverse, segments.order if per_sample else None)
+        ctx.runs = segments.runs if per_sample else ((1, len(x)),)
         return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, inverse, order = ctx.saved_tensors
+        x, weight, inverse, order = ctx.saved_tensors
+        weights = weight.float().view(1, -1) if order is None else weight.index_select(0, order).float()
         single, grad_x, along = x.float(), x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(inverse)
-        grad_weights = weights.new_empty(weights.shape, dtype=torch.float32)
-        views = by_runs(ctx.runs, (single, grad.float(), grad_x, inverse, along), (weights.float(), grad_weights))
-        for x_run, grad_run, product, inverse_run, along_run, weight, grad_weight in views:
+        grad_weights = torch.empty_like(weights)
+        views = by_runs(ctx.runs, (single, grad.float(), grad_x, inverse, along), (weights, grad_weights))
+        for x_run, grad_run, product, inverse_run, along_run, weight_run, grad_weight_run in views:
             torch.mul(grad_run, x_run, out=product)
-            torch.bmm(inverse_run.mT, product, out=grad_weight)  # summed over the tokens of each sample
-            torch.bmm(product, weight.mT, out=along_run)
-            torch.mul(grad_run, weight, out=product)
+            torch.bmm(inverse_run.mT, product, out=grad_weight_run)  # summed over the tokens of each sample
+            torch.bmm(product, weight_run.mT, out=along_run)
+            torch.mul(grad_run, weight_run, out=product)
         rms_norm_backward_(grad_x, single, inverse, along)
         if order is not None:
             grad_weights = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
-        grad_weight = grad_weights.view(ctx.weight_shape).to(weights.dtype)
-        return grad_x.to(x.dtype), grad_weight, None, None, grad if ctx.needs_input_grad[4] else None
+        residual = grad if ctx.needs_input_grad[4] else None
+        return grad_x.to(x.dtype), grad_weights.view(weight.shape), None, None, residual
 
 
 def by_runs(
     runs: Sequence[tuple[int, int]], packed: Sequence[Tensor], per_sample: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Per run of n samples of L tokens its part of tensors: of packed (T, D), as (n, L, D), of (B, D), as (n, 1, D)."""
-    samples, tokens = [n for n, _ in runs], [n * length for n, length in runs]
-    parts = [x.split(tokens) for x in packed] + [x[:, None].split(samples) for x in per_sample]
-    for (n, length), part in zip(runs, zip(*parts, strict=True), strict=True):
-        yield *(x.view(n, length, -1) for x in part[: len(packed)]), *part[len(packed) :]
+    parts = [(*packed, *per_sample)]
+    if len(runs) > 1:
+        samples, tokens = [n for n, _ in runs], [n * length for n, length in runs]
+        parts = zip(*(x.split(tokens) for x in packed), *(x.split(samples) for x in per_sample), strict=True)
+    for (n, length), part in zip(runs, parts, strict=True):
+        yield *(x.view(n, length, -1) for x in part[: len(packed)]), *(x[:, None] for x in part[len(packed) :])
 
 
 def rms_norm(
