@@ -23,8 +23,8 @@ FLOORS = {
         {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "batching", "draws", "fused", "prompts", "memory", "saving", "stopping"},
-        {"packing"},
+        {"attention", "flow", "batching", "draws", "prompts", "memory", "saving", "stopping"},
+        {"packing", "fused"},
         {"model", "solvers", "guidance"},
         {"text", "flops", "published", "feature_cache"},
         {"distances", "clip_score", "shapes", "suites", "options", "enhance"},
