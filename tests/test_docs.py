@@ -190,6 +190,8 @@ def place(tmp_path_factory, recipe, tiny_for_test):
 
     It passes for the repository's root: what the README's commands once left in the real one is not found.
     """
+    for module in ("shapes", "train"):
+        importlib.import_module(f"svg_t2i.{module}")  # with the real root, however few tests are run
     folder = tmp_path_factory.mktemp("root")
     (folder / "configs").symlink_to(REPO_ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
