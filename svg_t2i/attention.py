@@ -77,8 +77,14 @@ def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
 
 
 def heads_by_runs(runs: Sequence[tuple[int, int]], *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """For each run of n samples of L tokens its part of packed (T, H, …) tensors, as (n, H, L, …)."""
+    """`by_runs` of packed (T, H, …) tensors, with heads before tokens: (n, H, L, …)."""
+    for part in by_runs(runs, *packed):
+        yield tuple(x.transpose(1, 2) for x in part)
+
+
+def by_runs(runs: Sequence[tuple[int, int]], *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each run of n samples of L tokens its part of packed (T, …) tensors, as (n, L, …)."""
     tokens = [n * length for n, length in runs]
     parts = zip(*(x.split(tokens) for x in packed), strict=True) if len(runs) > 1 else [packed]
     for (n, length), part in zip(runs, parts, strict=True):
-        yield tuple(x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in part)
+        yield tuple(x.view(n, length, *x.shape[1:]) for x in part)

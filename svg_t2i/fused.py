@@ -8,7 +8,7 @@ formulas; tests hold both to float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from svg_t2i.attention import Segments, heads_by_runs
+from svg_t2i.attention import Segments, by_runs, heads_by_runs
 
 R = TypeVar("R")
 Counts = tuple[int, int, int]  # heads that are queries, keys and values
@@ -85,8 +85,10 @@ class _RMSNorm(torch.autograd.Function):
         weights = weight.float().view(1, -1) if order is None else weight.index_select(0, order).float()
         single, grad_x, along = x.float(), x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(inverse)
         grad_weights = torch.empty_like(weights)
-        views = by_runs(ctx.runs, (single, grad.float(), grad_x, inverse, along), (weights, grad_weights))
-        for x_run, grad_run, product, inverse_run, along_run, weight_run, grad_weight_run in views:
+        views = by_runs(ctx.runs, single, grad.float(), grad_x, inverse, along)
+        rows = (x[:, None].split([samples for samples, _ in ctx.runs]) for x in (weights, grad_weights))
+        for tokens, weight_run, grad_weight_run in zip(views, *rows, strict=True):
+            x_run, grad_run, product, inverse_run, along_run = tokens
             torch.mul(grad_run, x_run, out=product)
             torch.bmm(inverse_run.mT, product, out=grad_weight_run)  # summed over the tokens of each sample
             torch.bmm(product, weight_run.mT, out=along_run)
@@ -96,18 +98,6 @@ class _RMSNorm(torch.autograd.Function):
             grad_weights = torch.empty_like(grad_weights).index_copy_(0, order, grad_weights)
         residual = grad if ctx.needs_input_grad[4] else None
         return grad_x.to(x.dtype), grad_weights.view(weight.shape), None, None, residual
-
-
-def by_runs(
-    runs: Sequence[tuple[int, int]], packed: Sequence[Tensor], per_sample: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Per run of n samples of L tokens its part of tensors: of packed (T, D), as (n, L, D), of (B, D), as (n, 1, D)."""
-    parts = [(*packed, *per_sample)]
-    if len(runs) > 1:
-        samples, tokens = [n for n, _ in runs], [n * length for n, length in runs]
-        parts = zip(*(x.split(tokens) for x in packed), *(x.split(samples) for x in per_sample), strict=True)
-    for (n, length), part in zip(runs, parts, strict=True):
-        yield *(x.view(n, length, -1) for x in part[: len(packed)]), *(x[:, None] for x in part[len(packed) :])
 
 
 def rms_norm(
