@@ -81,6 +81,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the result (T, D) -> gradients of x, weight and residual."""
         x, weight, inverse, order = ctx.saved_tensors
         weights = weight.float().view(1, -1) if order is None else weight.index_select(0, order).float()
         single, grad_x, along = x.float(), x.new_empty(x.shape, dtype=torch.float32), torch.empty_like(inverse)
@@ -151,6 +152,7 @@ class _AttendedHeads(torch.autograd.Function):
         ctx, heads: Tensor, counts: Counts, q_weight: Tensor, k_weight: Tensor, eps: float, rope: Tensor,
         segments: Segments,
     ) -> Tensor:  # fmt: skip
+        """The arguments of `attended_heads`, weights one by one -> (T, queries, d)."""
         queries, keys, _ = counts
         weights = torch.cat([q_weight.repeat(queries), k_weight.repeat(keys)]).float()  # per channel
         normed, values = heads.split([queries + keys, keys], dim=1)
@@ -173,6 +175,7 @@ class _AttendedHeads(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the result (T, queries, d) -> gradients of heads and of both norms' weights."""
         heads, weights, inverse, rope, turned, out, *logsumexps = ctx.saved_tensors
         queries, keys, _ = ctx.counts
         normed, values = heads.float().split([queries + keys, keys], dim=1)
