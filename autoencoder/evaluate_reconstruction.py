@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m autoencoder.evaluate_reconstruction CONFIG ...        the same numbers
 
 IMAGES is a folder or a manifest. The standard run takes the 50,000 images of ImageNet-1k val, shorter side scaled to
-the resolution and cropped to a square in the middle; `autoencoder.metrics` says what the metrics are. Every image is
+the resolution and cropped to a square in the middle; `autoencoder.evaluation.metrics` says what the metrics are. Every image is
 counted once, whatever the batch size and the number of processes; nothing but numbers is kept of it.
 
     DIR/metrics.json    everything, with what it was measured on; null and a reason for a metric that cannot be had
@@ -27,13 +27,10 @@ from typing import Any
 
 import torch
 
-from autoencoder.config import UserError, run_entry
-from autoencoder.drift import drift
-from autoencoder.evaluation import Networks, Result, evaluate
-from autoencoder.metrics import PER_IMAGE
-from autoencoder.model import SVGAutoencoder
-from autoencoder.parallel import joined_processes
-from autoencoder.sweep import (
+from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.processes import joined_processes
+from autoencoder.common.weights import replacing
+from autoencoder.evaluation.crops import (
     Crops,
     add_image_arguments,
     add_model_arguments,
@@ -41,7 +38,10 @@ from autoencoder.sweep import (
     open_crops,
     warn_of_batch_statistics,
 )
-from autoencoder.weights import replacing
+from autoencoder.evaluation.metrics import PER_IMAGE
+from autoencoder.evaluation.reconstruction import Networks, Result, evaluate
+from autoencoder.latents.drift import drift
+from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
 

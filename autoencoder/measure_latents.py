@@ -28,13 +28,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from autoencoder.config import UserError, run_entry
-from autoencoder.drift import drift, plot_stats
-from autoencoder.images import to_float
-from autoencoder.latents import LatentStats, StatsAccumulator
-from autoencoder.model import SVGAutoencoder
-from autoencoder.parallel import Processes, joined_processes
-from autoencoder.sweep import (
+from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.processes import Processes, joined_processes
+from autoencoder.common.weights import read_file, replacing
+from autoencoder.evaluation.crops import (
     Crops,
     add_image_arguments,
     add_model_arguments,
@@ -43,7 +40,10 @@ from autoencoder.sweep import (
     sweep,
     warn_of_batch_statistics,
 )
-from autoencoder.weights import read_file, replacing
+from autoencoder.images.files import to_float
+from autoencoder.latents.drift import drift, plot_stats
+from autoencoder.latents.statistics import LatentStats, StatsAccumulator
+from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
 

@@ -26,15 +26,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoencoder import striped
-from autoencoder.config import ConfigError, UserError, build, find_config, locate, read_config, to_dict
-from autoencoder.decoder import ConvDecoder, DecoderConfig
-from autoencoder.encoders import EncoderConfig, build_encoder
-from autoencoder.hy_decoder import HyDecoder, HyDecoderConfig
-from autoencoder.latents import LatentStats
-from autoencoder.residual import DROPPED as RESIDUAL_DROPPED
-from autoencoder.residual import ResidualConfig, ResidualViT
-from autoencoder.weights import fingerprint, load_strictly, read_state_dict, replacing
+from autoencoder.common.config import ConfigError, UserError, build, find_config, locate, read_config, to_dict
+from autoencoder.common.weights import fingerprint, load_strictly, read_state_dict, replacing
+from autoencoder.decoders import striped
+from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
+from autoencoder.decoders.hy import HyDecoder, HyDecoderConfig
+from autoencoder.encoders.encoder import EncoderConfig, build_encoder
+from autoencoder.encoders.residual import DROPPED as RESIDUAL_DROPPED
+from autoencoder.encoders.residual import ResidualConfig, ResidualViT
+from autoencoder.latents.statistics import LatentStats
 
 CONFIG_FILE, WEIGHTS_FILE, STATS_FILE = "config.json", "model.safetensors", "latent_stats.safetensors"
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@
 
 IMAGES are image files, folders and manifests. At a resolution, images are cropped to the nearest aspect bucket, from
 the middle; `native` keeps every pixel: sides that 16 does not divide are padded for the autoencoder and cut again.
-Large images are decoded in little memory (`autoencoder.striped`): 4096×4096 takes 18 GB in fp32, 9 GB in bf16.
+Large images are decoded in little memory (`autoencoder.decoders.striped`): 4096×4096 takes 18 GB in fp32, 9 GB in bf16.
 
     DIR/NAME_256.png    original | reconstruction; PSNR and colour shift in its text chunks
     DIR/sheet.png       all of them, small
@@ -25,8 +25,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.config import UserError, run_entry
-from autoencoder.images import (
+from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.processes import joined_processes
+from autoencoder.decoders.striped import PLAIN_PIXELS, decode
+from autoencoder.evaluation.crops import (
+    add_model_arguments,
+    load_autoencoder,
+    open_images,
+    split_overrides,
+    warn_of_batch_statistics,
+)
+from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
+from autoencoder.images.files import (
     PATCH_SIZE,
     ImageError,
     Size,
@@ -40,18 +50,8 @@ from autoencoder.images import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.manifest import IMAGE_SUFFIXES, MAX_ERRORS
-from autoencoder.metrics import colour_shift, psnr, to_8bit
+from autoencoder.images.manifest import IMAGE_SUFFIXES, MAX_ERRORS
 from autoencoder.model import SVGAutoencoder
-from autoencoder.parallel import joined_processes
-from autoencoder.striped import PLAIN_PIXELS, decode
-from autoencoder.sweep import (
-    add_model_arguments,
-    load_autoencoder,
-    open_images,
-    split_overrides,
-    warn_of_batch_statistics,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Train the SVG autoencoder:  python -m autoencoder.train --config FILE [--devices N] [key.sub=value ...]
 
-Everything is in the config file (`autoencoder.settings` has its schema, `autoencoder.training` draws the folder that a
+Everything is in the config file (`autoencoder.training.settings` has its schema, `autoencoder.training.module` draws the folder that a
 run writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
 """
 
@@ -23,7 +23,12 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from autoencoder.callbacks import (
+from autoencoder.common.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
+from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
+from autoencoder.encoders.encoder import build_encoder
+from autoencoder.latents.statistics import LatentStats
+from autoencoder.model import SVGAutoencoder
+from autoencoder.training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
     Checkpoints,
@@ -31,15 +36,10 @@ from autoencoder.callbacks import (
     LearningRates,
     ReconstructionGrid,
 )
-from autoencoder.collectives import SyncedBatchNorm
-from autoencoder.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
-from autoencoder.encoders import build_encoder
-from autoencoder.latents import LatentStats
-from autoencoder.losses import AutoencoderLoss, build_loss
-from autoencoder.model import SVGAutoencoder
-from autoencoder.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
-from autoencoder.training import AutoencoderModule, ImageDataModule, peak_memory
-from autoencoder.weights import EMA_KEY, read_file, read_state_dict
+from autoencoder.training.collectives import SyncedBatchNorm
+from autoencoder.training.losses import AutoencoderLoss, build_loss
+from autoencoder.training.module import AutoencoderModule, ImageDataModule, peak_memory
+from autoencoder.training.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
 
 logger = logging.getLogger("autoencoder")
 

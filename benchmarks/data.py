@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from autoencoder.manifest import Manifest
-from autoencoder.order import SampleOrder
-from svg_t2i.data import T2IDataset
-from svg_t2i.loader import build_loader
+from autoencoder.images.manifest import Manifest
+from autoencoder.images.order import SampleOrder
+from svg_t2i.data.loader import build_loader
+from svg_t2i.data.sources import T2IDataset
 
 OPEN = """
 import re, sys, time
-import autoencoder.manifest as m
+import autoencoder.images.manifest as m
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024  # MiB
 imported, started = peak(), time.perf_counter()
 manifest = m.Manifest.open(sys.argv[1])

@@ -17,8 +17,8 @@ import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor, nn
 
-from svg_t2i.model import DiTConfig, SVGDiT
-from svg_t2i.packing import TextFeatures
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.packing import TextFeatures
 
 RENAMES = {
     "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",

@@ -20,12 +20,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from torch import Tensor
 
-from autoencoder.decoder import ConvDecoder, DecoderConfig
+from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
-from svg_t2i.denoising import Conditions, denoise
-from svg_t2i.model import MODELS, DiTConfig, SVGDiT
-from svg_t2i.options import SamplingOptions
-from svg_t2i.packing import TextFeatures
+from svg_t2i.sampling.denoising import Conditions, denoise
+from svg_t2i.sampling.options import SamplingOptions
+from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.transformer.packing import TextFeatures
 
 PUBLISHED = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 EMPTY_TOKENS = 1  # of the unconditional text

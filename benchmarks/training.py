@@ -26,19 +26,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoencoder.latents import LatentStats
+from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
-from svg_t2i.data import TrainBatch
-from svg_t2i.flops import peak_tflops, training_flops
-from svg_t2i.frozen import FrozenNetworks, MicroBatch
-from svg_t2i.model import MODELS, DiTConfig, SVGDiT
-from svg_t2i.monitor import Meter
-from svg_t2i.packing import TextFeatures
-from svg_t2i.parallel import World, compiled_graphs, parallelize
-from svg_t2i.settings import AutoencoderSource, DataConfig, LoopConfig, ParallelConfig, TrainConfig
-from svg_t2i.text import TextEncoder, make_toy_text_encoder
-from svg_t2i.training import FlowObjective, TrainState, train_step
+from svg_t2i.data.sources import TrainBatch
+from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
+from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
+from svg_t2i.training.monitor import Meter
+from svg_t2i.training.settings import AutoencoderSource, DataConfig, LoopConfig, ParallelConfig, TrainConfig
+from svg_t2i.training.sharding import World, compiled_graphs, parallelize
+from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.transformer.flops import peak_tflops, training_flops
+from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.transformer.packing import TextFeatures
 
 UNIFORM_TOKENS = 128
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from autoencoder.config import REPO_ROOT, UserError, run_entry
-from svg_t2i.options import PRESETS
-from svg_t2i.parts import choose_device
+from autoencoder.common.config import REPO_ROOT, UserError, run_entry
+from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.solvers import SOLVERS
-from svg_t2i.studio import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
+from svg_t2i.sampling.options import PRESETS
+from svg_t2i.sampling.parts import choose_device
+from svg_t2i.web.requests import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
 
 try:
     import gradio as gr

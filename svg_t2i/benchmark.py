@@ -25,18 +25,17 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from autoencoder.config import UserError, build, run_entry, to_dict
-from autoencoder.images import image_grid, load_image, save_png
-from autoencoder.manifest import ImageFolder, Manifest
-from svg_t2i import suites, sweep
-from svg_t2i.evaluation import ImageFiles, describe_report, evaluate, measure
-from svg_t2i.evaluation_config import METRICS, EvaluationConfig, SamplingConfig
-from svg_t2i.frozen import load_autoencoder
-from svg_t2i.parallel import World, from_main, start_world
-from svg_t2i.parts import choose_device
+from autoencoder.common.config import UserError, build, run_entry, to_dict
+from autoencoder.images.files import image_grid, load_image, save_png
+from autoencoder.images.manifest import ImageFolder, Manifest
+from svg_t2i.evaluation import suites, sweep
+from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
+from svg_t2i.evaluation.settings import METRICS, EvaluationConfig, SamplingConfig
+from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
+from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
+from svg_t2i.evaluation.suites import DPG_IMAGES, Prompt, SuiteName
+from svg_t2i.features.frozen import load_autoencoder
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.prompts import read_prompts
-from svg_t2i.rendering import write_json
 from svg_t2i.sample import (
     add_parts,
     add_sampling_arguments,
@@ -46,10 +45,11 @@ from svg_t2i.sample import (
     parse_resolution,
     sampling_changes,
 )
-from svg_t2i.settings import AutoencoderSource
-from svg_t2i.shapes import benchmark_scenes, score_scenes, write_data_set
-from svg_t2i.suite_images import claim, digest_prompts, generate
-from svg_t2i.suites import DPG_IMAGES, Prompt, SuiteName
+from svg_t2i.sampling.folder import write_json
+from svg_t2i.sampling.parts import choose_device
+from svg_t2i.text.files import read_prompts
+from svg_t2i.training.settings import AutoencoderSource
+from svg_t2i.training.sharding import World, from_main, start_world
 
 MAX_GRID_IMAGES = 96
 

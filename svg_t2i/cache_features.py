@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 -m svg_t2i.cache_features --config …
 
 Afterwards train with the same config and overrides. Every source of the config needs its own `feature_cache`. Interrupt
-and start again at will, on any number of processes: shards that are there are kept. `svg_t2i.feature_cache` draws the
+and start again at will, on any number of processes: shards that are there are kept. `svg_t2i.data.feature_cache` draws the
 folder.
 """
 
@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoencoder.config import UserError, load_config, locate, run_entry
-from autoencoder.images import to_float
-from autoencoder.manifest import JoinedSources
-from svg_t2i import feature_cache
-from svg_t2i.data import T2IDataset, cache_fingerprint, make_datasets, open_sources
-from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision, warn_of_statistics
-from svg_t2i.loader import read_ahead
-from svg_t2i.packing import TextFeatures
-from svg_t2i.parallel import World, main_first, reduce_sum, start_world
-from svg_t2i.settings import LATENT_PIXELS, TrainConfig
+from autoencoder.common.config import UserError, load_config, locate, run_entry
+from autoencoder.images.files import to_float
+from autoencoder.images.manifest import JoinedSources
+from svg_t2i.data import feature_cache
+from svg_t2i.data.loader import read_ahead
+from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources
+from svg_t2i.features.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision, warn_of_statistics
+from svg_t2i.training.settings import LATENT_PIXELS, TrainConfig
+from svg_t2i.training.sharding import World, main_first, reduce_sum, start_world
+from svg_t2i.transformer.packing import TextFeatures
 
 log = logging.getLogger("svg_t2i")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from autoencoder.config import UserError, run_entry
-from svg_t2i.checkpoint import export, export_as_published
+from autoencoder.common.config import UserError, run_entry
+from svg_t2i.checkpoints.weights import export, export_as_published
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

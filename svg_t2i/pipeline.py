@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg_t2i import checkpoint as checkpoints
-from svg_t2i.editing import ImageMethods
-from svg_t2i.enhance import enhance
-from svg_t2i.frozen import load_autoencoder
-from svg_t2i.generation import OutputType, StepEnd, SVGT2IOutput
-from svg_t2i.loading import fetch, find_sources, push_parts, save_parts
-from svg_t2i.memory import memory_stage
-from svg_t2i.options import PRESETS, SamplingOptions
-from svg_t2i.text import TextEncoder
+from svg_t2i.checkpoints import weights as checkpoints
+from svg_t2i.features.frozen import load_autoencoder
+from svg_t2i.sampling.editing import ImageMethods
+from svg_t2i.sampling.generation import OutputType, StepEnd, SVGT2IOutput
+from svg_t2i.sampling.loading import fetch, find_sources, push_parts, save_parts
+from svg_t2i.sampling.memory import memory_stage
+from svg_t2i.sampling.options import PRESETS, SamplingOptions
+from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.enhance import enhance
 
 
 class SVGT2IPipeline(ImageMethods):

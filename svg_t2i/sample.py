@@ -29,18 +29,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from autoencoder.config import UserError, run_entry, to_dict
-from autoencoder.images import image_grid, load_image, save_png
-from svg_t2i.editing import crop_image, list_images, prepare_mask
-from svg_t2i.loading import fetch, find_sources
-from svg_t2i.options import LATENT_PIXELS, PRESETS, SamplingOptions, changed
-from svg_t2i.parallel import World, from_main, main_first, reduce_sum, start_world, to_main
-from svg_t2i.parts import choose_device
+from autoencoder.common.config import UserError, run_entry, to_dict
+from autoencoder.images.files import image_grid, load_image, save_png
+from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.prompts import Prompt, read_prompts
-from svg_t2i.rendering import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
-from svg_t2i.solvers import SOLVERS
-from svg_t2i.text import SYSTEM_PROMPTS
+from svg_t2i.sampling.editing import crop_image, list_images, prepare_mask
+from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
+from svg_t2i.sampling.loading import fetch, find_sources
+from svg_t2i.sampling.options import LATENT_PIXELS, PRESETS, SamplingOptions, changed
+from svg_t2i.sampling.parts import choose_device
+from svg_t2i.text.encoder import SYSTEM_PROMPTS
+from svg_t2i.text.files import Prompt, read_prompts
+from svg_t2i.training.sharding import World, from_main, main_first, reduce_sum, start_world, to_main
 
 VERBS = ("generate", "image_to_image", "variation", "inpaint", "interpolate", "retrieve", "enhance")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,7 +3,7 @@
     python -m svg_t2i.train --config configs/svg_t2i/forTest_1gpu.yaml train.max_steps=20
     torchrun --nproc_per_node 8 -m svg_t2i.train --config configs/svg_t2i/stage2_512.yaml --init_from FOLDER
 
-A run continues from the newest whole checkpoint in its results folder; `svg_t2i.saving` draws that folder. Asked to end
+A run continues from the newest whole checkpoint in its results folder; `svg_t2i.checkpoints.run` draws that folder. Asked to end
 by SIGTERM or SIGUSR1 it finishes the step, saves, and exits with code 75: start the same command again to go on.
 """
 
@@ -19,21 +19,23 @@ from typing import Any
 
 import torch
 
-from autoencoder.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
-from autoencoder.manifest import ImageSource, JoinedSources
-from svg_t2i import checkpoint, saving, stopping
-from svg_t2i.data import TrainBatch, make_datasets, open_caches, open_sources
-from svg_t2i.feature_cache import FeatureBatch
-from svg_t2i.frozen import FrozenNetworks, fill_in, load_frozen, warn_of_statistics
-from svg_t2i.loader import TrainLoader, build_loader
-from svg_t2i.model import SVGDiT
-from svg_t2i.monitor import Meter, ProgressLogger, profiling
-from svg_t2i.optimizer import learning_rate
-from svg_t2i.parallel import AnyRank, World, from_main, main_first, parallelize, start_world
-from svg_t2i.samples import evaluate_averaged, sample_grid
-from svg_t2i.settings import TrainConfig, changed_settings
-from svg_t2i.stopping import StopRequest
-from svg_t2i.training import FlowObjective, TrainState, train_step
+from autoencoder.common import stopping
+from autoencoder.common.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
+from autoencoder.common.stopping import StopRequest
+from autoencoder.images.manifest import ImageSource, JoinedSources
+from svg_t2i.checkpoints import run as saving
+from svg_t2i.checkpoints import weights as checkpoint
+from svg_t2i.data.feature_cache import FeatureBatch
+from svg_t2i.data.loader import TrainLoader, build_loader
+from svg_t2i.data.sources import TrainBatch, make_datasets, open_caches, open_sources
+from svg_t2i.features.frozen import FrozenNetworks, fill_in, load_frozen, warn_of_statistics
+from svg_t2i.training.monitor import Meter, ProgressLogger, profiling
+from svg_t2i.training.optimizer import learning_rate
+from svg_t2i.training.pictures import evaluate_averaged, sample_grid
+from svg_t2i.training.settings import TrainConfig, changed_settings
+from svg_t2i.training.sharding import AnyRank, World, from_main, main_first, parallelize, start_world
+from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.transformer.model import SVGDiT
 
 log = logging.getLogger("svg_t2i")
 

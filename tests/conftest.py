@@ -55,10 +55,10 @@ def toy_parts(tmp_path_factory) -> Path:
     import numpy as np
     from PIL import Image
 
-    from autoencoder.config import save_config
-    from autoencoder.latents import LatentStats
+    from autoencoder.common.config import save_config
+    from autoencoder.latents.statistics import LatentStats
     from autoencoder.model import SVGAutoencoder
-    from svg_t2i.text import make_toy_text_encoder
+    from svg_t2i.text.encoder import make_toy_text_encoder
 
     folder = tmp_path_factory.mktemp("toy_parts")
     rng, samples = np.random.default_rng(0), []
@@ -92,10 +92,10 @@ def toy_parts(tmp_path_factory) -> Path:
 def toy_pipeline(toy_parts):
     """A random pipeline of three tiny networks; latents of 32 channels. Shared: put back what a test changes."""
     from autoencoder.model import SVGAutoencoder
-    from svg_t2i.model import DiTConfig, SVGDiT
-    from svg_t2i.options import SamplingOptions
     from svg_t2i.pipeline import SVGT2IPipeline
-    from svg_t2i.text import TextEncoder
+    from svg_t2i.sampling.options import SamplingOptions
+    from svg_t2i.text.encoder import TextEncoder
+    from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
     torch.manual_seed(3)
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}

@@ -16,8 +16,8 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
-from svg_t2i.model import DiTConfig
-from svg_t2i.settings import TrainConfig
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.transformer.model import DiTConfig
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -196,7 +196,7 @@ def place(tmp_path_factory, recipe, tiny_for_test):
     (folder / "configs").symlink_to(REPO_ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("autoencoder.config.REPO_ROOT", folder)
+        patch.setattr("autoencoder.common.config.REPO_ROOT", folder)
         plan = recipe.Plan(copies=1, autoencoder_steps=1, transformer_steps=1, prompts=4, pictures_per_prompt=1)
         recipe.run_on_shapes(recipe.Recipe(folder / "outputs" / "quickstart", 64, plan, processes=1, threads=1))
         mask = folder / "outputs" / "quickstart" / "pictures" / "inputs" / "mask.png"

@@ -45,25 +45,25 @@ FLOORS = {
 }
 # Heavy or process-wide libraries, and the only modules that may import them.
 ONLY_IN = {
-    "transformers": {"svg_t2i.text", "svg_t2i.enhance", "svg_t2i.clip_score"},  # the last: a metric of evaluations
-    "tokenizers": {"svg_t2i.text"},
+    "transformers": {"svg_t2i.text.encoder", "svg_t2i.text.enhance", "svg_t2i.evaluation.clip_score"},  # the last: a metric of evaluations
+    "tokenizers": {"svg_t2i.text.encoder"},
     "timm": {"autoencoder.encoder_table", "autoencoder.encoders", "autoencoder.residual"},
     "pytorch_lightning": {"autoencoder.training", "autoencoder.callbacks", "autoencoder.train"},
     "omegaconf": {"autoencoder.config"},
     "torchmetrics": {"autoencoder.metrics"},
-    "matplotlib": {"autoencoder.drift", "svg_t2i.sweep"},
+    "matplotlib": {"autoencoder.drift", "svg_t2i.evaluation.sweep"},
     "fsspec": {"autoencoder.tar_shards"},
     "gradio": {"svg_t2i.app"},
     "torch.distributed": {
         "autoencoder.collectives",
         "autoencoder.parallel",
-        "svg_t2i.parallel",
-        "svg_t2i.checkpoint",
-        "svg_t2i.saving",
+        "svg_t2i.training.sharding",
+        "svg_t2i.checkpoints.weights",
+        "svg_t2i.checkpoints.run",
         "svg_t2i.sample",
     },
 }
-TORCH_ONLY = {"svg_t2i.attention", "svg_t2i.flow", "svg_t2i.solvers", "svg_t2i.guidance", "svg_t2i.fused"}
+TORCH_ONLY = {"svg_t2i.transformer.attention", "svg_t2i.flow.paths", "svg_t2i.flow.solvers", "svg_t2i.flow.guidance", "svg_t2i.transformer.cpu_kernels"}
 
 MODULES = sorted(
     path for package in FLOORS for path in (REPO_ROOT / package).glob("*.py") if path.name != "__init__.py"

@@ -19,8 +19,8 @@ from pathlib import Path
 from draw import SIZE, Thing, draw
 from PIL import Image
 
-from autoencoder.config import UserError
-from autoencoder.images import image_grid, save_png
+from autoencoder.common.config import UserError
+from autoencoder.images.files import image_grid, save_png
 from svg_t2i import sample
 
 ZOOM = 2  # of the pictures in the grids

@@ -36,11 +36,19 @@ from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
 
-from autoencoder.config import UserError, run_entry
-from autoencoder.images import aspect_buckets, crop_square, load_image, save_png, to_float, to_pil, to_uint8_tensor
-from autoencoder.manifest import Manifest
+from autoencoder.common.config import UserError, run_entry
+from autoencoder.images.files import (
+    aspect_buckets,
+    crop_square,
+    load_image,
+    save_png,
+    to_float,
+    to_pil,
+    to_uint8_tensor,
+)
+from autoencoder.images.manifest import Manifest
 from autoencoder.model import SVGAutoencoder
-from svg_t2i.text import make_toy_text_encoder
+from svg_t2i.text.encoder import make_toy_text_encoder
 
 AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
 TRANSFORMER = "configs/svg_t2i/quickstart.yaml"

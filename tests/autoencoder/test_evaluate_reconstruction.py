@@ -12,11 +12,11 @@ from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
 
 from autoencoder import evaluate_reconstruction
-from autoencoder.config import UserError
+from autoencoder.common.config import UserError
 from autoencoder.evaluate_reconstruction import add_rows, main
-from autoencoder.evaluation import Networks
-from autoencoder.images import crop_square, to_float, to_pil, to_uint8_tensor
-from autoencoder.latents import LatentStats
+from autoencoder.evaluation.reconstruction import Networks
+from autoencoder.images.files import crop_square, to_float, to_pil, to_uint8_tensor
+from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
@@ -155,7 +155,7 @@ def test_statistics_that_do_not_fit_are_warned_of_with_numbers(folder, caplog):
 
 
 def test_exact_reproductions_have_no_mean_psnr(folder, monkeypatch):
-    monkeypatch.setattr("autoencoder.evaluation.decode", lambda decoder, latents: torch.zeros(7, 3, 48, 48))
+    monkeypatch.setattr("autoencoder.evaluation.reconstruction.decode", lambda decoder, latents: torch.zeros(7, 3, 48, 48))
     grey = Image.new("RGB", (48, 48), (128, 128, 128))  # 0 in [-1, 1] rounds to 128
     for index in range(COUNT):
         grey.save(folder / "photos" / f"{index}.png")

@@ -9,15 +9,16 @@ import torch
 import yaml
 from PIL import Image
 
-from autoencoder import measure_latents, sweep
-from autoencoder.config import UserError
-from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
-from autoencoder.latents import LatentStats
-from autoencoder.manifest import JoinedSources
+from autoencoder import measure_latents
+from autoencoder.common.config import UserError
+from autoencoder.evaluation import crops as sweep
+from autoencoder.evaluation.crops import Crops, open_images
+from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
+from autoencoder.images.manifest import JoinedSources
+from autoencoder.images.tar_shards import open_source
+from autoencoder.latents.statistics import LatentStats
 from autoencoder.measure_latents import main
 from autoencoder.model import SVGAutoencoder
-from autoencoder.sweep import Crops, open_images
-from autoencoder.tar_shards import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 D = 48

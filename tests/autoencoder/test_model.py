@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from autoencoder.config import ConfigError, UserError
-from autoencoder.latents import LatentStats
+from autoencoder.common.config import ConfigError, UserError
+from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 
 D = 48

@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 
 from autoencoder import reconstruct as module
-from autoencoder.config import UserError
-from autoencoder.images import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_pil, to_uint8_tensor
+from autoencoder.common.config import UserError
+from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_pil, to_uint8_tensor
 from autoencoder.model import SVGAutoencoder
 from autoencoder.reconstruct import Job, equal_size_batches, main
 
@@ -106,7 +106,7 @@ def test_large_images_are_decoded_in_stripes(folder, monkeypatch):
     main(arguments(folder, folder / "photos" / "0.png"))
     plain = halves(folder / "out" / "0_native.png")[1].astype(int)
     calls = []
-    from autoencoder import striped
+    from autoencoder.decoders import striped
 
     real = striped.decode_in_stripes
     monkeypatch.setattr(striped, "PLAIN_PIXELS", 64 * 64 - 1)

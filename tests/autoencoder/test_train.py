@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from autoencoder import train as entry
-from autoencoder.config import UserError, load_config
-from autoencoder.settings import AutoencoderTrainConfig
+from autoencoder.common.config import UserError, load_config
+from autoencoder.training.settings import AutoencoderTrainConfig
 
 THREE = "model.params.lossconfig.params.disc_num_layers=3"
 PUBLISHED = {

@@ -10,8 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from autoencoder.collectives import SyncedBatchNorm, mean_over_processes
 from autoencoder.train import main
+from autoencoder.training.collectives import SyncedBatchNorm, mean_over_processes
 
 NAME = "svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
 ARGUMENTS = [

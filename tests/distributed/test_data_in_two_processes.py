@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from svg_t2i import cache_features, train
-from svg_t2i.checkpoint import read_transformer
+from svg_t2i.checkpoints.weights import read_transformer
 
 BOTH = """
 import sys
-from autoencoder.config import load_config
+from autoencoder.common.config import load_config
 from svg_t2i.cache_features import *
 from svg_t2i import train
 

@@ -15,11 +15,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
-from autoencoder.config import run_entry
+from autoencoder.common.config import run_entry
 from svg_t2i import train
-from svg_t2i.saving import SafeReader, newest_checkpoint, stored_tensors
+from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, stored_tensors
 from svg_t2i.train import main
-from svg_t2i.training import TrainState
+from svg_t2i.training.step import TrainState
 
 FSDP, SDP, HSDP = (f"parallel.data_parallel={mode}" for mode in ("fsdp", "sdp", "hsdp"))
 BY_ONE = "train.micro_batch_size=1"

@@ -16,8 +16,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchvision.models import VGG16_Weights, vgg16
 
-from autoencoder.images import crop_square, to_float, to_pil, to_uint8_tensor
-from autoencoder.metrics import INCEPTION_FILE
+from autoencoder.evaluation.metrics import INCEPTION_FILE
+from autoencoder.images.files import crop_square, to_float, to_pil, to_uint8_tensor
 from autoencoder.model import SVGAutoencoder
 
 # A process that forks, as imports take longest; torchrun would set the same variables.

@@ -1,8 +1,8 @@
 """Parity of the convolutional decoder: images, and the gradients of their mean square."""
 
-from autoencoder.config import build
-from autoencoder.decoder import ConvDecoder, DecoderConfig
-from autoencoder.weights import load_strictly
+from autoencoder.common.config import build
+from autoencoder.common.weights import load_strictly
+from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
 
 
 def check(vectors):

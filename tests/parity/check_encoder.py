@@ -1,7 +1,7 @@
 """Parity of the frozen encoder, its rotary tables included. Inputs are already ImageNet-normalised."""
 
-from autoencoder.encoders import EncoderConfig, FrozenEncoder
-from autoencoder.weights import load_strictly
+from autoencoder.common.weights import load_strictly
+from autoencoder.encoders.encoder import EncoderConfig, FrozenEncoder
 
 
 def timm_arguments(ctor):

@@ -1,8 +1,8 @@
 """Parity of the 2-D network with the release's 3-D decoder, for latents that divide the first width and others."""
 
-from autoencoder.config import build
-from autoencoder.hy_decoder import HyDecoder, HyDecoderConfig
-from autoencoder.weights import load_strictly
+from autoencoder.common.config import build
+from autoencoder.common.weights import load_strictly
+from autoencoder.decoders.hy import HyDecoder, HyDecoderConfig
 
 
 def check(vectors):

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autoencoder.images import crop_square, crop_to_size, frontier_sizes, nearest_bucket, to_rgb
-from autoencoder.manifest import ResumableSampler
-from svg_t2i.optimizer import ema_update
+from autoencoder.images.files import crop_square, crop_to_size, frontier_sizes, nearest_bucket, to_rgb
+from autoencoder.images.manifest import ResumableSampler
+from svg_t2i.training.optimizer import ema_update
 
 EMA_DECAY = 0.95  # the release's default
 

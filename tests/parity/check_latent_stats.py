@@ -6,7 +6,7 @@ first; our own pair of directions must be each other's inverse, which the releas
 
 import torch
 
-from autoencoder.latents import LatentStats
+from autoencoder.latents.statistics import LatentStats
 
 
 def check(vectors):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoencoder.losses import AutoencoderLoss, LossConfig, hinge_loss, vanilla_loss
+from autoencoder.training.losses import AutoencoderLoss, LossConfig, hinge_loss, vanilla_loss
 
 
 class StandIn(nn.Module):

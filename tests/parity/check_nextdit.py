@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from harness import Vectors
-from svg_t2i.guidance import guided_velocity
-from svg_t2i.model import DiTConfig, SVGDiT, load_published_state_dict, published_state_dict
-from svg_t2i.packing import TextFeatures
+from svg_t2i.flow.guidance import guided_velocity
+from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_dict, published_state_dict
+from svg_t2i.transformer.packing import TextFeatures
 
 
 def check(vectors: Vectors) -> None:

@@ -2,9 +2,9 @@
 
 import torch
 
-from autoencoder.config import build
-from autoencoder.residual import DROPPED, ResidualConfig, ResidualViT, match_distribution
-from autoencoder.weights import load_strictly
+from autoencoder.common.config import build
+from autoencoder.common.weights import load_strictly
+from autoencoder.encoders.residual import DROPPED, ResidualConfig, ResidualViT, match_distribution
 
 
 def residual_config(config):

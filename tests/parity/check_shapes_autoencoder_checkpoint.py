@@ -1,6 +1,6 @@
 """Names and shapes in complete autoencoder checkpoints: pure, residual, and residual with the `hyconfig` decoder."""
 
-from autoencoder.config import build
+from autoencoder.common.config import build
 from autoencoder.model import DROPPED, ModelConfig, SVGAutoencoder
 from harness import check_keys
 

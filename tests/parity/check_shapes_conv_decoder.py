@@ -2,7 +2,7 @@
 
 import torch
 
-from autoencoder.decoder import ConvDecoder, DecoderConfig
+from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
 from harness import check_keys
 
 

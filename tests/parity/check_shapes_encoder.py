@@ -2,7 +2,7 @@
 
 import torch
 
-from autoencoder.encoders import EncoderConfig, FrozenEncoder
+from autoencoder.encoders.encoder import EncoderConfig, FrozenEncoder
 from harness import check_keys
 
 

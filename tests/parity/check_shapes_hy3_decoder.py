@@ -2,7 +2,7 @@
 
 import torch
 
-from autoencoder.hy_decoder import HyDecoder, HyDecoderConfig
+from autoencoder.decoders.hy import HyDecoder, HyDecoderConfig
 from harness import check_keys
 
 

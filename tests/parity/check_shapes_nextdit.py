@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from harness import Vectors, check_keys
-from svg_t2i.model import build_model, published_state_dict
+from svg_t2i.transformer.model import build_model, published_state_dict
 
 
 def check_shapes(vectors: Vectors) -> None:

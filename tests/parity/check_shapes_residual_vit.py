@@ -2,8 +2,8 @@
 
 import torch
 
-from autoencoder.config import build
-from autoencoder.residual import DROPPED, ResidualConfig, ResidualViT
+from autoencoder.common.config import build
+from autoencoder.encoders.residual import DROPPED, ResidualConfig, ResidualViT
 from harness import check_keys
 
 

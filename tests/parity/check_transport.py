@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from svg_t2i.flow import PATHS, Path, flow_loss, interpolate, sample_timesteps, shift_time, shift_timesteps
+from svg_t2i.flow.paths import PATHS, Path, flow_loss, interpolate, sample_timesteps, shift_time, shift_timesteps
 
 
 def check(vectors) -> None:

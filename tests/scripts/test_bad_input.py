@@ -15,8 +15,8 @@ from PIL import Image
 
 from autoencoder import evaluate_reconstruction, measure_latents, reconstruct
 from autoencoder import train as autoencoder_train
-from autoencoder.config import run_entry, save_config
-from autoencoder.latents import LatentStats
+from autoencoder.common.config import run_entry, save_config
+from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import cache_features, sample
 from svg_t2i import train as transformer_train

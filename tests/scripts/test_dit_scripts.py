@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from svg_t2i.checkpoint import load_transformer
+from svg_t2i.checkpoints.weights import load_transformer
 
 SCRIPT_VARIABLES = {
     "MASTER_ADDR", "MASTER_PORT", "NNODES", "NPROC_PER_NODE", "CONFIG", "RESULTS_DIR", "DATA_PATH", "INIT_FROM",

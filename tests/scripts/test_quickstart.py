@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from autoencoder.config import UserError
-from autoencoder.manifest import Manifest
-from svg_t2i.options import PRESETS
+from autoencoder.common.config import UserError
+from autoencoder.images.manifest import Manifest
+from svg_t2i.sampling.options import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
 EXAMPLE = FOLDER.parents[1] / "configs" / "example.jsonl"

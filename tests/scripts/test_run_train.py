@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoencoder.config import save_config
+from autoencoder.common.config import save_config
 
 CONFIG = "configs/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
 

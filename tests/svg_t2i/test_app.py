@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autoencoder.config import UserError
+from autoencoder.common.config import UserError
 from svg_t2i import app
-from svg_t2i.studio import Limits, Studio, fitting_size
+from svg_t2i.web.requests import Limits, Studio, fitting_size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

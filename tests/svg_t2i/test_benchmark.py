@@ -8,11 +8,12 @@ import os
 import pytest
 from PIL import Image
 
-from autoencoder.config import UserError
-from autoencoder.images import load_image
-from svg_t2i import benchmark, suite_images
+from autoencoder.common.config import UserError
+from autoencoder.images.files import load_image
+from svg_t2i import benchmark
 from svg_t2i.benchmark import main
-from svg_t2i.shapes import TASKS, benchmark_scenes, draw_scene
+from svg_t2i.evaluation import suite_images
+from svg_t2i.evaluation.shapes import TASKS, benchmark_scenes, draw_scene
 
 
 @pytest.fixture(scope="module")

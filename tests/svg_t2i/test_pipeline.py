@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from autoencoder.config import UserError
-from svg_t2i.model import DiTConfig, SVGDiT
+from autoencoder.common.config import UserError
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.text import SYSTEM_PROMPTS
+from svg_t2i.text.encoder import SYSTEM_PROMPTS
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
 PROMPTS = ["a picture of noise", "a picture of very very much noise number 3", "noise"]
 BASE = SYSTEM_PROMPTS["base"]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autoencoder.config import UserError
-from svg_t2i import rendering
+from autoencoder.common.config import UserError
 from svg_t2i import sample as sample_entry
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.prompts import read_prompts
+from svg_t2i.sampling import folder as rendering
+from svg_t2i.text.files import read_prompts
 
 PROMPTS = ["--prompt", "noise one", "--prompt", "very much noise"]
 

@@ -1,0 +1,239 @@
+"""Configuration: YAML files and dotted overrides → plain mappings → typed, frozen dataclasses.
+
+A config file is YAML with OmegaConf interpolation (`${data.resolution}`). It is read by `read_config`, changed by
+overrides such as `optim.lr=1e-4`, and turned into a dataclass by `build`, which is strict: an unknown key, a missing
+key or a value of the wrong type is a `ConfigError` that names the file, the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us. The message is one sentence or two: file, field, value, remedy."""
+
+
+class ConfigError(UserError):
+    """A mistake in a configuration file or an override."""
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """A path as given or, where nothing is there, below the repository or its svg_t2i.
+
+    The published commands run inside autoencoder/ and svg_t2i/: this way what one of them wrote, and the release's
+    pre-trained/ in svg_t2i/, is found from everywhere. What is nowhere is returned as given, for the reader to report.
+    """
+    given = Path(path).expanduser()
+    candidates = (given, REPO_ROOT / given, REPO_ROOT / "svg_t2i" / given)
+    return next((candidate for candidate in candidates if candidate.exists()), given)
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """Resolve a config path: as given, with `.yaml` appended, then both again below the repository root.
+
+    Raises:
+        ConfigError: if none of the candidates is a file; lists what was tried and similar names.
+    """
+    given = Path(path)
+    names = [given, given.with_name(given.name + ".yaml")]
+    candidates = names if given.is_absolute() else names + [REPO_ROOT / name for name in names]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    siblings = [p.name for folder in {c.parent for c in candidates} if folder.is_dir() for p in folder.glob("*.yaml")]
+    raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(given.name, siblings)}")
+
+
+def read_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file into a plain dict, with `key.sub=value` overrides applied and interpolation resolved."""
+    path = find_config(path)
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error}") from error
+    if not OmegaConf.is_dict(config):
+        raise ConfigError(f"{path}: expected a mapping of fields at the top level")
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key.strip("."):
+            raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. optim.lr=1e-4")
+    try:
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} with overrides {list(overrides)}: {error}") from error
+
+
+def load_config(schema: type[T], path: str | os.PathLike, overrides: Sequence[str] = ()) -> T:
+    """`read_config` followed by `build`."""
+    return build(schema, read_config(path, overrides), source=str(path))
+
+
+def build(schema: type[T], values: Mapping[str, Any] | None, source: str = "config") -> T:
+    """Turn a mapping into an instance of the dataclass `schema`, strictly.
+
+    Args:
+        schema: a dataclass; field types may be nested dataclasses, Optional/Union, list, tuple, dict, Literal, Any
+            and the primitives. Ints are accepted for floats, and strings such as "1e-4" that YAML 1.1 leaves as text.
+        values: field values; None stands for an empty mapping.
+        source: where the values come from, for messages.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), missing key, wrong type, or the dataclass's own
+            `__post_init__` complaint (a ValueError), prefixed with the source.
+    """
+    return _build(schema, {} if values is None else values, source, "")
+
+
+def _build(schema: type, values: Any, source: str, prefix: str) -> Any:
+    if isinstance(values, schema):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {prefix or 'the file'} must be a mapping of fields, got {values!r}")
+    hints = typing.get_type_hints(schema)
+    fields = {field.name: field for field in dataclasses.fields(schema) if field.init}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{source}: unknown key {_join(prefix, key)!r}{_nearest(str(key), fields)}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], source, _join(prefix, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{source}: {_join(prefix, name)!r} is required and missing")
+    try:
+        return schema(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {prefix + ': ' if prefix else ''}{error}") from error
+
+
+def _convert(annotation: Any, value: Any, source: str, name: str) -> Any:
+    """One value to one annotation; recursive through containers and nested dataclasses."""
+    origin, choices = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return value
+    if dataclasses.is_dataclass(annotation):
+        return _build(annotation, value, source, name)
+    if origin is Literal:
+        if value in choices and type(value) in {type(choice) for choice in choices}:
+            return value
+        raise ConfigError(f"{source}: {name} = {value!r}; choose one of {', '.join(map(str, choices))}")
+    if origin in (Union, types.UnionType):
+        return _convert_union(choices, value, source, name)
+    if origin in (list, tuple) or annotation in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{source}: {name} = {value!r}; expected a list")
+        if origin is tuple and choices and choices[-1] is not Ellipsis:
+            if len(value) != len(choices):
+                raise ConfigError(f"{source}: {name} = {value!r}; expected {len(choices)} entries")
+            return tuple(_convert(c, v, source, f"{name}[{i}]") for i, (c, v) in enumerate(zip(choices, value)))
+        item = choices[0] if choices else Any
+        return (origin or annotation)(_convert(item, v, source, f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is dict or annotation is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {name} = {value!r}; expected a mapping")
+        item = choices[1] if choices else Any
+        return {k: _convert(item, v, source, _join(name, k)) for k, v in value.items()}
+    return _convert_scalar(annotation, value, source, name)
+
+
+def _convert_union(choices: tuple, value: Any, source: str, name: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    errors = []
+    for choice in sorted((c for c in choices if c is not type(None)), key=lambda c: c is not type(value)):
+        try:
+            return _convert(choice, value, source, name)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _convert_scalar(annotation: type, value: Any, source: str, name: str) -> Any:
+    if annotation is float and isinstance(value, (int, str)) and _is_number(value):
+        return float(value)
+    elif annotation is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif annotation is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif annotation is str and isinstance(value, Path):
+        return str(value)
+    elif type(value) is annotation:
+        return value
+    raise ConfigError(f"{source}: {name} = {value!r}; expected {getattr(annotation, '__name__', annotation)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a YAML value means a float: YAML 1.1 reads `1e-4` as text."""
+    number = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+    return not isinstance(value, bool) and re.fullmatch(number, str(value)) is not None
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass (or a container of them) as plain dicts, lists and scalars, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def save_config(config: Any, path: str | os.PathLike) -> None:
+    """Write a dataclass or mapping as YAML; reading it back gives the same config."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def resolve_target(name: str, field: str, table: Mapping[str, T]) -> T:
+    """Look `name` up in an allow-list. `target:` never imports by itself: a config is data, not code.
+
+    Raises:
+        ConfigError: names the field, the value, the nearest entry and all choices.
+    """
+    if name in table:
+        return table[name]
+    raise ConfigError(f"{field}: unknown target {name!r}{_nearest(name, table)}; known: {', '.join(sorted(table))}")
+
+
+def run_entry(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a command-line entry. A `UserError` becomes one line on stderr and exit code 2, without a traceback."""
+    try:
+        main(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _join(prefix: str, key: object) -> str:
+    return f"{prefix}.{key}" if prefix else str(key)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if matches:
+        return f" (did you mean {matches[0]!r}?)"
+    return f" (known: {', '.join(sorted(known))})" if 0 < len(known) <= 40 else ""

@@ -1,0 +1,176 @@
+"""Tensors from files, weights-only and loaded strictly (every error names keys and remedy); files written whole.
+
+And names for weights, so that what belongs together can be checked: `fingerprint`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import logging
+import os
+import pickle
+import sys
+import zipfile
+from _compat_pickle import IMPORT_MAPPING  # by the names of Python 2, which protocol 2 writes
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from autoencoder.common.config import UserError
+
+logger = logging.getLogger("autoencoder")
+
+# Of Python, all that settings in a file of weights may be made of
+DATA_MODULES = {"argparse", "collections", "datetime", "functools", "pathlib", "typing"}
+EMA_KEY = "ema_state_dict"  # in Lightning checkpoints: averaged weights, by the names they have in `state_dict`
+
+
+def read_file(path: str | Path, what: str) -> dict[str, Any]:
+    """The dictionary in a `.safetensors` or torch file, on the CPU. Nothing but tensors and plain values is unpickled.
+
+    `what` names the file's role in messages ("autoencoder checkpoint"). Settings that Lightning kept beside the weights
+    may be objects of any class: these come back as `Inert` ones. Raises UserError for a missing, broken or unsafe file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{what}: there is no file {path}; check the path (relative to {Path.cwd()}) or download it")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = _unpickled(path, what)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{what} {path}: not a torch file, or it holds Python objects besides tensors, which are refused because "
+            "unpickling them can run code. If you trust it, load it once yourself and save its tensors: "
+            'torch.save(torch.load(path, weights_only=False)["state_dict"], new_path)'
+        ) from error
+    except Exception as error:  # on broken files the readers raise whatever they stumble over, KeyError among it
+        raise UserError(f"{what} {path} cannot be read ({error!r}); if it is cut off, copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+class Inert:
+    """Stands in for an object of a class that is not imported: it takes what the pickle gives it, and forgets it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path, what: str) -> Any:
+    """A torch file's content; pickle.UnpicklingError for anything that looks like an attack."""
+    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    try:
+        return torch.load(path, **options)
+    except pickle.UnpicklingError:
+        names = sorted(get_unsafe_globals_in_checkpoint(path)) if options["mmap"] else []
+        if not names or not all(map(_may_be_data, names)):
+            raise
+        with safe_globals([(Inert, name) for name in names]):
+            content = torch.load(path, **options)
+        logger.warning("%s %s: settings left out, which are objects of %s", what, path, ", ".join(names))
+        return content
+
+
+def _may_be_data(name: str) -> bool:
+    """Whether a class named in a pickle may belong to settings. Of Python's own, only types of data; none of torch's,
+    which allows those that tensors need."""
+    module, _, short = name.rpartition(".")
+    if module == "builtins":
+        return isinstance(getattr(builtins, short, None), type)
+    root = module.partition(".")[0]
+    return root in DATA_MODULES or root not in {"torch", *sys.stdlib_module_names, *IMPORT_MAPPING}
+
+
+def read_state_dict(path: str | Path, what: str, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, or of the entry `state_dict` (Lightning) or `model` (MAE), by name.
+
+    ema: averaged weights in place of those that have an average; UserError if there are none.
+    """
+    content = read_file(path, what)
+    state = content.get("state_dict", content.get("model", content))
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        found = ", ".join(list(map(str, content))[:8]) or "nothing"
+        raise UserError(f"{what} {path}: neither a state dict nor a Lightning checkpoint with one; it holds: {found}")
+    if ema and EMA_KEY not in content:
+        raise UserError(
+            f"{what} {path} has no averaged weights, it was trained without training.ema_decay; leave out "
+            "model.params.use_ema"
+        )
+    return {**state, **content[EMA_KEY]} if ema else dict(state)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
+    """Load `state` into `module`; UserError naming every kind of disagreement, and the module untouched, if any."""
+    expected = module.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": shapes,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{source} does not fit the model: {found}. {remedy}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def fingerprint(identity: Any, state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that name weights and the architecture (`identity`, put into JSON); the same in fp32 and bf16."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place when the block ends well: readers never see a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers follow it to another device but not to another precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            moved = self._buffers[name]
+            if moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
+
+
+def _first(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -1,0 +1,197 @@
+"""One pass over many images, shared by processes: what measuring and evaluating an autoencoder have in common.
+
+The images are cut into chunks of `batch_size` in their order, and chunk c goes to process c mod N. A chunk is made of
+the same images and computed in the same batches however many processes there are, so results that are merged in the
+order of the chunks, or by index, do not depend on their number. An image is decoded once and cropped to every
+resolution.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from autoencoder.common.config import UserError
+from autoencoder.images.files import Size, aspect_buckets, crop_to_size, load_image, nearest_bucket, to_uint8_tensor
+from autoencoder.images.manifest import MAX_ERRORS, ImageFolder, ImageSource, Manifest
+from autoencoder.model import SVGAutoencoder
+
+logger = logging.getLogger(__name__)
+
+
+class Group(NamedTuple):
+    """Images of one size: their places in the sweep, and uint8 (n, 3, H, W)."""
+
+    places: tuple[int, ...]
+    images: Tensor
+
+
+class Chunk(NamedTuple):
+    """groups[r]: the images at resolution r, by size. unreadable: reasons, for those that are in no group."""
+
+    number: int
+    groups: list[list[Group]]
+    unreadable: list[str]
+
+
+class Crops(Dataset):
+    """`count` images spread evenly over a source (None: all), in their order; each cropped, from the middle, to the
+    nearest size of every resolution.
+
+    resolutions: crops have about this squared pixels. max_aspect: of the longest crop; 1 gives squares.
+    """
+
+    def __init__(
+        self, source: ImageSource, resolutions: Sequence[int], max_aspect: float, count: int | None = None
+    ) -> None:
+        self.source, self.resolutions = source, tuple(resolutions)
+        self.sizes: list[tuple[Size, ...]] = [aspect_buckets(side, max_aspect) for side in resolutions]
+        count = len(source) if count is None else min(count, len(source))
+        self.indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def path(self, place: int) -> Path:
+        return self.source[int(self.indices[place])].path
+
+    def __getitem__(self, place: int) -> tuple[int, list[Tensor] | str]:
+        """(place, its crops (3, H, W) uint8 or the reason why there are none).
+
+        An unreadable image is left out rather than replaced by its neighbour, which would count twice.
+        """
+        try:
+            source, sample = self.source.read(int(self.indices[place]))
+            image = load_image(source, name=str(sample.path))
+        except UserError as error:
+            return place, str(error)
+        crops = (crop_to_size(image, nearest_bucket(image.size, sizes)) for sizes in self.sizes)
+        return place, [to_uint8_tensor(crop) for crop in crops]
+
+    def collate(self, items: list[tuple[int, list[Tensor] | str]]) -> tuple[list[list[Group]], list[str]]:
+        """Items of a chunk → groups per resolution, reasons."""
+        readable = [(place, crops) for place, crops in items if not isinstance(crops, str)]
+        groups = []
+        for number in range(len(self.sizes)):
+            by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+            for place, crops in readable:
+                by_size.setdefault(crops[number].shape, []).append((place, crops[number]))
+            pairs = (zip(*group) for group in by_size.values())
+            groups.append([Group(places, torch.stack(images)) for places, images in pairs])
+        return groups, [crops for _, crops in items if isinstance(crops, str)]
+
+
+def sweep(
+    crops: Crops, batch_size: int, rank: int = 0, size: int = 1, num_workers: int = 0, first: int = 0
+) -> Iterator[Chunk]:
+    """This process's chunks, from chunk number `first` on.
+
+    Raises:
+        UserError: more than MAX_ERRORS images of this process are unreadable.
+    """
+    starts = range(0, len(crops), batch_size)
+    numbers = range(first + rank, len(starts), size)
+    batches = [range(starts[number], min(starts[number] + batch_size, len(crops))) for number in numbers]
+    loader = DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=crops.collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    failures: list[str] = []
+    for number, (groups, reasons) in zip(numbers, loader):
+        for reason in reasons:
+            logger.warning("left out: %s", reason)
+        failures += reasons
+        if len(failures) > MAX_ERRORS:
+            raise UserError(
+                f"{crops.source.name}: more than {MAX_ERRORS} unreadable images; repair or remove them. The first:\n  "
+                + "\n  ".join(failures[:3])
+            )
+        yield Chunk(number, groups, reasons)
+
+
+# ---- command lines -------------------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_autoencoder` reads."""
+    parser.add_argument("config", help="autoencoder YAML file, or a folder of save_pretrained")
+    parser.add_argument("--checkpoint", help="autoencoder checkpoint, instead of the config's ckpt_path")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU per process if there is one")
+
+
+def load_autoencoder(arguments: argparse.Namespace, device: torch.device, stats: str | None = None) -> SVGAutoencoder:
+    """The autoencoder of `config`, `checkpoint`, `overrides` and `precision`, on the device, in eval mode."""
+    folder = Path(arguments.config).expanduser()
+    if folder.is_dir():
+        if arguments.overrides:
+            raise UserError(f"{folder} is a saved autoencoder and takes no overrides: {' '.join(arguments.overrides)}")
+        model = SVGAutoencoder.from_pretrained(folder, arguments.checkpoint, stats)
+    else:
+        model = SVGAutoencoder.from_config(arguments.config, arguments.checkpoint, stats, arguments.overrides)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    return model.to(device, dtype).eval()
+
+
+def warn_of_batch_statistics(autoencoder: SVGAutoencoder, batch_size: int) -> None:
+    """Say that latents depend on the batch, where a residual branch normalises over it (as published)."""
+    residual = autoencoder.config.extra_vit_config
+    if residual is not None and residual.use_outnorm and residual.outnorm == "batch" and batch_size > 1:
+        logger.warning(
+            "extra_vit_config.outnorm is batch, as published: the residual latents of an image depend on the %d images "
+            "it is encoded with, and so do the results on --batch-size. Add the override "
+            "model.params.extra_vit_config.outnorm=per_image, or --batch-size 1",
+            batch_size,
+        )
+
+
+def add_image_arguments(parser: argparse.ArgumentParser, max_aspect: float) -> None:
+    """What `open_crops` and `sweep` read."""
+    parser.add_argument(
+        "--data", "--manifest", dest="data", required=True, help="folder of images, or manifest (.jsonl, .json)"
+    )
+    parser.add_argument(
+        "--resolution", type=int, nargs="+", required=True, help="one or several; crops have about this squared pixels"
+    )
+    parser.add_argument(
+        "--max-aspect", type=float, default=max_aspect, help=f"longest crop, default {max_aspect:g}; 1: squares only"
+    )
+    parser.add_argument("--max-images", type=int, help="only this many, spread evenly over the data")
+    parser.add_argument("--batch-size", type=int, default=16, help="images at a time per process")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images, per process")
+
+
+def open_crops(arguments: argparse.Namespace) -> Crops:
+    """The images that the arguments ask for; UserError for values out of range and data without images."""
+    for name in ("batch_size", "max_images"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if len(set(arguments.resolution)) < len(arguments.resolution):
+        raise UserError(f"--resolution {' '.join(map(str, arguments.resolution))} names a resolution twice")
+    return Crops(open_images(arguments.data), arguments.resolution, arguments.max_aspect, arguments.max_images)
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """A folder of images (with all its subfolders) or a manifest."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder of images or a manifest (.jsonl, .json)")
+    return ImageFolder(path, "") if path.is_dir() else Manifest.open(path, require_captions=False)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Positional arguments → those that are files or folders, and the config's overrides (key.sub=value)."""
+    overrides = [value for value in arguments if "=" in value and not Path(value).exists()]
+    return [value for value in arguments if value not in overrides], overrides

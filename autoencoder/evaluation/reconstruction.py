@@ -1,0 +1,174 @@
+"""Reconstruct many images and measure the result, in one pass that processes share and merge exactly.
+
+Single images are measured where they are reconstructed; their values are put together in the order of the images and
+averaged then. What rFID needs are sums that do not depend on their order (see `metrics.FrechetDistance`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.common.config import UserError
+from autoencoder.common.processes import Processes
+from autoencoder.decoders.striped import decode
+from autoencoder.evaluation.crops import Crops, sweep
+from autoencoder.evaluation.metrics import (
+    PER_IMAGE,
+    FrechetDistance,
+    ImageMetrics,
+    Unavailable,
+    build_inception,
+    build_perceptual,
+    to_8bit,
+)
+from autoencoder.images.files import to_float
+from autoencoder.latents.statistics import StatsAccumulator
+from autoencoder.model import SVGAutoencoder
+
+
+@dataclass
+class Networks:
+    """The metrics' own networks; `missing` says why one is None."""
+
+    lpips: nn.Module | None = None
+    inception: nn.Module | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, device: torch.device) -> Networks:
+        """All that can be had."""
+        networks = cls()
+        networks.lpips = networks._build("lpips", build_perceptual, device)
+        networks.inception = networks._build("rfid", build_inception, device)
+        return networks
+
+    def _build(self, metric: str, builder: Callable[[], nn.Module], device: torch.device) -> nn.Module | None:
+        try:
+            return builder().to(device)
+        except Unavailable as error:
+            self.missing[metric] = str(error)
+            return None
+
+
+@dataclass
+class Result:
+    """What was measured at one resolution.
+
+    places: (N,) numbers of the images. values: (N, 6) fp64, their PER_IMAGE. missing: reasons, by metric.
+    latents: their moments, if the autoencoder has statistics to compare them with.
+    """
+
+    resolution: int
+    places: Tensor
+    values: Tensor
+    rfid: float | None
+    missing: dict[str, str]
+    latents: StatsAccumulator
+
+    def summary(self) -> dict[str, Any]:
+        """Means over images; None where there is no number, with the reason in `unavailable`."""
+        means = dict(zip(PER_IMAGE, self.values.mean(dim=0).tolist()))
+        reasons = dict(self.missing)
+        exact = int(self.values[:, 0].isinf().sum())
+        if exact:
+            reasons["psnr"] = f"{exact} images are reproduced exactly, which makes the mean infinite"
+        numbers = {"rfid": self.rfid} | {name: means[name] for name in ("psnr", "ssim", "lpips")}
+        return {
+            "resolution": self.resolution,
+            "images": len(self.places),
+            **{name: None if name in reasons else value for name, value in numbers.items()},
+            "colour_shift": [means[f"shift_{channel}"] for channel in "rgb"],
+            "unavailable": reasons,
+        }
+
+
+class Measurement:
+    """What one process has seen of one resolution."""
+
+    def __init__(self, networks: Networks, device: torch.device) -> None:
+        self.metrics = ImageMetrics(networks.lpips)
+        self.frechet = FrechetDistance(networks.inception).to(device) if networks.inception is not None else None
+        self.places: list[int] = []
+        self.values: list[Tensor] = []
+        self.latents = StatsAccumulator()
+
+    def add(self, places: Sequence[int], images: Tensor, recons: Tensor) -> None:
+        """images: uint8 (n, 3, H, W); recons: floats of the same shape, nominally in [-1, 1]."""
+        levels = to_8bit(recons)
+        values = self.metrics(images, levels)  # (n, 6)
+        broken = ~recons.isfinite().flatten(1).all(dim=1)  # (n,); would look like some colour in 8 bit
+        self.values.append(values.masked_fill(broken[:, None], torch.nan))
+        self.places += places
+        if self.frechet is not None:
+            self.frechet.update(images, levels)
+
+    def merged(self, processes: Processes, resolution: int, missing: Mapping[str, str]) -> Result | None:
+        """Of all processes together, on the main one."""
+        values = torch.cat(self.values).cpu() if self.values else torch.zeros(0, len(PER_IMAGE), dtype=torch.float64)
+        parts = processes.gather((torch.tensor(self.places, dtype=torch.int64), values, self.latents.state()))
+        sums = {name: processes.sum(value) for name, value in self.frechet.sums().items()} if self.frechet else None
+        if not processes.is_main:
+            return None
+        places, values = (torch.cat(tensors) for tensors in list(zip(*parts))[:2])
+        order = places.argsort()  # sums in the order of the images do not depend on who measured them
+        latents = StatsAccumulator()
+        for _, _, state in parts:
+            latents.merge(StatsAccumulator.from_state(state))
+        missing, rfid = dict(missing), None
+        try:
+            rfid = self.frechet.distance(sums) if self.frechet is not None else None
+        except Unavailable as error:
+            missing["rfid"] = str(error)
+        return Result(resolution, places[order], values[order], rfid, missing, latents)
+
+
+@torch.no_grad()
+def evaluate(
+    autoencoder: SVGAutoencoder,
+    crops: Crops,
+    networks: Networks,
+    processes: Processes,
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> list[Result]:
+    """A result per resolution of the crops, on the main process; [] on the others.
+
+    Raises:
+        UserError: no image was readable, or reconstructions are not finite.
+    """
+    device = next(autoencoder.parameters()).device
+    dtype = autoencoder.decoder.last_layer.dtype
+    measurements = [Measurement(networks, device) for _ in crops.resolutions]
+    reported = time.monotonic()
+    for chunk in sweep(crops, batch_size, processes.rank, processes.size, num_workers):
+        for measurement, groups in zip(measurements, chunk.groups):
+            for group in groups:
+                images = group.images.to(device, non_blocking=True)
+                latents = autoencoder.encode(to_float(images))
+                if autoencoder.stats is not None:
+                    measurement.latents.update(latents)
+                measurement.add(group.places, images, decode(autoencoder.decoder, latents.to(dtype)))
+        if processes.is_main and time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"about {min((chunk.number + 1) * batch_size, len(crops))} of {len(crops)} images", flush=True)
+    results = [
+        measurement.merged(processes, resolution, networks.missing)
+        for measurement, resolution in zip(measurements, crops.resolutions)
+    ]
+    for result in results if processes.is_main else []:
+        if not len(result.places):
+            raise UserError(f"{crops.source.name}: none of the {len(crops)} images is readable")
+        broken = result.values[:, 0].isnan()
+        if broken.any():
+            first = crops.path(int(result.places[broken][0]))
+            raise UserError(
+                f"{int(broken.sum())} of {len(broken)} reconstructions at {result.resolution} px hold values that are "
+                f"not finite (the first: {first}); the checkpoint is broken, or the precision too low: --precision fp32"
+            )
+    return results if processes.is_main else []

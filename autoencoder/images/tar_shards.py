@@ -1,0 +1,323 @@
+"""Samples in tar shards, as WebDataset writes them: consecutive members that share a name up to its first dot.
+
+    000017.jpg   the image, any of `IMAGE_SUFFIXES`
+    000017.json  captions in one of `CAPTION_FIELDS` (a text or a list of texts), optionally width and height
+    000017.txt   one caption, where the JSON has none
+
+Shards are local files or anything fsspec opens (https://, s3://, gs://, filecache::https://, …). Each is read through
+once to note where its samples lie; from then on a sample is one seek, or one ranged request, so that any order can be
+followed and resumed on any number of machines without reading more than what is used. The notes are kept as indexes
+(`autoencoder.images.spans`): a thousand shards open in seconds.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import json
+import logging
+import operator
+import os
+import re
+import tarfile
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import fsspec
+import numpy as np
+
+from autoencoder.common.config import UserError
+from autoencoder.images.files import Size
+from autoencoder.images.manifest import (
+    IMAGE_SUFFIXES,
+    MAX_ERRORS,
+    CaptionKind,
+    ImageSource,
+    Manifest,
+    Sample,
+    image_size,
+    parse_captions,
+)
+from autoencoder.images.spans import THREADS, Spans, index_path, write_index
+
+logger = logging.getLogger(__name__)
+
+CAPTION_FIELDS: dict[str, CaptionKind] = {
+    "super_high_quality_caption": "align",
+    "prompt": "base",
+    "captions": "base",
+    "caption": "base",
+    "text": "base",
+}
+READ_AHEAD = 1 << 23  # bytes, while a remote shard is read through
+
+
+def open_source(
+    path: str, require_captions: bool = True, max_errors: int = MAX_ERRORS, index_folder: Path | None = None
+) -> ImageSource:
+    """A manifest (.jsonl, .json), or tar shards: one, a folder of them, a pattern (`a-{000..127}.tar`), URLs.
+
+    Raises:
+        UserError: as `Manifest.open` and `TarShards.open`.
+    """
+    folder = Path(path).expanduser()
+    if "://" in path or re.search(r"[{*?]|\.tar(\.\w+)?$|\.tgz$", path):
+        return TarShards.open(path, require_captions, max_errors, index_folder)
+    if folder.is_dir():
+        return TarShards.open(str(folder / "*.tar"), require_captions, max_errors, index_folder)
+    return Manifest.open(folder, require_captions, max_errors, index_folder)
+
+
+class TarShards(ImageSource):
+    """The samples of tar shards, in the order of the shards and of their members. Make one with `open`."""
+
+    def __init__(self, name: str, shards: Sequence[str], tables: Sequence[Spans], require_captions: bool, errors: int):
+        super().__init__(name, errors)
+        self.shards, self.tables = tuple(shards), tuple(tables)  # of a table: (first byte, end, caption bytes)
+        self.ends = list(itertools.accumulate(map(len, tables)))
+        self.require_captions = require_captions
+
+    @classmethod
+    def open(
+        cls,
+        pattern: str,
+        require_captions: bool = True,
+        max_errors: int = MAX_ERRORS,
+        index_folder: Path | None = None,
+    ) -> TarShards:
+        """Find the shards and what lies where in them, several at a time; indexes are made where they are missing.
+
+        A shard that is damaged at some byte serves the samples before it, with a warning; each counts as an error.
+
+        Raises:
+            UserError: no shard, no sample in them, too many damaged, or a shard that cannot be read.
+        """
+        shards = expand(pattern)
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = list(pool.map(lambda shard: _table(shard, index_folder), shards))
+        damages = [damage for _, damage in found if damage]
+        for damage in damages:
+            logger.warning("%s (%d of at most %d)", damage, len(damages), max_errors)
+        if len(damages) > max_errors:
+            raise UserError(
+                f"{pattern}: {len(damages)} damaged shards, more than max_errors={max_errors}: {damages[0]}"
+            )
+        if not sum(len(table) for table, _ in found):
+            raise UserError(
+                f"{pattern}: {len(shards)} shards without any image; samples need a member such as 0001.jpg"
+            )
+        return cls(pattern, shards, [table for table, _ in found], require_captions, max_errors)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read(index)[1]
+
+    def read(self, index: int) -> tuple[bytes, Sample]:
+        shard, (start, end, _) = self._find(index)
+        try:
+            return parse_record(_fetch(shard, start, end), shard, self.require_captions)
+        except (ValueError, tarfile.TarError) as error:
+            raise UserError(f"{shard}, sample at byte {start}: {error}") from None
+
+    def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
+        _, (_, _, caption_bytes) = self._find(index)
+        return None, (caption_bytes,)
+
+    def _identity(self, index: int) -> bytes:
+        shard, span = self._find(index)
+        return f"{PurePosixPath(shard).name}:{span}".encode()
+
+    def _find(self, index: int) -> tuple[str, tuple[int, ...]]:
+        index = range(len(self))[operator.index(index)]
+        shard = bisect_right(self.ends, index)
+        return self.shards[shard], self.tables[shard][index - (self.ends[shard - 1] if shard else 0)]
+
+
+def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[bytes, Sample]:
+    """The members of one sample → its image file's content and the sample.
+
+    Raises:
+        ValueError, tarfile.TarError: says what is wrong with it.
+    """
+    image, fields, text, name = None, {}, None, ""
+    with tarfile.open(fileobj=io.BytesIO(record), mode="r:") as tar:
+        for member in tar:
+            content, suffix = tar.extractfile(member), _suffix(member.name)
+            if content is None:
+                continue
+            if suffix in IMAGE_SUFFIXES and image is None:
+                image, name = content.read(), member.name
+            elif suffix == ".json":
+                fields = json.loads(content.read())
+            elif suffix == ".txt":
+                text = content.read().decode().strip()
+    if image is None:
+        raise ValueError("its image is missing; was the shard changed after it was indexed?")
+    if not isinstance(fields, dict):
+        raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
+    field = next((field for field in CAPTION_FIELDS if fields.get(field)), None)
+    if field is None:
+        fields, field = {**fields, "caption": text or None}, "caption"
+    captions = parse_captions(fields, field, name, require_captions)
+    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], image_size(fields))
+
+
+# --- finding ----------------------------------------------------------------------------------------------------
+
+
+def expand(pattern: str) -> list[str]:
+    """The shards that a pattern stands for: {000..127} and {a,b} written out, then * and ? matched.
+
+    Raises:
+        UserError: there is none, or one is compressed.
+    """
+    shards = list(itertools.chain.from_iterable(map(_matching, _braces(pattern))))
+    if not shards:
+        raise UserError(f"{pattern}: there is no tar shard of this name")
+    compressed = [shard for shard in shards if re.search(r"\.(tgz|tar\.\w+)$", shard)]
+    if compressed:
+        raise UserError(f"{compressed[0]}: samples cannot be found in a compressed shard; unpack it to a plain .tar")
+    return shards
+
+
+def _braces(pattern: str) -> list[str]:
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last, names = found.groups()
+    if names is None:
+        values = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        values = names.split(",")
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [before + value + rest for value in values for rest in _braces(after)]
+
+
+def _matching(pattern: str) -> list[str]:
+    if "://" in pattern:
+        if "*" not in pattern:
+            return [pattern]
+        files, path = fsspec.core.url_to_fs(pattern)
+        return [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
+    pattern = os.path.expanduser(pattern)
+    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+
+
+def _table(shard: str, folder: Path | None) -> tuple[Spans, str | None]:
+    """Where the samples of a shard lie, and what is wrong with it; only a whole shard's index is kept."""
+    try:
+        name, version, beside = _version(shard)
+        path = index_path(name, version, folder, beside)
+        if not path.is_file():
+            rows, damage = _scan(shard)
+            if damage:
+                return Spans(rows), damage
+            write_index(path, rows)
+        return Spans(path), None
+    except UserError:
+        raise
+    except Exception as error:  # every protocol has its own
+        raise UserError(f"{shard} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _version(shard: str) -> tuple[str, object, Path | None]:
+    """A shard's full name, something that changes when it does, and the folder it lies in if that is local."""
+    if "://" not in shard:
+        status = os.stat(shard)
+        return os.path.abspath(shard), (status.st_size, status.st_mtime_ns), Path(shard).absolute().parent
+    files, path = fsspec.core.url_to_fs(shard.rpartition("::")[2])  # of filecache::…, what is behind it
+    info = files.info(path)
+    return shard, [info.get(key) for key in ("size", "ETag", "mtime", "LastModified")], None
+
+
+def _scan(shard: str) -> tuple[np.ndarray, str | None]:
+    """(N, 3) first byte, end and caption bytes of each sample with an image; and where the shard turned out damaged."""
+    rows, end, damage = [], 0, None
+    try:
+        for _, group in itertools.groupby(_members(shard), key=lambda member: _key(member[0])):
+            members = list(group)  # (name, first byte, end, size)
+            end = members[-1][2]
+            sizes = {_suffix(name): size for name, _, _, size in members}
+            if sizes.keys() & IMAGE_SUFFIXES:
+                rows.append((members[0][1], end, sizes.get(".txt", sizes.get(".json", 0))))
+    except tarfile.TarError as error:
+        damage = f"{shard} is damaged behind byte {end} ({error}); it serves the {len(rows)} samples before"
+    return np.array(rows, dtype=np.int64).reshape(-1, 3), damage
+
+
+def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
+    """(name, first byte of the header, end of the padded data, size) of each file in a tar, reading it once through.
+
+    Raises:
+        tarfile.TarError: it breaks off, or goes on with something that is no header (which tarfile takes for the end).
+    """
+    with _open(shard) as file, tarfile.open(fileobj=file, mode="r|" if "://" in shard else "r:") as tar:
+        empty = tar.firstmember is None  # Python 3.10 fails to look for a next one
+        while not empty and (member := tar.next()) is not None:
+            if member.isfile():
+                yield member.name, member.offset, tar.offset, member.size
+            tar.members.clear()  # it would remember them all
+        end = tar.offset
+    before = max(end - 1, 0)  # a range must not begin behind the end
+    if any(_fetch(shard, before, end + tarfile.BLOCKSIZE)[end - before :]):
+        raise tarfile.ReadError("no valid header")
+
+
+def _open(shard: str) -> BinaryIO:
+    if "://" not in shard:
+        return Path(shard).open("rb")
+    files, path = fsspec.core.url_to_fs(shard)
+    return files.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+
+
+def _key(name: str) -> str:
+    """A member's name up to the first dot of its last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _suffix(name: str) -> str:
+    """The rest of the name, in lower case: ".jpg", ".depth.png"."""
+    return "." + name.rpartition("/")[2].partition(".")[2].lower()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _fetch(shard: str, start: int, end: int) -> bytes:
+    """Some bytes of a shard, less where it ends. A remote read that fails is tried again.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    if "://" in shard:
+        return _fetch_remote(shard, start, end)
+    try:
+        with Path(shard).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read: {error.strerror}") from error
+
+
+def _fetch_remote(shard: str, start: int, end: int) -> bytes:
+    for pause in (1, 2, 4, None):  # seconds
+        try:
+            files, path = fsspec.core.url_to_fs(shard)  # from a cache, which a forked process does not share
+            content = files.cat_file(path, start=start, end=end)
+            break
+        except Exception as error:  # every protocol has its own
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise UserError(f"{shard} cannot be read: {type(error).__name__}: {error}") from error
+            logger.warning("%s: %s: %s; trying again", shard, type(error).__name__, error)
+            time.sleep(pause)
+    if len(content) > end - start:
+        raise UserError(f"{shard}: its server ignores ranges; copy the shard, or give it as filecache::{shard}")
+    return content

@@ -1,0 +1,264 @@
+"""Training data of the autoencoder: what a config may name as `data.target`, crops, batches of equal size.
+
+Samples are addressed by (position in the training stream, index): the crop is a function of (seed, position), whatever
+worker or process cuts it. Which samples make a batch is a function of the seed, the image sizes and the number of
+images per step. Images travel as uint8 and become floats on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from autoencoder.common.config import UserError, locate, resolve_target
+from autoencoder.images.files import (
+    DECODE_ERRORS,
+    FORMATS,
+    Size,
+    aspect_buckets,
+    crop_to_size,
+    nearest_bucket,
+    to_uint8_tensor,
+)
+from autoencoder.images.manifest import ImageFolder, ImageSource, Manifest, ResumableSampler, sample_rng
+
+T = TypeVar("T")
+Key = tuple[int, int]  # position in the training stream, index in the source
+HEADER_READERS = 16  # threads; on network storage a header takes milliseconds of waiting
+
+# -- what a config says -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ManifestParams:
+    """Images of a manifest in their native aspect, about `train_resol`² pixels each; captions are not needed."""
+
+    batch_size: int
+    json_path: str
+    train_resol: int
+    num_workers: int = 0
+    wrap: bool = True  # published; without effect: the stream has no end
+    # -- own --
+    max_aspect: float = 4.0  # 1: squares only
+    bucket_window: int = 4096  # images among which those of equal size are sought for a batch; 1: as they come
+    val_json_path: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_loading(self)
+        if self.bucket_window < 1:
+            raise UserError(f"bucket_window = {self.bucket_window} must be at least 1")
+
+    def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
+        paths = [self.json_path, self.val_json_path]
+        train, validation = (Manifest.open(locate(p), require_captions=False) if p else None for p in paths)
+        return train, validation, aspect_buckets(self.train_resol, self.max_aspect)
+
+
+@dataclass(frozen=True)
+class SplitParams:
+    data_root: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Split:
+    target: str
+    params: SplitParams
+
+    def source(self, field: str) -> ImageFolder:
+        folder = resolve_target(self.target, f"data.params.{field}.target", IMAGENET_SPLITS)
+        return ImageFolder(locate(self.params.data_root), folder)
+
+
+@dataclass(frozen=True)
+class FolderParams:
+    """Square crops of data_root/train (at random places) and data_root/val (the middle): the layout of ImageNet."""
+
+    batch_size: int
+    train: Split
+    validation: Split | None = None
+    num_workers: int = 0
+    wrap: bool = True  # published; without effect: the stream has no end
+
+    bucket_window = 1  # one size: nothing to sort
+
+    def __post_init__(self) -> None:
+        _check_loading(self)
+        if self.validation is not None and self.validation.params.size != self.train.params.size:
+            sizes = self.validation.params.size, self.train.params.size
+            raise UserError(f"validation.params.size = {sizes[0]} must be train.params.size = {sizes[1]}")
+
+    def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
+        train = self.train.source("train")
+        validation = self.validation.source("validation") if self.validation else None
+        return train, validation, aspect_buckets(self.train.params.size, max_aspect=1.0)
+
+
+def _check_loading(params: ManifestParams | FolderParams) -> None:
+    if params.batch_size < 1 or params.num_workers < 0:
+        raise UserError(
+            f"batch_size = {params.batch_size} must be at least 1, num_workers = {params.num_workers} not negative"
+        )
+
+
+IMAGENET_SPLITS = {"ldm.data.imagenet.ImageNetTrain": "train", "ldm.data.imagenet.ImageNetValidation": "val"}
+DATA: dict[str, type[ManifestParams] | type[FolderParams]] = {
+    "utils.data_module_allinone.DataModuleFromConfig": FolderParams,
+    "utils.data_module_allinone.DataModuleFromConfigJson": ManifestParams,
+    "autoencoder.data.FolderParams": FolderParams,
+    "autoencoder.data.ManifestParams": ManifestParams,
+}
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+class ImageBatch(NamedTuple):
+    """One uint8 tensor (n, 3, H, W) per size, and the stream positions of its images."""
+
+    images: list[Tensor]
+    positions: list[list[int]]
+
+
+class ImageDataset(Dataset):
+    """(position, crop (3, H, W) uint8), addressed by the key (position, index); `seed` None crops the middle."""
+
+    def __init__(self, source: ImageSource, buckets: tuple[Size, ...], seed: int | None):
+        self.source, self.buckets, self.seed = source, buckets, seed
+
+    def __getitem__(self, key: Key) -> tuple[int, Tensor]:
+        position, index = key
+        image, _ = self.source.load(index)
+        rng = None if self.seed is None else sample_rng(self.seed, position)
+        return position, to_uint8_tensor(crop_to_size(image, nearest_bucket(image.size, self.buckets), rng))
+
+
+def group_by_size(items: Sequence[tuple[int, Tensor]]) -> ImageBatch:
+    """(position, image) pairs → a batch; sizes in order of first appearance."""
+    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for item in items:
+        groups.setdefault(item[1].shape, []).append(item)
+    return ImageBatch(
+        images=[torch.stack([image for _, image in group]) for group in groups.values()],
+        positions=[[position for position, _ in group] for group in groups.values()],
+    )
+
+
+class PlainLoader(DataLoader[T]):
+    """A DataLoader whose workers' user errors arrive as the one message they were raised with."""
+
+    def __iter__(self) -> Iterator[T]:
+        try:
+            yield from super().__iter__()
+            return
+        except UserError as error:  # torch re-raises it with the worker's traceback as message
+            name = type(error).__name__
+            traceback, _, message = str(error).rpartition(f"{name}: ")
+            if not traceback.startswith(f"Caught {name} "):
+                raise
+            error.__traceback__ = None  # refers to torch's iterator, which stops its workers only when it is let go
+        raise UserError(message.rstrip())
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+class CropSizes:
+    """Which of `buckets` every image of a source is cropped to, found in the file headers and remembered."""
+
+    def __init__(self, source: ImageSource, buckets: tuple[Size, ...]):
+        self.source, self.buckets = source, buckets
+        self.known = np.full(len(source), -1, dtype=np.int16)
+
+    def of(self, indices: np.ndarray) -> np.ndarray:
+        """Indices (n,) of images → places (n,) in `buckets`."""
+        if len(self.buckets) == 1:
+            return np.zeros_like(indices)
+        unknown = np.unique(indices[self.known[indices] < 0])
+        with ThreadPoolExecutor(HEADER_READERS) as readers:
+            self.known[unknown] = list(readers.map(self._read, unknown.tolist()))
+        return self.known[indices]
+
+    def _read(self, index: int) -> int:
+        try:
+            with Image.open(self.source[index].path, formats=FORMATS) as image:
+                return self.buckets.index(nearest_bucket(image.size, self.buckets))
+        except (UserError, *DECODE_ERRORS):
+            return 0  # loading it will tell, and replace it
+
+
+class BatchStream:
+    """One process's batches of keys for the given steps, such that nearly all batches have one image size.
+
+    The stream of all processes is cut into windows. The samples of a window are sorted by size, dealt out to its
+    steps, and within a step to micro-batches and processes; then the steps are shuffled. So in a window at most
+    (sizes − 1) micro-batches of all processes are mixed, every sample is used once, and a step is made of the same
+    samples however many processes share it. A run goes on at any step: what remains of the window is found anew.
+
+    Args:
+        sizes: of the images to train on.
+        shape: (micro-batches per step, processes, images per micro-batch).
+        rank: this process.
+        steps: from the first to train up to the last.
+        window: how many images are sorted at a time, at most an epoch; rounded to whole steps.
+    """
+
+    def __init__(
+        self, sizes: CropSizes, shape: tuple[int, int, int], rank: int, steps: range, seed: int, window: int = 1
+    ):
+        self.sizes, self.shape, self.rank, self.steps, self.seed = sizes, shape, rank, steps, seed
+        self.window = max(1, min(window, len(sizes.known)) // math.prod(shape))  # in steps
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return islice(self._batches(), len(self.steps) * self.shape[0])
+
+    def _batches(self) -> Iterator[list[Key]]:
+        windows, skipped = self._windows(), self.steps.start % self.window
+        with ThreadPoolExecutor(1) as ahead:  # the next window is sorted while this one is trained on
+            coming = ahead.submit(next, windows)
+            while True:
+                window, coming = coming.result(), ahead.submit(next, windows)
+                for step in window[skipped:]:
+                    yield from ([(int(p), int(i)) for p, i in batch] for batch in step[:, self.rank])
+                skipped = 0
+
+    def _windows(self) -> Iterator[np.ndarray]:
+        """Keys (window, micro-batches, processes, images, 2), window after window without end."""
+        count = self.window * math.prod(self.shape)
+        first = self.steps.start // self.window
+        for number, keys in enumerate(self._stream(first, count), start=first):
+            keys = keys[np.argsort(self.sizes.of(keys[:, 1]), kind="stable")]
+            steps = keys.reshape(self.window, *self.shape, 2)
+            yield np.random.default_rng((self.seed, number)).permutation(steps)
+
+    def _stream(self, first: int, count: int) -> Iterator[np.ndarray]:
+        """Keys (count, 2) of all processes, from number `first` of such arrays on."""
+        sampler = ResumableSampler(
+            length=len(self.sizes.known),
+            rank=0,
+            world_size=1,
+            global_batch_size=count,
+            total_steps=2**40,
+            resume_step=first,
+            seed=self.seed,
+        )
+        keys = sampler.iter_positions()
+        while True:
+            yield np.fromiter(islice(keys, count), dtype=np.dtype((np.int64, 2)), count=count)
+
+
+def validation_batches(sizes: CropSizes, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
+    """All images once over all processes, in batches that have one size where possible."""
+    indices = np.argsort(sizes.of(np.arange(len(sizes.known))), kind="stable")[rank::world_size].tolist()
+    starts = range(0, len(indices), batch_size)
+    return [[(index, index) for index in indices[start : start + batch_size]] for start in starts]

@@ -1,0 +1,362 @@
+"""A run's checkpoints: writing them in the background, finding the newest whole one, filling a state from it.
+
+    results_dir/
+      config.yaml                     the run's configuration
+      tensorboard/                    scalars
+      checkpoints/
+        0001000/                      named after the step; appears by one rename, so it is whole or it is not there
+          .metadata  __0_0.distcp …   shards (torch.distributed.checkpoint): model.*, ema.*, optimizer.*, guard.*
+          meta.json                   step, configuration, model, fingerprints, code; size and SHA-256 of every file
+          COMMITTED                   SHA-256 of meta.json, written last
+        .tmp-0002000/                 a save that was interrupted; removed at the next start
+
+Data order and noise are functions of the seed and the step, so these are all the generator state there is. A state of
+any world size and sharding is filled from a checkpoint of any other. No file is trusted: nothing unpickles into an
+arbitrary object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
+
+from autoencoder.common.config import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+META, COMMITTED = "meta.json", "COMMITTED"
+HASH_THREADS = 8
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class Saver:
+    """Writes checkpoints of one run, one at a time, from all ranks, while training goes on.
+
+    A replicated state is copied to the host and written by rank 0 alone; of a sharded one every rank does its share.
+
+    Args:
+        root: the run's `checkpoints` folder, on storage that all ranks share.
+        background: False writes before `save` returns.
+        keep_last, keep_every: after each save all but the newest `keep_last` checkpoints are removed, except where
+            `keep_every` divides the step; None keeps all.
+    """
+
+    def __init__(
+        self, root: Path, *, background: bool = True, keep_last: int | None = None, keep_every: int | None = None
+    ):
+        self.root, self.background = root, background
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)  # for GPUs, in pinned memory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        # its own group: collectives of two threads on one group would meet in different orders on different ranks
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Begin to write `root/{step:07d}`; waits for the save before, and until the state may change again.
+
+        Args:
+            state: nested mapping of tensors.
+            meta: JSON-able facts; `step`, `format` and `files` are added.
+
+        Raises:
+            UserError: the save before failed.
+        """
+        self.wait()
+        sharded = any(isinstance(tensor, DTensor) for part in state.values() for tensor in part.values())
+        if not sharded and not _is_main():
+            return
+        group = self._group if sharded else None
+        staged = self._staged(state) if self.background else dict(state)
+        self._writing = self._thread.submit(self._write, step, staged, dict(meta), group)
+        if not self.background:
+            self.wait()
+
+    def _staged(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy in host memory."""
+        if torch.cuda.is_available():
+            return self._stager.stage(dict(state))
+        # torch's stager copies sharded tensors in Python, piece by piece: seconds for a thousand of them
+        return {part: {name: x.detach().clone() for name, x in tensors.items()} for part, tensors in state.items()}
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (OSError, CheckpointException) as error:
+            raise UserError(f"{self.root}: a checkpoint could not be written: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+        temporary = self.root / f".tmp-{step:07d}"
+        if _is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if group is not None:
+            dist.barrier(group)
+        with _quiet():
+            dcp.save(state, checkpoint_id=temporary, process_group=group, no_dist=group is None)
+        own = [path for path in temporary.iterdir() if group is None or path.name.startswith(f"__{dist.get_rank()}_")]
+        files = _hashes(own)
+        if group is not None:
+            shares: list[Any] = [None] * dist.get_world_size() if _is_main() else []
+            dist.gather_object(files, shares or None, group=group)
+            files = {name: entry for share in shares for name, entry in share.items()}
+        if _is_main():
+            files |= _hashes(path for path in temporary.iterdir() if path.name not in files)  # the index
+            self._commit(step, {"format": FORMAT, "step": step, **meta, "files": dict(sorted(files.items()))})
+
+    def _commit(self, step: int, meta: dict[str, Any]) -> None:
+        final, temporary = self.root / f"{step:07d}", self.root / f".tmp-{step:07d}"
+        write_json(temporary / META, meta)
+        _write(temporary / COMMITTED, _hash(temporary / META) + "\n")
+        _sync_folder(temporary)
+        if final.exists():  # a broken one, or the run was wound back: moved away so that the rename stays atomic
+            final.rename(self.root / f".tmp-replaced-{step:07d}")
+        os.replace(temporary, final)
+        _sync_folder(self.root)
+        clean(self.root)
+        self._prune(step)
+        log.info("saved %s", final)
+
+    def _prune(self, newest: int) -> None:
+        if self.keep_last is None:
+            return
+        steps = [step for step in sorted(_folders(self.root)) if step <= newest]  # later ones: the run was wound back
+        for step in steps[: -self.keep_last]:
+            if self.keep_every is None or step % self.keep_every:
+                doomed = self.root / f".tmp-pruned-{step:07d}"
+                _folders(self.root)[step].rename(doomed)  # first out of sight: nobody finds half a checkpoint
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+    """Write `root/{step:07d}` and return it: `Saver.save`, waiting for the end."""
+    saver = Saver(root, background=False)
+    saver.save(step, state, meta)
+    saver.close()
+    if dist.is_initialized():
+        dist.barrier()
+    return root / f"{step:07d}"
+
+
+def clean(root: Path) -> None:
+    """Remove what interrupted saves left behind."""
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write and flush to the disk."""
+    _write(path, json.dumps(content, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hashes(paths: Any) -> dict[str, dict[str, Any]]:
+    paths = list(paths)
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        return {
+            path.name: {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, threads.map(_hash, paths))
+        }
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def newest_checkpoint(root: Path, verify: bool = False) -> Path | None:
+    """The folder with the highest step that is whole, or None; broken ones are passed over with a warning.
+
+    Args:
+        verify: read every file and compare its SHA-256, besides all names and sizes.
+    """
+    for _, folder in sorted(_folders(root).items(), reverse=True):
+        try:
+            read_checkpoint_meta(folder, verify)
+        except UserError as error:
+            log.warning("%s; trying an older checkpoint", error)
+        else:
+            return folder
+    return None
+
+
+def _folders(root: Path) -> dict[int, Path]:
+    named = (path for path in root.glob("*") if re.fullmatch(r"\d{7,}", path.name) and path.is_dir())
+    return {int(path.name): path for path in named}
+
+
+def read_checkpoint_meta(folder: Path, verify: bool = False) -> dict[str, Any]:
+    """`meta.json` of a checkpoint, after checking that it was committed and that every file it lists is there in full.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if (folder / COMMITTED).read_text(encoding="utf-8").strip() != _hash(folder / META):
+            raise ValueError(f"{META} is not what was committed")
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"{folder / META}: format {meta.get('format')!r}, this version reads {FORMAT}; update svg_t2i"
+            )
+        files: dict[str, dict[str, Any]] = meta["files"]
+        broken = [name for name, entry in files.items() if (folder / name).stat().st_size != entry["size"]]
+        if verify and not broken:
+            found = _hashes(folder / name for name in files)
+            broken = [name for name in files if found[name] != files[name]]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from error
+    if broken:
+        raise UserError(f"{folder}: not a whole checkpoint (damaged: {', '.join(broken)})")
+    return meta
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def load_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Fill the tensors of `state`, whole or sharded, in place from a checkpoint of any world size and sharding.
+
+    Raises:
+        UserError: names missing in the checkpoint, or other shapes.
+    """
+    with readable(folder):
+        dcp.load(dict(state), storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
+
+
+def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Name, shape and dtype of everything in a checkpoint.
+
+    Raises:
+        UserError: its index is damaged or names more than tensors.
+    """
+    with readable(folder):
+        return SafeReader(folder).read_metadata().state_dict_metadata
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads shards like its parent (tensors, weights-only), but their index without trusting it.
+
+    torch's reader unpickles `.metadata` freely, and any entry that claims not to be a tensor. A checkpoint may
+    come from a stranger: here the index may name the classes it is made of and nothing else, and tensors only.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        entries = metadata.state_dict_metadata.items()
+        others = [name for name, entry in entries if not isinstance(entry, TensorStorageMetadata)]
+        if others:
+            raise pickle.UnpicklingError(f"refused: {others[0]!r} is no tensor")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    CLASSES = {
+        "torch": {"Size"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "pathlib": {"PosixPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, and unpickling that can run code")
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """A checkpoint that does not hold what is asked for becomes a `UserError` with the first cause."""
+    try:
+        with _quiet():
+            yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()), error)
+        raise UserError(f"{folder}: cannot be loaded here: {_first_line(cause)}") from error
+    except (pickle.UnpicklingError, AttributeError, EOFError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / '.metadata'}: cannot be loaded here: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that there is no process group: one process is a normal way to train."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _first_line(error: object) -> str:
+    text = str(error[0] if isinstance(error, tuple) else error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

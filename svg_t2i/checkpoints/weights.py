@@ -1,0 +1,253 @@
+"""The DiT in files: reading it from any kind of folder, starting a model from it, exporting it.
+
+Four kinds of folder hold one (`read_transformer`):
+    a checkpoint, or a results folder and in it the newest checkpoint (`svg_t2i.checkpoints.run` draws both);
+    an export (config.json + model.safetensors);
+    a published folder (model_args.pth, consolidated.00-of-01.pth, consolidated_ema.00-of-01.pth).
+Tensors bear the published names in all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autoencoder.common.config import UserError, build, to_dict
+from autoencoder.common.weights import read_state_dict
+from svg_t2i.checkpoints import published
+from svg_t2i.checkpoints.run import (
+    FORMAT,
+    META,
+    SafeReader,
+    newest_checkpoint,
+    read_checkpoint_meta,
+    readable,
+    stored_tensors,
+    write_json,
+)
+from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_dict
+
+log = logging.getLogger(__name__)
+
+EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
+
+
+def find_checkpoint(folder: str | os.PathLike) -> Path:
+    """The folder that holds the weights: `folder` itself, or the newest checkpoint of the run it is.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    folder = Path(folder)
+    if any((folder / name).is_file() for name in (META, EXPORT_CONFIG, published.ARGUMENTS)):
+        return folder
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        raise UserError(
+            f"{folder}: no DiT here; expected {META} (a checkpoint), checkpoints/ (a run), {EXPORT_CONFIG} (an export) "
+            f"or {published.ARGUMENTS} (a published folder)"
+        )
+    return newest
+
+
+def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is recorded beside the weights: `model_args`, `fingerprints`, `step`, `config`. Published folders: nothing.
+
+    Raises:
+        UserError: nothing there, incomplete, or of a newer format.
+    """
+    folder = find_checkpoint(folder)
+    if (folder / META).is_file():
+        return read_checkpoint_meta(folder)
+    return _read_export_meta(folder) if (folder / EXPORT_CONFIG).is_file() else {}
+
+
+def check_fingerprints(folder: str | os.PathLike, autoencoder: Mapping[str, Any], text_encoder: str) -> None:
+    """Make sure that weights meet the frozen networks they were trained with. Published folders record none.
+
+    Args:
+        autoencoder, text_encoder: the `fingerprint()` of what is loaded now.
+
+    Raises:
+        UserError: naming the recorded and the present fingerprint.
+    """
+    recorded = read_meta(folder).get("fingerprints", {})
+    before = {f"autoencoder's {key}": value for key, value in recorded.get("autoencoder", {}).items()}
+    now: dict[str, Any] = {f"autoencoder's {key}": value for key, value in autoencoder.items()}
+    if "text_encoder" in recorded:
+        before["text encoder"], now["text encoder"] = recorded["text_encoder"], text_encoder
+    other = [f"{name} was {before[name]} and is {now.get(name)}" for name in before if before[name] != now.get(name)]
+    if other:
+        raise UserError(
+            f"{folder} was trained with other frozen networks than those loaded now: {'; '.join(other)}; "
+            "give the ones it was trained with, or start a new run from it with init_from"
+        )
+
+
+@dataclass(frozen=True)
+class TransformerFile:
+    """A DiT's weights under the published names, its sizes, and what was recorded with them (`read_meta`)."""
+
+    config: DiTConfig
+    state: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def load_transformer(folder: str | os.PathLike, ema: bool | float = True) -> SVGDiT:
+    """A DiT in evaluation mode, fp32, on the CPU.
+
+    Args:
+        ema: averaged weights or raw ones; a number asks for the average with that decay, where a run keeps several.
+
+    Raises:
+        UserError: as `read_transformer`; or keys or shapes that are not the model's.
+    """
+    source = read_transformer(folder, ema)
+    with torch.device("meta"):  # every weight is loaded: drawing random ones first would take minutes at full size
+        model = SVGDiT(source.config)
+    model.to_empty(device="cpu")
+    load_published_state_dict(model, source.state)
+    return model.eval()
+
+
+def read_transformer(folder: str | os.PathLike, ema: bool | float = True) -> TransformerFile:
+    """Read a DiT from a checkpoint, a results folder, an export or a published folder.
+
+    Raises:
+        UserError: the folder is none of these, is incomplete, or holds a pickle with anything but plain data.
+    """
+    folder = find_checkpoint(folder)
+    if (folder / META).is_file():
+        return _read_own(folder, ema)
+    if (folder / EXPORT_CONFIG).is_file():
+        return _read_export(folder)
+    return TransformerFile(*published.read_published(folder, ema))
+
+
+def _read_own(folder: Path, ema: bool | float) -> TransformerFile:
+    meta = read_checkpoint_meta(folder)
+    config = build(DiTConfig, meta["model_args"], source=str(folder / META))
+    prefix = _part(meta, ema, folder) + "."
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored_tensors(folder).items()
+        if key.startswith(prefix)
+    }
+    with readable(folder):
+        dcp.load(state, storage_reader=SafeReader(folder), no_dist=True)
+    return TransformerFile(config, {key.removeprefix(prefix): value for key, value in state.items()}, meta)
+
+
+def _part(meta: Mapping[str, Any], ema: bool | float, folder: Path) -> str:
+    """Which part of a checkpoint holds the weights asked for."""
+    if isinstance(ema, bool):
+        return "ema" if ema else "model"
+    kept = meta["config"].get("train", {}).get("ema_decay", ())
+    kept = kept if isinstance(kept, list) else [kept]
+    if ema not in kept:
+        raise UserError(f"{folder} has no average with decay {ema}, only {', '.join(map(str, kept))}")
+    return "ema" if ema == kept[0] else f"ema_{ema:g}"
+
+
+def _read_export_meta(folder: Path) -> dict[str, Any]:
+    path = folder / EXPORT_CONFIG
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); export the model again") from error
+    if not isinstance(meta, dict) or "model_args" not in meta:
+        raise UserError(f"{path}: not the config.json of an exported DiT (it names no model_args)")
+    return meta
+
+
+def _read_export(folder: Path) -> TransformerFile:
+    meta = _read_export_meta(folder)
+    config = build(DiTConfig, meta["model_args"], source=str(folder / EXPORT_CONFIG))
+    return TransformerFile(config, read_state_dict(folder / EXPORT_WEIGHTS, "exported DiT"), meta)
+
+
+def init_from(model: nn.Module, folder: str | os.PathLike) -> TransformerFile:
+    """Start `model` from the raw weights in `folder`, leaving out by name whatever is missing or of another shape.
+
+    Raises:
+        UserError: as `read_transformer`, or if not one tensor fits.
+    """
+    source = read_transformer(folder, ema=False)
+    own = model.state_dict()
+    other = [key for key, value in source.state.items() if key in own and own[key].shape != value.shape]
+    fitting = {key: value for key, value in source.state.items() if key in own and key not in other}
+    if not fitting:
+        raise UserError(f"{folder}: not one of its {len(source.state)} tensors fits this model; check model and sizes")
+    model.load_state_dict(fitting, strict=False)
+    skipped = {
+        "of another shape": other,
+        "unknown to this model": [key for key in source.state if key not in own and key != "norm_final.weight"],
+        "left as initialised": [key for key in own if key not in fitting],
+    }
+    for reason, keys in skipped.items():
+        if keys:
+            log.warning("%s: %d tensors %s: %s", folder, len(keys), reason, ", ".join(keys))
+    log.info("started from %s: %d of %d tensors", folder, len(fitting), len(own))
+    return source
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
+    """Write `out/config.json` and `out/model.safetensors` from anything `read_transformer` reads.
+
+    Raises:
+        UserError: as `load_transformer`, or if `out` is not empty.
+    """
+    out = _empty(out)
+    fingerprints = read_meta(folder).get("fingerprints", {})
+    return save_transformer(
+        load_transformer(folder, ema),
+        out,
+        autoencoder_fingerprint=fingerprints.get("autoencoder"),
+        text_fingerprint=fingerprints.get("text_encoder"),
+    )
+
+
+def export_as_published(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
+    """Write the release's files: raw weights, averaged weights, and the model's name (see `svg_t2i.checkpoints.published`).
+
+    Raises:
+        UserError: as `load_transformer`; or `out` is not empty, or the model has no published name.
+    """
+    return published.export_published(load_transformer(folder, ema=False), load_transformer(folder, ema), _empty(out))
+
+
+def _empty(out: str | os.PathLike) -> Path:
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; nothing was overwritten. Choose another folder")
+    return out
+
+
+def save_transformer(
+    model: SVGDiT,
+    out: str | os.PathLike,
+    *,
+    autoencoder_fingerprint: Mapping[str, Any] | None = None,
+    text_fingerprint: str | None = None,
+) -> Path:
+    """Write `config.json` and `model.safetensors`, with the fingerprints of what the model belongs to, if known."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    fingerprints = {"autoencoder": autoencoder_fingerprint, "text_encoder": text_fingerprint}
+    known = {name: value for name, value in fingerprints.items() if value is not None}
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / EXPORT_WEIGHTS)
+    write_json(out / EXPORT_CONFIG, {"format": FORMAT, "model_args": to_dict(model.config), "fingerprints": known})
+    return out

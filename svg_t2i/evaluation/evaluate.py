@@ -1,0 +1,268 @@
+"""A pipeline → numbers: images from captions, compared with real images, with their captions, and with shapes.
+
+    values = evaluate(pipeline, EvaluationConfig(manifest="val.jsonl", metrics=("mmd", "clip_score")))
+
+Everything is made of `rows`: a network maps a batch of items to a row each, the batches are dealt to the processes, and
+adding up the matrices of all processes gives each of them all rows. A batch is the same on any number of processes, and
+so is every number that comes out.
+
+    mmd          1000 × squared maximum mean discrepancy to the real images in the space of the autoencoder's frozen
+                 encoder (patch features averaged over the image, unit length): `svg_t2i.evaluation.distances.mmd`. Lower is
+                 better; comparable between runs with the same encoder and the same real images.
+    fid          Fréchet distance in InceptionV3 features; with fewer than some 10,000 images only a trend
+    clip_score   100 · cos between image and caption, mean
+    psnr, ssim   where every image has a real counterpart of the same name
+    shapes/*     `svg_t2i.evaluation.shapes`
+
+A metric whose network cannot be had has a reason instead of a number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from autoencoder.common.config import UserError
+from autoencoder.evaluation.metrics import ImageMetrics, Unavailable, build_inception
+from autoencoder.images.files import Size, crop_to_size, load_image, to_float, to_uint8_tensor
+from autoencoder.images.manifest import Manifest
+from autoencoder.model import SVGAutoencoder
+from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
+from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
+from svg_t2i.evaluation.settings import EvaluationConfig, SamplingConfig
+from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes
+from svg_t2i.training.sharding import World, from_main, main_first, reduce_sum
+
+if TYPE_CHECKING:
+    from svg_t2i.pipeline import SVGT2IPipeline
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass
+class Report:
+    """Metric → its value, or the reason why it has none."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+class ImageFiles(Sequence[Tensor]):
+    """Images on disk as uint8 (3, H, W), read on access, scaled and cropped from the middle to `size`."""
+
+    def __init__(self, paths: Sequence[Path], size: Size):
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_uint8_tensor(crop_to_size(load_image(self.paths[index]), self.size))
+
+
+def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World | None = None) -> dict[str, float]:
+    """Sample as `settings` say and measure; all processes of `world` call it and get the same.
+
+    Metrics that cannot be had here are logged with the reason and left out.
+
+    Raises:
+        UserError: the manifest or an image cannot be read.
+    """
+    world = world or alone(pipeline.device)
+    report = Report()
+    if set(settings.metrics) != {"shapes"}:
+        captions, references = load_references(settings)
+        jobs = [Job(caption, settings.seed + i) for i, caption in enumerate(captions)]
+        images = render(pipeline, jobs, settings.sampling, settings.batch_size, world)
+        metrics = [name for name in settings.metrics if name != "shapes"]
+        report = measure(
+            images, metrics, references=references, own=range(len(jobs)), captions=captions,
+            autoencoder=pipeline.autoencoder, clip=settings.clip, batch_size=settings.batch_size, world=world,
+        )  # fmt: skip
+    if "shapes" in settings.metrics:
+        scores = evaluate_shapes(pipeline, settings, world)
+        report.values |= {f"shapes/{task}": value for task, value in scores.items()}
+    if world.is_main:
+        for name, reason in report.unavailable.items():
+            log.warning("%s is not measured: %s", name, reason)
+    return report.values
+
+
+def evaluate_shapes(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World) -> dict[str, float]:
+    """Task of the shape benchmark → fraction right."""
+    scenes = [scene for scene in benchmark_scenes() for _ in range(settings.images_per_scene)]
+    jobs = [Job(scene.caption, settings.seed + i) for i, scene in enumerate(scenes)]
+    images = render(pipeline, jobs, settings.sampling, settings.batch_size, world)
+    return score_scenes([to_image(image) for image in images], scenes)
+
+
+def load_references(settings: EvaluationConfig) -> tuple[list[str], ImageFiles]:
+    """`num_images` captions spread evenly over the manifest, and their images in the size that is sampled."""
+    manifest = Manifest.open(settings.manifest)
+    spread = np.linspace(0, len(manifest) - 1, min(settings.num_images, len(manifest))).round().astype(int)
+    if len(spread) < 2:
+        raise UserError(f"evaluation.manifest={settings.manifest} has one sample; distances need two or more")
+    samples = [manifest[i] for i in spread]
+    return [s.captions[0] for s in samples], ImageFiles([s.path for s in samples], settings.sampling.size)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def alone(device: torch.device) -> World:
+    """This process without others."""
+    return World(rank=0, local_rank=0, size=1, device=device)
+
+
+def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig) -> list[Image.Image]:
+    """The images of some jobs, in one batch."""
+    return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling)).images
+
+
+def render(
+    pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig, batch_size: int, world: World
+) -> Tensor:
+    """The images of all jobs on every process, (N, 3, H, W) uint8 on the CPU."""
+
+    def run(batch: Sequence[Job]) -> Tensor:
+        return torch.stack([to_uint8_tensor(image) for image in sample_batch(pipeline, batch, sampling)])
+
+    return rows(run, jobs, batch_size, world)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def own_batches(items: int, batch_size: int, world: World) -> Iterator[range]:
+    """This process's share of range(items), cut into batches that are the same whatever the number of processes."""
+    for start in range(world.rank * batch_size, items, world.size * batch_size):
+        yield range(start, min(start + batch_size, items))
+
+
+def rows(function: Callable[[list], Tensor], items: Sequence, batch_size: int, world: World) -> Tensor:
+    """`function` maps a list of n items to (n, …); all N rows on every process, on the CPU."""
+    results = {}
+    for batch in own_batches(len(items), batch_size, world):
+        results[batch] = function([items[i] for i in batch]).detach()
+    first = next(iter(results.values()), None)
+    shape, dtype = from_main(None if first is None else (first.shape[1:], first.dtype), world)
+    matrix = torch.zeros((len(items), *shape), dtype=dtype, device=world.device)
+    for batch, values in results.items():
+        matrix[batch.start : batch.stop] = values
+    return reduce_sum(matrix, world).cpu()
+
+
+def measure(
+    images: Sequence[Tensor],
+    metrics: Sequence[str],
+    *,
+    references: Sequence[Tensor] | None = None,
+    own: Sequence[int] | None = None,
+    captions: Sequence[str] | None = None,
+    autoencoder: SVGAutoencoder | None = None,
+    clip: str | None = None,
+    counterparts: Sequence[Tensor] | None = None,
+    batch_size: int = 16,
+    world: World,
+) -> Report:
+    """Metrics of images, uint8 (3, H, W) each and all of one size.
+
+    Args:
+        metrics: of "mmd" (needs references and an autoencoder), "fid" (references), "clip_score" (captions, clip).
+        references: real images of the same size.
+        own: which reference has the caption of each image, if they share captions; see `svg_t2i.evaluation.distances.mmd`.
+        captions: one per image.
+        counterparts: real image i is what image i should look like; adds psnr and ssim.
+    """
+
+    def distance_in_encoder() -> float:
+        network = pooled_features(autoencoder.encoder)
+        made, real = (rows(network, some, batch_size, world) for some in (images, references))
+        bandwidth = median_distance(real)
+        if not bandwidth > 0:
+            raise Unavailable("the encoder gives most real images the same features")
+        return 1000 * mmd(made, real, bandwidth, own)
+
+    def distance_in_inception() -> float:
+        with main_first(world):
+            network = build_inception().to(world.device)
+        features = (
+            rows(lambda batch: network(torch.stack(batch).to(world.device)), some, batch_size, world)
+            for some in (images, references)
+        )
+        return frechet_distance(*features)
+
+    def fit_to_captions() -> float:
+        with main_first(world):  # one process downloads, the others find the files
+            scorer = CLIPScorer(clip, world.device)
+        made = rows(lambda batch: scorer.image_features([to_image(i) for i in batch]), images, batch_size, world)
+        return clip_score(made, rows(scorer.text_features, captions, batch_size, world))
+
+    known = {"mmd": distance_in_encoder, "fid": distance_in_inception, "clip_score": fit_to_captions}
+    report = Report()
+    for name in metrics:
+        try:
+            with torch.inference_mode():
+                report.values[name] = known[name]()
+        except Unavailable as reason:
+            report.unavailable[name] = str(reason)
+    if counterparts is not None:
+        psnr, report.values["ssim"] = compare_pairs(images, counterparts, batch_size, world)
+        if psnr is None:
+            report.unavailable["psnr"] = "every image equals its counterpart"
+        else:
+            report.values["psnr"] = psnr
+    return report
+
+
+def pooled_features(encoder: nn.Module) -> Callable[[list[Tensor]], Tensor]:
+    """Images (3, H, W) uint8 → (n, D): patch features of the frozen encoder, averaged, of unit length."""
+
+    def features(batch: list[Tensor]) -> Tensor:
+        weight = next(encoder.parameters())
+        images = to_float(torch.stack(batch).to(weight.device)).to(weight.dtype)
+        return normalize(encoder(images).float().mean(dim=(2, 3)), dim=-1)  # (n, D, h, w) → (n, D)
+
+    return features
+
+
+def compare_pairs(
+    images: Sequence[Tensor], references: Sequence[Tensor], batch_size: int, world: World
+) -> tuple[float | None, float]:
+    """PSNR and SSIM, means over the pairs. PSNR is infinite for equal images: its mean is over those that differ."""
+    compare = ImageMetrics(lpips=None)
+
+    def run(batch: list[int]) -> Tensor:
+        pairs = (torch.stack([some[i] for i in batch]).to(world.device) for some in (references, images))
+        return compare(*pairs)[:, :2]
+
+    psnr, ssim = rows(run, range(len(images)), batch_size, world).T
+    finite = psnr[psnr.isfinite()]
+    return finite.mean().item() if len(finite) else None, ssim.mean().item()
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) uint8 → RGB image."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def describe_report(report: Report) -> dict[str, Any]:
+    """JSON: numbers, and {"unavailable": reason}."""
+    return {**report.values, **{name: {"unavailable": reason} for name, reason in report.unavailable.items()}}

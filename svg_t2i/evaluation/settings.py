@@ -1,0 +1,59 @@
+"""What an evaluation samples and measures, as a YAML section or a command line spells it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autoencoder.common.config import UserError
+from svg_t2i.sampling.options import SamplingOptions
+
+METRICS = ("mmd", "fid", "clip_score", "shapes")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(SamplingOptions):
+    """How every image is made: the options of a pipeline, one value for all images; 256 px where no size is named."""
+
+    height: int = 256
+    width: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("guidance_scale", "negative_prompt"):
+            if isinstance(getattr(self, name), tuple):
+                raise UserError(f"{name} = {getattr(self, name)}: an evaluation takes one for all images")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)"""
+        return self.width, self.height
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """One evaluation of a pipeline: see `svg_t2i.evaluation.evaluate.evaluate`."""
+
+    metrics: tuple[str, ...] = ("mmd",)  # of METRICS
+    every: int = 0  # training steps between two evaluations; 0 is never
+    manifest: str | None = None  # captions to sample from and images to compare with; all metrics but shapes need it
+    num_images: int = 64  # spread evenly over the manifest
+    images_per_scene: int = 1  # of each of the shape benchmark's prompts
+    clip: str = "openai/clip-vit-large-patch14"  # Hugging Face folder or id
+    seed: int = 0  # image i has seed + i
+    batch_size: int = 16
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, f"some of {', '.join(METRICS)}")
+        for name in self.metrics:
+            _require(name in METRICS, "evaluation.metrics", name, f"some of {', '.join(METRICS)}")
+        for name, least in (("every", 0), ("num_images", 2), ("images_per_scene", 1), ("batch_size", 1)):
+            _require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"at least {least}")
+        if self.manifest is None and set(self.metrics) != {"shapes"}:
+            wanted = ", ".join(name for name in self.metrics if name != "shapes")
+            raise UserError(f"evaluation.manifest is not set; {wanted} need its captions and images")
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value!r} must be {rule}")

@@ -1,0 +1,101 @@
+"""Making the images of a benchmark: shared by processes, resumable, in a folder that knows its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from autoencoder.images.files import save_png
+from svg_t2i.evaluation.evaluate import Job, own_batches, sample_batch
+from svg_t2i.evaluation.settings import SamplingConfig
+from svg_t2i.evaluation.suites import Prompt, SuiteName, complete, image_path
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk, write_json
+from svg_t2i.training.sharding import World, reduce_sum
+
+
+def generate(
+    pipeline: SVGT2IPipeline,
+    suite: SuiteName,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    output: Path,
+    count: int,
+    seed: int,
+    batch_size: int,
+    world: World,
+) -> list[Path]:
+    """Make `count` images of every prompt in the suite's layout, but for those that are there.
+
+    Image i of the run has seed + i. A batch that lacks an image is made again as a whole: what an image looks like to
+    the last bit depends on its batch. The batches are dealt to the processes.
+
+    Returns:
+        The paths of all images, prompt by prompt; on every process, and once they are all there.
+    """
+    texts = [prompt.text for prompt in prompts for _ in range(count)]
+    jobs = [Job(text, seed + i) for i, text in enumerate(texts)]
+    paths = [image_path(suite, output, prompt, number) for prompt in prompts for number in range(count)]
+    batches = list(own_batches(len(jobs), batch_size, world))
+    for batch in tqdm(batches, desc="sampling", unit="batch", disable=not world.is_main):
+        missing = [i for i in batch if not paths[i].is_file()]
+        if not missing:
+            continue
+        images = sample_batch(pipeline, [jobs[i] for i in batch], sampling)
+        for i in missing:
+            record = {"caption": jobs[i].prompt, "seed": jobs[i].seed, **asdict(sampling)}
+            with full_disk(output):
+                save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
+    wait(world)
+    with full_disk(output):
+        for prompt in prompts[world.rank :: world.size]:
+            complete(suite, output, prompt, count)
+    wait(world)
+    return paths
+
+
+def wait(world: World) -> None:
+    """Go on when all processes have come here."""
+    reduce_sum(torch.zeros(1, device=world.device), world).item()
+
+
+def claim(
+    output: Path,
+    settings: Mapping[str, Any],
+    load: Callable[[], SVGT2IPipeline],
+    command: Mapping[str, str],
+    world: World,
+) -> SVGT2IPipeline:
+    """Load the model, and keep the folder for it and these settings: output/settings.json.
+
+    Args:
+        settings: what the images depend on; a folder made with others is refused, before the model is loaded.
+        command: recorded, but free to change from one start to the next.
+
+    Raises:
+        UserError: the folder holds a run with other settings or weights, or something else.
+    """
+    if world.is_main:
+        check_folder(output, settings)
+    pipeline = load()
+    if world.is_main:
+        complete_settings = {**settings, "model": pipeline.describe()}
+        check_folder(output, complete_settings)
+        run = {**command, "processes": world.size, "device": str(pipeline.device), "torch": torch.__version__}
+        with full_disk(output):
+            write_json({**complete_settings, "run": run}, output / SETTINGS)
+    wait(world)
+    return pipeline
+
+
+def digest_prompts(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits over all prompts."""
+    return hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]

@@ -1,0 +1,243 @@
+"""Where a pipeline's parts are: folders and Hub names → transformer, autoencoder, text encoder.
+
+`find_sources` knows four layouts:
+
+    a saved pipeline      model_index.json, transformer/, autoencoder/, text_encoder/
+    a training run        checkpoints/…, or one checkpoint; it recorded its autoencoder and text encoder
+    an exported DiT       config.json, model.safetensors; name the other parts
+    the published one     pre-trained/autoencoder/*.yaml, *.ckpt; DiT folders with model_args.pth anywhere below;
+                          dinov3_s16p_layer_patchtoken_stats_dist.pt; optionally a gemma-2-2b folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from autoencoder.common.config import UserError, build, find_config, locate, to_dict
+from autoencoder.common.weights import replacing
+from svg_t2i.checkpoints import published
+from svg_t2i.checkpoints import weights as checkpoints
+from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
+from svg_t2i.sampling.parts import PipelineParts
+from svg_t2i.text.encoder import checked_source
+from svg_t2i.training.settings import AutoencoderSource, TextSource
+
+INDEX = "model_index.json"
+DEFAULT_AUTOENCODER = "P_stage3_1024"
+AUTOENCODER_OF_STAGE = {"stage1": "P_stage1_256", "stage2": "P_stage2_512"}
+PUBLISHED_STATS = "dinov3_s16p_layer_patchtoken_stats_dist.pt"
+GEMMA = "google/gemma-2-2b"
+_OPTIONS = {"checkpoint": "autoencoder_checkpoint", "stats": "latent_stats"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Sources of a pipeline's parts, and the sampling defaults that belong to them."""
+
+    transformer: Path
+    autoencoder: AutoencoderSource
+    text_encoder: TextSource
+    options: SamplingOptions
+    guide: Path | None = None
+
+    def check(self) -> None:
+        """UserError for a part that is not there; looks at no weights. A Hub id passes: it may be there."""
+        if not locate(self.autoencoder.config).is_dir():
+            find_config(self.autoencoder.config)
+        for name in ("checkpoint", "stats"):
+            path = getattr(self.autoencoder, name)
+            if path is not None and not locate(path).exists():
+                raise UserError(f"autoencoder.{name} = {path}: no such file; give it as --{_OPTIONS[name]}")
+        checked_source(self.text_encoder.path)
+
+
+def fetch(name: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+    """`name` as a local folder; a Hub id `owner/name` that is no folder here is downloaded (or found in the cache).
+
+    Raises:
+        UserError: there is no such folder, and the Hub has it neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+        raise UserError(f"{name}: no such folder, and no Hugging Face id (owner/name)")
+    try:
+        return Path(snapshot_download(str(name), revision=revision, token=token))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{name}: no such folder here, and the Hugging Face Hub did not give it: {error}") from error
+
+
+def find_sources(
+    folder: Path,
+    *,
+    subfolder: str | None = None,
+    autoencoder: str | os.PathLike | None = None,
+    autoencoder_checkpoint: str | os.PathLike | None = None,
+    latent_stats: str | os.PathLike | None = None,
+    text_encoder: str | os.PathLike | None = None,
+    guide: str | os.PathLike | None = None,
+) -> Sources:
+    """The sources of all parts, those given by the caller first, then what the folder says.
+
+    Raises:
+        UserError: nothing there, several DiTs of which none was named, or a part that nobody names.
+    """
+    folder = folder / subfolder if subfolder else folder
+    given = {"config": autoencoder, "checkpoint": autoencoder_checkpoint, "stats": latent_stats}
+    given = {name: str(value) for name, value in given.items() if value is not None}
+    sources = _find_parts(folder, given, text_encoder)
+    return sources if guide is None else replace(sources, guide=checkpoints.find_checkpoint(guide))
+
+
+def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
+    index = read_index(folder)
+    if index is not None:
+        options, max_length = index
+        return Sources(
+            folder / "transformer",
+            build(AutoencoderSource, {"config": str(folder / "autoencoder"), **given}, source="autoencoder"),
+            TextSource(str(text_encoder or folder / "text_encoder"), max_length),
+            options,
+        )
+    transformer = find_transformer(folder)
+    meta = checkpoints.read_meta(transformer)
+    if not meta:
+        return _published_parts(transformer, given, text_encoder)
+    trained_with = meta.get("config", {})
+    recorded = {} if "config" in given else dict(trained_with.get("autoencoder", {}))
+    text = build(TextSource, trained_with.get("text_encoder", {}), source=str(transformer))
+    if text_encoder is not None or "text_encoder" not in trained_with:
+        text = replace(text, path=str(_require(text_encoder, "text_encoder", transformer)))
+    else:
+        text = replace(text, path=_still_there(text.path, transformer))
+    if recorded.get("stats") is not None:
+        recorded["stats"] = _still_there(recorded["stats"], transformer)
+    _require({**recorded, **given}.get("config"), "autoencoder", transformer)
+    source = build(AutoencoderSource, {**recorded, **given}, source="autoencoder")
+    return Sources(transformer, source, text, trained_options(trained_with))
+
+
+def find_transformer(folder: Path) -> Path:
+    """The DiT in `folder`, or the one below it: the only one, or the fine-tuned one of stage 4.
+
+    Raises:
+        UserError: there is none, or there are several; names them.
+    """
+    try:
+        return checkpoints.find_checkpoint(folder)
+    except UserError:
+        below = sorted(path.parent for path in folder.glob(f"**/{published.ARGUMENTS}"))
+        if not below:
+            raise
+    final = [path for path in below if "stage4" in path.name.lower() or "sft" in path.name.lower()]
+    if len(final) == 1:
+        return final[0]
+    if len(below) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in below)
+        raise UserError(f"{folder} holds several DiTs ({names}); choose one with subfolder (--subfolder)")
+    return below[0]
+
+
+def _still_there(recorded: str, transformer: Path) -> str:
+    """The recorded path of a part, or where nothing is there any more, that of the same name in the run's folder.
+
+    Training makes statistics and random text encoders in `results_dir`: they move with it.
+    """
+    moved = (folder / Path(recorded).name for folder in transformer.resolve().parents[:2])
+    return recorded if locate(recorded).exists() else str(next((path for path in moved if path.exists()), recorded))
+
+
+def _published_parts(transformer: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
+    """Parts of the release: looked for beside the DiT and in the folders around it, up to `pre-trained`."""
+    stage = next((name for name in PRESETS if name in "/".join(transformer.parts[-2:]).lower()), "stage4")
+    around = list(transformer.resolve().parents)[:3]
+    found = dict(given)
+    if "config" not in found:
+        wanted = AUTOENCODER_OF_STAGE.get(stage, DEFAULT_AUTOENCODER)
+        yaml = _first(around, f"autoencoder/*{wanted}.yaml")
+        found["config"] = str(_require(yaml, "autoencoder", transformer))
+    if "stats" not in found and (stats := _first(around, PUBLISHED_STATS, f"*/{PUBLISHED_STATS}")):
+        found["stats"] = str(stats)
+    gemma = text_encoder or _first(around, "gemma-2-2b/config.json", "*/gemma-2-2b/config.json")
+    if isinstance(gemma, Path) and gemma.name == "config.json":
+        gemma = gemma.parent
+    return Sources(
+        transformer,
+        build(AutoencoderSource, found, source="autoencoder"),
+        TextSource(str(gemma or GEMMA)),
+        PRESETS[stage],
+    )
+
+
+def _first(folders: list[Path], *patterns: str) -> Path | None:
+    return next((path for folder in folders for pattern in patterns for path in sorted(folder.glob(pattern))), None)
+
+
+def _require(value: Any, name: str, where: object) -> Any:
+    if value is None:
+        raise UserError(f"{where} does not say which {name} it was trained with; give {name} (--{name})")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
+    """Sampling defaults and caption limit of a saved pipeline; None if `folder` is none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        max_length = int(content.get("max_length", TextSource().max_length))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is broken ({error}); save the pipeline again") from error
+    return build(SamplingOptions, content.get("sampling", {}), source=str(path)), max_length
+
+
+def save_parts(pipeline: PipelineParts, folder: str | os.PathLike) -> None:
+    """Write the layout of a saved pipeline; the index last, so that a folder with one is complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    pipeline.autoencoder.save_pretrained(folder / "autoencoder")
+    checkpoints.save_transformer(
+        pipeline.transformer,
+        folder / "transformer",
+        autoencoder_fingerprint=pipeline.autoencoder.fingerprint(),
+        text_fingerprint=pipeline.text_encoder.fingerprint(),
+    )
+    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    content = {
+        "_class_name": "SVGT2IPipeline",
+        "max_length": pipeline.text_encoder.max_length,
+        "sampling": to_dict(pipeline.options),
+    }
+    with replacing(folder / INDEX) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def push_parts(pipeline: PipelineParts, repo_id: str, **where: Any) -> str:
+    """Save to a temporary folder and upload it; returns the commit's address. See `SVGT2IPipeline.push_to_hub`."""
+    api = HfApi(token=where["token"])
+    with tempfile.TemporaryDirectory() as folder:
+        save_parts(pipeline, folder)
+        try:
+            repo_id = api.create_repo(repo_id, private=where["private"], exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=where["commit_message"], revision=where["revision"]
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(f"push_to_hub({repo_id!r}) failed: {error}; sign in with `hf auth login`") from error
+    return str(commit.commit_url)

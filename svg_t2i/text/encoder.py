@@ -1,0 +1,370 @@
+"""Text conditioning: system prompts, and any Hugging Face text model as a frozen encoder.
+
+What is unusual here:
+- The features are the hidden states *before* the last layer (`hidden_states[-2]`). The forward pass is left at the
+  door of that layer: neither it, nor the final norm, nor a language-model head is ever computed.
+- Padding exists only inside `TextEncoder.encode`. What leaves it is packed: the tokens of all texts one after another
+  and their number per text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from autoencoder.common.config import UserError, locate
+from svg_t2i.transformer.packing import TextFeatures
+
+log = logging.getLogger(__name__)
+
+# Model inputs of the released weights, verbatim; each but the last ends with a space.
+SYSTEM_PROMPTS = {
+    "base": "You are an assistant designed to generate high-quality images based on user prompts. <Prompt Start> ",
+    "align": "You are an assistant designed to generate high-quality images with the highest degree of image-text "
+    "alignment based on textual prompts. <Prompt Start> ",
+    "aesthetics": "You are an assistant designed to generate high-quality images with highest degree of aesthetics "
+    "based on user prompts. <Prompt Start> ",
+    "real": "You are an assistant designed to generate superior images with the superior degree of image-text "
+    "alignment based on textual prompts or user prompts. <Prompt Start> ",
+    "4grid": "You are an assistant designed to generate four high-quality images with highest degree of aesthetics "
+    "arranged in 2x2 grids based on user prompts. <Prompt Start> ",
+    "empty": "",
+}
+
+MAX_CUT_REPORTS = 20  # truncation warnings per encoder: enough to see the pattern, few enough to read
+
+
+def build_prompt(caption: str, kind: str = "base") -> str:
+    """Put the system prompt `kind` before a caption. The empty caption is the unconditional one and stays empty.
+
+    Raises:
+        UserError: if `kind` is not a key of `SYSTEM_PROMPTS`.
+    """
+    if kind not in SYSTEM_PROMPTS:
+        raise UserError(f"system prompt {kind!r} does not exist; choose one of {', '.join(SYSTEM_PROMPTS)}")
+    return SYSTEM_PROMPTS[kind] + caption if caption else ""
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass; carries what the last layer would have been given, (B, L, D)."""
+
+    def __init__(self, hidden_states: Tensor):
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _leave(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    raise _LastLayerReached(args[0] if args else kwargs["hidden_states"])
+
+
+class TextEncoder:
+    """A frozen Hugging Face text model, causal or bidirectional: texts in, packed features out.
+
+    Attributes:
+        hidden_size: width D of the features (2304 for Gemma-2-2b).
+        max_length: most tokens kept of a text, special tokens included.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = 256):
+        config = model.config.get_text_config()
+        model.config.use_cache = False  # a causal model would otherwise keep keys and values for a next token
+        tokenizer.truncation_side = "right"
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.hidden_size: int = config.hidden_size
+        self.last_layer = _last_layer(model)
+        self._most_positions = _most_positions(model, tokenizer)
+        self._num_cut = 0
+        self._fingerprint = _fingerprint(model, tokenizer)
+        if not tokenizer.num_special_tokens_to_add() < max_length <= self._most_positions:
+            raise UserError(
+                f"text_encoder.max_length={max_length} does not fit {config.model_type!r}: it must exceed the "
+                f"{tokenizer.num_special_tokens_to_add()} special tokens and be at most {self._most_positions}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        max_length: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> TextEncoder:
+        """Load model and tokenizer from a folder in Hugging Face format or from the Hub.
+
+        Of a multi-part model only the text encoder is built: T5 without its decoder, CLIP without its vision tower.
+
+        Raises:
+            UserError: if the folder does not exist, a part of it is missing or unreadable, the Hub refuses, or
+                `max_length` exceeds the positions the model knows.
+        """
+        source = checked_source(path_or_id)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
+        try:
+            config = AutoConfig.from_pretrained(source)
+            text_config = config.get_text_config()
+            only_text = type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            model, info = (AutoModelForTextEncoding if only_text else AutoModel).from_pretrained(
+                source,
+                config=text_config if only_text else config,
+                dtype=dtype,
+                # Gemma-2 caps its attention logits; the fused kernels leave that out.
+                attn_implementation="eager" if getattr(text_config, "attn_logit_softcapping", None) else None,
+                ignore_mismatched_sizes=True,  # they are reported below
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(_loading_advice(source, error)) from error
+        mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # names in 4.x
+        unset = {*info["missing_keys"], *mismatched}
+        unset = sorted(name for name in unset if "pooler" not in name)
+        if unset:
+            raise UserError(
+                f"text_encoder.path={source!r} lacks {len(unset)} weights of the {config.model_type!r} model in its "
+                f"config.json, or has them in another shape ({', '.join(unset[:3])} …); give a complete checkpoint"
+            )
+        return cls(model.to(device), tokenizer, max_length)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write model and tokenizer in Hugging Face format, as `from_pretrained` reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoder:
+        """Move or convert the weights; returns self."""
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    def fingerprint(self) -> str:
+        """Identity of weights and tokenizer, 16 hex digits: the same for fp32 and bf16 loads and for any folder name.
+
+        It covers the names and shapes of all weights, a sample of each weight's values and the whole vocabulary.
+        """
+        return self._fingerprint
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of texts as they are (system prompts already applied); "" is the unconditional text.
+
+        Returns:
+            TextFeatures: (sum L_i, D) in the model's dtype on its device, and the L_i ≥ 1 as host integers.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"encode takes a non-empty sequence of texts, got {texts!r}")
+        rows = self.tokenize(texts)
+        # Multiples of 8 suit the tensor cores, but a model with absolute positions may have no room for them.
+        width = min(8 * math.ceil(max(map(len, rows)) / 8), self._most_positions)
+        pad = self.tokenizer.pad_token_id or 0
+        input_ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])  # (B, L)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # (B, L)
+        true_tokens = mask.flatten().nonzero().squeeze(1)  # (sum L_i,), found on the host
+
+        hidden = self._before_last_layer(self._upload(input_ids), self._upload(mask))  # (B, L, D)
+        packed = hidden.flatten(0, 1).index_select(0, self._upload(true_tokens))  # (sum L_i, D)
+        return TextFeatures(packed, tuple(map(len, rows)))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text with its special tokens: at least one, at most `max_length`. Cuts are logged."""
+        rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        for i, row in enumerate(rows):
+            if len(row) > self.max_length:
+                rows[i] = self.tokenizer(texts[i], truncation=True, max_length=self.max_length)["input_ids"]
+                self._report_cut(texts[i], len(row))
+            elif not row:
+                rows[i] = [self._start_token()]
+        return rows
+
+    def _start_token(self) -> int:
+        """What stands for "" where the tokenizer adds nothing of its own (Qwen2): a sequence needs one token."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise UserError(
+            "the empty text has no tokens: the text encoder's tokenizer adds no special token and names neither a "
+            "bos_token nor an eos_token; set one of them in its tokenizer_config.json"
+        )
+
+    def _report_cut(self, text: str, num_tokens: int) -> None:
+        self._num_cut += 1
+        if self._num_cut > MAX_CUT_REPORTS:
+            return
+        content = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        cut = content[self.max_length - self.tokenizer.num_special_tokens_to_add() :]
+        log.warning(
+            "a text of %d tokens was cut to text_encoder.max_length=%d; lost: %r%s",
+            num_tokens,
+            self.max_length,
+            self.tokenizer.decode(cut),
+            " (further cuts are not reported)" if self._num_cut == MAX_CUT_REPORTS else "",
+        )
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _before_last_layer(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the model up to, and without, its last layer. (B, L), (B, L) → (B, L, D)."""
+        hook = self.last_layer.register_forward_pre_hook(_leave, with_kwargs=True)
+        try:
+            self.model(input_ids=input_ids, attention_mask=mask)
+        except _LastLayerReached as reached:
+            return reached.hidden_states
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{type(self.model).__name__} finished without running {type(self.last_layer).__name__}")
+
+
+def _last_layer(model: PreTrainedModel) -> nn.Module:
+    """The last of the model's stack of layers: the outermost ModuleList of `num_hidden_layers` entries."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module[-1]
+    raise UserError(f"{type(model).__name__} has no list of {count} layers, so it cannot serve as text encoder")
+
+
+def _most_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Longest token sequence the model takes: 77 for CLIP; a model with relative positions (T5) names no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(positions, tokenizer.model_max_length) if positions else 1 << 30
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256(model.config.get_text_config().model_type.encode())
+    # Rounding to bf16 makes the sample independent of the dtype loaded; poolers are unused and may be untrained.
+    weights = {name: weight for name, weight in sorted(model.named_parameters()) if "pooler" not in name}
+    digest.update(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
+    samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)] for weight in weights.values()]
+    digest.update(torch.cat(samples).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    digest.update(str(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(str(tokenizer("A red Circle, 3 px")["input_ids"]).encode())  # special tokens, case, splitting
+    return digest.hexdigest()[:16]
+
+
+def checked_source(path_or_id: str | os.PathLike) -> str:
+    """A folder that exists, or a name the Hub may know; anything else is a missing folder."""
+    folder = locate(path_or_id)
+    if folder.is_dir():
+        return str(folder)
+    could_be_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(path_or_id)) is not None
+    parent_is_here = folder.parent != Path() and folder.parent.is_dir()
+    if not could_be_hub_id or parent_is_here:
+        raise UserError(
+            f"text_encoder.path={str(path_or_id)!r}: this folder does not exist; give a folder in Hugging Face format "
+            "(config.json, weights, tokenizer) or the name of a model on the Hub such as 'google/gemma-2-2b'"
+        )
+    return str(path_or_id)
+
+
+def _loading_advice(source: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    if Path(source).is_dir():
+        return (
+            f"text_encoder.path={source!r} cannot be read as a Hugging Face model ({reason}); it needs config.json, "
+            "model.safetensors and the tokenizer's files, complete"
+        )
+    licence = (
+        " Gemma's weights ask for a licence first: accept it at https://huggingface.co/google/gemma-2-2b and sign in "
+        "with `hf auth login`."
+        if "gemma" in source.lower()
+        else ""
+    )
+    return (
+        f"text_encoder.path={source!r} is no folder here and could not be had from the Hugging Face Hub ({reason})."
+        f"{licence} Without network, copy the model to a folder and give its path."
+    )
+
+
+def make_toy_text_encoder(
+    captions: Iterable[str],
+    folder: str | os.PathLike,
+    hidden_size: int = 128,
+    layers: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Save a small random Gemma-2 and a word tokenizer made from captions; `TextEncoder.from_pretrained` reads it.
+
+    Nothing is learned, yet a DiT can tell the words apart: token embeddings are drawn with deviation 1/2, so that
+    after Gemma's scaling by √hidden_size they outweigh what the random layers add. The vocabulary holds the words of
+    the captions and of the system prompts, lower-case; other words become `<unk>`.
+
+    Args:
+        captions: all texts the vocabulary is made from.
+        folder: written in Hugging Face format; created if needed.
+        hidden_size: feature width, a multiple of 32.
+        layers: number of layers of which the last is never run; ≥ 2 lets a word's features see the words before it.
+        seed: fixes all weights.
+    """
+    if hidden_size < 32 or hidden_size % 32 or layers < 1:
+        raise UserError(f"toy text encoder: hidden_size={hidden_size} must be a multiple of 32, layers={layers} ≥ 1")
+    tokenizer = _word_tokenizer([*SYSTEM_PROMPTS.values(), *captions])
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Gemma2Model(config)
+        nn.init.normal_(model.embed_tokens.weight, std=0.5)
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                nn.init.zeros_(weight)  # Gemma scales by 1 + weight; transformers 4 starts at 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def _word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token per lower-case word or punctuation mark (or Chinese character); `<bos>` starts every text."""
+    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    vocabulary = {word: index for index, word in enumerate(special + sorted(words - set(special)))}
+    words_to_ids = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words_to_ids.normalizer = normalizer
+    words_to_ids.pre_tokenizer = splitter
+    words_to_ids.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words_to_ids, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )

@@ -1,0 +1,279 @@
+"""What a run tells about itself: sums on the device, phase times, the console line, TensorBoard, Weights & Biases.
+
+Nothing here makes the device wait but `Meter.read`, once per logging interval. Phases are timed by events that the
+device itself records in passing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import secrets
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from autoencoder.common.config import UserError, to_dict
+from svg_t2i.data.feature_cache import FeatureBatch
+from svg_t2i.data.sources import TrainBatch
+from svg_t2i.features.frozen import MicroBatch
+from svg_t2i.flow.paths import LossBins
+from svg_t2i.training.optimizer import ema_decay
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.training.sharding import World, compiled_graphs, reduce_sum
+from svg_t2i.transformer.flops import peak_tflops, training_flops
+from svg_t2i.transformer.model import DiTConfig
+
+log = logging.getLogger("svg_t2i")
+
+TERA, GIB = 1e12, 2**30
+
+
+class Phases:
+    """Seconds by phase of a loop: `start("model")` ends the phase before. On a GPU, seconds of the GPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self, name: str) -> None:
+        self._marks.append((name, self._now()))
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def pop(self) -> dict[str, float]:
+        """Totals since the last call; the phase under way goes on. The device has to be idle."""
+        if not self._marks:
+            return {}
+        self.start(self._marks[-1][0])
+        seconds: dict[str, float] = defaultdict(float)
+        if self._device.type == "cuda":
+            self._marks[-1][1].synchronize()
+        for (name, start), (_, end) in zip(self._marks, self._marks[1:]):
+            seconds[name] += start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
+        del self._marks[:-1]
+        return dict(seconds)
+
+
+class Meter:
+    """Sums of what is logged, kept on the device between two `read`s."""
+
+    def __init__(self, world: World, config: TrainConfig, sizes: DiTConfig):
+        self.world, self.sizes = world, sizes
+        self.bins = LossBins(config.monitor.loss_bins, device=world.device)
+        self.phases = Phases(world.device)
+        self.phase = self.phases.start  # "data" (waiting for it), "encode", "model", "update", "aside"
+        # on the device: losses, samples | gradient norms, skipped updates, of these with non-finite norms
+        self._sums = torch.zeros(5, device=world.device)
+        # on the host: text tokens, their squares, image tokens, operations | replaced samples
+        self._host = torch.zeros(5, dtype=torch.float64)
+        self._updates = 0
+        self.total_nonfinite = self.total_replaced = 0  # as of the last `read`
+
+    def add_replaced(self, batches: Sequence[TrainBatch | FeatureBatch]) -> None:
+        """Count the samples of a step that stand in for unusable ones."""
+        self._host[4] += sum(batch.replaced for batch in batches)
+
+    def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
+        """Per-sample losses (B,) at timesteps (B,)."""
+        self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
+        self.bins.update(timesteps, losses)
+        text, image = batch.text.lengths, [h * w // self.sizes.patch_size**2 for h, w in batch.sizes]
+        counts = (sum(text), sum(n**2 for n in text), sum(image), training_flops(self.sizes, image, text))
+        self._host[:4] += torch.tensor(counts, dtype=torch.float64)
+
+    def add_update(self, grad_norm: Tensor, skipped: Tensor) -> None:
+        """Gradient norm before clipping, and 1 if the update was skipped."""
+        finite = grad_norm.isfinite()
+        self._sums[2:] += torch.stack((torch.where(finite, grad_norm, 0), skipped, finite.logical_not().float()))
+        self._updates += 1
+
+    def read(self) -> dict[str, Any]:
+        """Sums and means over all ranks since the last call, from which counting starts anew. Waits for the device."""
+        loss, samples, grad_norm, skipped, nonfinite = reduce_sum(self._sums, self.world).tolist()
+        reduce_sum(self.bins.totals, self.world)
+        # a copy even on the CPU: the sums of this rank go on
+        host = reduce_sum(self._host.to(self.world.device, copy=True), self.world).tolist()
+        text, squares, image, operations, replaced = host
+        ranks, mean_text = self.world.size, text / max(samples, 1)
+        self.total_nonfinite += round(nonfinite / ranks)
+        self.total_replaced += round(replaced)
+        values = {
+            "loss": loss / max(samples, 1),
+            "grad_norm": grad_norm / max(self._updates * ranks - nonfinite, 1),
+            "skipped": round(skipped / ranks),
+            "samples": round(samples),
+            "replaced": self.total_replaced,
+            "text_tokens": mean_text,
+            "text_tokens_std": math.sqrt(max(squares / max(samples, 1) - mean_text**2, 0)),
+            "tokens": text + image,
+            "operations": operations / ranks,  # of one rank
+            "loss_bins": self.bins.pop(),
+            "phases": self.phases.pop(),
+        }
+        self._sums.zero_()
+        self._host.zero_()
+        self._updates = 0
+        return values
+
+
+class ProgressLogger:
+    """Console, TensorBoard and Weights & Biases of rank 0; does nothing on other ranks."""
+
+    def __init__(self, config: TrainConfig, step: int, world: World):
+        self.config, self.world = config, world
+        self.board = self.wandb = None
+        self._since = time.perf_counter()
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+        self._peak = config.monitor.peak_tflops or peak_tflops(name)
+        if world.is_main and config.monitor.tensorboard:
+            self.board = SummaryWriter(str(Path(config.results_dir) / "tensorboard"), purge_step=step + 1)
+        if world.is_main and config.monitor.wandb_project is not None:
+            self.wandb = start_wandb(config)
+
+    def write(self, step: int, values: Mapping[str, Any], lr: float) -> None:
+        """One line for the interval that ended with `step`: its `Meter.read`, and its last learning rate."""
+        seconds = time.perf_counter() - self._since
+        self._since += seconds
+        train = self.config.train
+        scalars = {"lr": lr, "ema_decay": ema_decay(step - 1, train.ema_decays[0], train.ema_warmup)}
+        scalars["images_per_second"] = values["samples"] / seconds
+        names = ("loss", "grad_norm", "skipped", "replaced", "text_tokens", "text_tokens_std")
+        scalars |= {key: values[key] for key in names}
+        scalars["tokens_per_second"] = values["tokens"] / seconds
+        phases = {name: spent for name, spent in values["phases"].items() if name != "aside"}
+        scalars |= {f"share_of_{name}": spent / seconds for name, spent in phases.items()}
+        if self._peak:
+            scalars["flop_utilisation"] = values["operations"] / seconds / (self._peak * TERA)
+        scalars["memory_gib"] = peak_memory(self.world.device) / GIB
+        if self.config.parallel.compile:
+            scalars["compiled_graphs"] = compiled_graphs()
+        log.info("step %d/%d  %s", step, self.config.train.max_steps, console_line(scalars))
+        named = {f"train/{name}": value for name, value in scalars.items()}
+        self._record(named | loss_scalars(values["loss_bins"]), step)
+
+    def pictures(self, step: int, grid: Image.Image) -> None:
+        """A grid of samples."""
+        if self.board is not None:
+            pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
+            self.board.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.log({"samples": _wandb().Image(grid)}, step=step)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of an evaluation; the same on every rank."""
+        if self.board is not None or self.wandb is not None:
+            log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self._record({f"eval/{name}": value for name, value in values.items()}, step)
+
+    def _record(self, scalars: Mapping[str, float], step: int) -> None:
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(scalars), step=step)
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave the time inside out of the next line's rates: it is not training."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use: on a GPU by tensors since the last call, else by this process since it began."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def console_line(scalars: Mapping[str, float]) -> str:
+    """What matters most, in one line."""
+    line = "loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {images_per_second:.1f} images/s".format(**scalars)
+    for name, label in (("share_of_data", "data"), ("flop_utilisation", "MFU")):
+        if name in scalars:
+            line += f"  {label} {scalars[name]:.0%}"
+    line += f"  {scalars['memory_gib']:.1f} GiB"
+    return line + (f"  replaced {scalars['replaced']}" if scalars["replaced"] else "")
+
+
+def loss_scalars(bins: Sequence[float]) -> dict[str, float]:
+    """Names for the mean losses of equal ranges of t; empty ranges (nan) are left out."""
+    edges = [f"{i / len(bins):.2f}-{(i + 1) / len(bins):.2f}" for i in range(len(bins))]
+    return {f"loss_at_t/{edge}": loss for edge, loss in zip(edges, bins) if loss == loss}
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "monitor.wandb_project is set, but wandb is not installed: pip install wandb, or leave that setting out"
+        ) from error
+    return wandb
+
+
+def start_wandb(config: TrainConfig) -> Any:
+    """A W&B run named after the results folder; a resumed run continues it, by the id kept in results_dir/wandb_id.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    wandb, folder = _wandb(), Path(config.results_dir)
+    kept = folder / "wandb_id"
+    if not kept.exists():  # folders of two runs may have one name
+        kept.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=config.monitor.wandb_project,
+        name=folder.name,
+        id=kept.read_text().strip(),
+        resume="allow",
+        config=to_dict(config),
+        dir=str(folder),
+    )
+
+
+@contextmanager
+def profiling(config: TrainConfig, world: World) -> Iterator[Any]:
+    """Yields a function to call after every step. Rank 0 records `profile_steps` steps, after ten to warm up, as
+    results_dir/profile/trace.json, to be opened in https://ui.perfetto.dev.
+    """
+    steps = config.monitor.profile_steps
+    if not steps or not world.is_main:
+        yield lambda: None
+        return
+    folder = Path(config.results_dir) / "profile"
+    folder.mkdir(exist_ok=True)
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(folder / "trace.json"))
+        log.info("wrote %s", folder / "trace.json")
+
+    schedule = torch.profiler.schedule(wait=8, warmup=2, active=steps, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as profile:
+        yield profile.step

@@ -1,0 +1,82 @@
+"""Pictures during training: fixed prompts and seeds through the pipeline, from the averaged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from autoencoder.images.files import image_grid, save_png
+from svg_t2i.evaluation.evaluate import evaluate
+from svg_t2i.features.frozen import FrozenNetworks
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.training.sharding import World, to_main, whole_tensor
+from svg_t2i.training.step import TrainState
+from svg_t2i.transformer.model import SVGDiT
+
+MOST_COLUMNS = 4
+
+
+def averaged_transformer(state: TrainState, config: TrainConfig, world: World) -> SVGDiT:
+    """A plain copy of the model with the averaged weights, on every rank, in the precision of training."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    with torch.device("meta"):
+        model = SVGDiT(state.transformer.config)
+    weights = {name: whole_tensor(tensor).to(dtype) for name, tensor in state.ema.items()}  # one whole one at a time
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def averaged_pipeline(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> SVGT2IPipeline:
+    """A pipeline over the averaged weights and the run's own frozen networks, on every rank."""
+    transformer = averaged_transformer(state, config, world)
+    pipeline = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def evaluate_averaged(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> dict[str, float]:
+    """The metrics of the `evaluation` section, of the averaged weights; the same on every rank."""
+    pipeline = averaged_pipeline(state, frozen, config, world)
+    with frozen.whole():
+        return evaluate(pipeline, config.evaluation, world)
+
+
+def sample_grid(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> Image.Image | None:
+    """The pictures of `samples.prompts`, dealt to all ranks; written to results_dir/samples/{step:07d}.png by rank 0.
+
+    Returns:
+        The grid on rank 0, None elsewhere.
+    """
+    settings, side = config.samples, config.data.resolution
+    own = list(range(world.rank, len(settings.prompts), world.size))
+    pipeline = averaged_pipeline(state, frozen, config, world)
+    pictures: list[Image.Image] = []
+    with frozen.whole():
+        if own:
+            pictures = pipeline(
+                [settings.prompts[i] for i in own],
+                system_prompt=settings.system_prompt,
+                height=settings.height or side,
+                width=settings.width or side,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                solver=settings.solver,
+                time_shift=settings.time_shift,
+                seed=[settings.seed + i for i in own],
+            ).images
+    gathered = to_main(list(zip(own, pictures, strict=True)), world)
+    if not world.is_main:
+        return None
+    by_prompt = dict(pair for share in gathered for pair in share)
+    grid = image_grid(
+        [by_prompt[i] for i in range(len(settings.prompts))],
+        columns=min(MOST_COLUMNS, len(settings.prompts)),
+        labels=list(settings.prompts),
+    )
+    folder = Path(config.results_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    save_png(grid, folder / f"{state.step:07d}.png")
+    return grid

@@ -1,0 +1,133 @@
+"""DiT training: the objective, what a checkpoint holds, and one optimiser step.
+
+Unusual here:
+- Timesteps and noise are functions of (seed, position of the sample in the training stream), so a step computes the
+  same thing on any number of processes, in any micro-batches, before and after a resume. No generator has a state.
+- `FlowObjective` is the module that processes share (it maps a prepared micro-batch to losses); the transformer in it
+  never hears of them.
+- Nothing in a step waits for the device: losses gather in a `Meter` that is read once per logging interval, and whether
+  a non-finite gradient skips its update is decided by the fused optimiser on the device.
+
+The gradient of a step is that of the mean loss over its G samples, however they are dealt to ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svg_t2i.data.feature_cache import FeatureBatch
+from svg_t2i.data.sources import TrainBatch
+from svg_t2i.features.frozen import FrozenNetworks, MicroBatch, mixed_precision
+from svg_t2i.flow.paths import draw_timesteps, flow_loss, interpolate, random_keys, random_normal, shift_time
+from svg_t2i.training.monitor import Meter
+from svg_t2i.training.optimizer import UpdateGuard, ema_decay, ema_update, learning_rate, make_optimizer
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.training.sharding import World, clip_gradients, gradient_sync, local_tensors
+from svg_t2i.transformer.model import SVGDiT
+
+
+class FlowObjective(nn.Module):
+    """Flow-matching loss of a micro-batch under noise and timesteps that belong to its samples' positions."""
+
+    def __init__(self, transformer: SVGDiT, config: TrainConfig):
+        super().__init__()
+        self.transformer = transformer
+        self.flow, self.channels = config.flow, transformer.config.in_channels
+        self.seed, self.precision = config.train.seed, config.train.precision
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """-> per-sample loss (B,) and the timesteps (B,) it was taken at, both fp32."""
+        patch = self.transformer.config.patch_size
+        lengths = tuple(h * w // patch**2 for h, w in batch.sizes)
+        keys = random_keys(self.seed, batch.positions)
+        factor = self.flow.factor(batch.resolutions, self.channels)
+        timesteps = shift_time(draw_timesteps(keys, self.flow.snr_type, self.flow.mu), factor)
+        noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
+        noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
+        with mixed_precision(self.precision, noisy.device):
+            velocity = self.transformer.forward_packed(noisy, batch.sizes, timesteps, batch.text)
+        return flow_loss(velocity, target, lengths), timesteps
+
+
+@dataclass
+class TrainState:
+    """What a run carries from step to step; with the configuration, all a checkpoint needs."""
+
+    transformer: SVGDiT
+    emas: dict[float, dict[str, Tensor]]  # by decay: running averages of its weights, by name
+    optimizer: torch.optim.AdamW
+    guard: UpdateGuard
+    step: int = 0  # updates done
+
+    @classmethod
+    def start(cls, transformer: SVGDiT, config: TrainConfig) -> TrainState:
+        """A fresh state; averages start as copies of the weights. A model to be sharded is sharded before."""
+        weights = transformer.state_dict(keep_vars=True)  # their names do not tell what wraps the blocks
+        emas = {
+            decay: {name: weight.detach().clone() for name, weight in weights.items()}
+            for decay in config.train.ema_decays
+        }
+        guard = UpdateGuard(config.train.spike_factor, next(iter(weights.values())).device)
+        return cls(transformer, emas, make_optimizer(weights.values(), config.optim), guard)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The trained weights."""
+        return self.optimizer.param_groups[0]["params"]
+
+    @property
+    def ema(self) -> dict[str, Tensor]:
+        """The average that samples come from."""
+        return next(iter(self.emas.values()))
+
+    def tensors(self) -> dict[str, Any]:
+        """Every tensor by name, not copied: what a checkpoint stores, and fills in place on resume."""
+        moments = {
+            f"{name}.{key}": value
+            for name, weight in self.transformer.state_dict(keep_vars=True).items()
+            for key, value in self.optimizer.state[weight].items()
+        }
+        names = ["ema", *(f"ema_{decay:g}" for decay in list(self.emas)[1:])]
+        averages = dict(zip(names, self.emas.values(), strict=True))
+        guard = {"mean_norm": self.guard.mean_norm}
+        return {"model": self.transformer.state_dict(), **averages, "optimizer": moments, "guard": guard}
+
+
+def train_step(
+    state: TrainState,
+    objective: nn.Module,
+    batches: Sequence[TrainBatch | FeatureBatch],
+    frozen: FrozenNetworks,
+    config: TrainConfig,
+    world: World,
+    meter: Meter,
+) -> None:
+    """One update from this rank's micro-batches. `objective` is the parallelised `FlowObjective`."""
+    train, weights = config.train, state.weights
+    state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config.optim, train.max_steps)
+
+    meter.phase("encode")
+    micro_batches = frozen.prepare(batches, state.transformer, world.device)
+    meter.phase("model")
+    for i, batch in enumerate(micro_batches):
+        with gradient_sync(objective, i == len(micro_batches) - 1, config.parallel.data_parallel):
+            losses, timesteps = objective(batch)
+            (losses.sum() * (world.size / train.global_batch_size)).backward()  # ranks are averaged over
+        meter.add_losses(losses.detach(), timesteps, batch)
+
+    meter.phase("update")
+    grad_norm = clip_gradients(weights, train.grad_clip)
+    skip = state.guard.skip(grad_norm)
+    state.optimizer.found_inf = skip  # the fused update leaves weights and moments alone where this is 1
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    for decay, ema in state.emas.items():
+        decay = ema_decay(state.step, decay, train.ema_warmup)
+        ema_update(local_tensors(ema.values()), local_tensors(weights), decay)
+    state.step += 1
+    meter.add_update(grad_norm, skip)

@@ -1,0 +1,380 @@
+"""SVGDiT: the NextDiT transformer of SVG-T2I on packed sequences.
+
+Unusual here:
+- All samples of a batch are one sequence of tokens; nothing is padded and no step loops over samples. The index tables
+  that make this possible come from `packing`.
+- The scale before and the gate after a sub-layer both multiply an RMS-normalised vector, so they are folded into the
+  norm's weight once per sample.
+
+Shapes: B samples, T tokens of all samples, D dim, H heads, d head_dim, C latent channels, p patch size. Time is 0 at
+noise and 1 at data; the output is the velocity data - noise. State-dict keys are the published ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoencoder.common.config import UserError
+from svg_t2i.transformer.attention import Segments, attention
+from svg_t2i.transformer.cpu_kernels import (
+    attended_heads,
+    gated_product,
+    per_token,
+    rms_norm,
+    rotated_heads,
+    works_fast,
+)
+from svg_t2i.transformer.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
+
+QK_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of an SVGDiT; the field names are the published ones.
+
+    axes_dims splits head_dim over (caption index, row, column); axes_lens bounds those positions, exclusively.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    axes_dims: tuple[int, int, int]
+    n_kv_heads: int | None = None
+    n_refiner_layers: int = 2
+    patch_size: int = 1
+    in_channels: int = 384
+    cap_feat_dim: int = 2304
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    axes_lens: tuple[int, int, int] = (600, 512, 512)
+
+    def __post_init__(self) -> None:
+        for name in ("axes_dims", "axes_lens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise UserError(f"DiTConfig.{name} needs 3 entries (caption, row, column), got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            least = 0 if name == "n_refiner_layers" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise UserError(f"DiTConfig.{name} must be at least {least}, got {value}")
+        if self.dim % self.n_heads:
+            raise UserError(f"DiTConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise UserError(f"DiTConfig: n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
+        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
+            raise UserError(
+                f"DiTConfig: axes_dims {self.axes_dims} must be even and sum to dim / n_heads = {self.head_dim}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def modulation_dim(self) -> int:
+        return min(self.dim, 1024)
+
+    @property
+    def ffn_dim(self) -> int:
+        hidden = int(4 * self.dim * (self.ffn_dim_multiplier or 1.0))
+        return math.ceil(hidden / self.multiple_of) * self.multiple_of
+
+
+# --------------------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """RMS norm, its weight times a gain where given: (B, D) for the samples of `segments`, or (1, D) for all.
+
+    A residual (T, D) is added to the result.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, gain: Tensor | None = None, segments: Segments | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        weight = self.weight if gain is None else (self.weight * gain).to(x.dtype)
+        return rms_norm(x, weight, self.eps, segments, residual)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RMS-normalised queries and keys and 3-axis rotary positions."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.n_heads, config.kv_heads, config.kv_heads
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.normed = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
+            self.k_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
+
+    def forward(self, x: Tensor, segments: Segments, rope: Tensor) -> Tensor:  # (T, D) -> (T, D)
+        heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # (T, Hq + 2 Hkv, d)
+        weights = (self.q_norm.weight, self.k_norm.weight) if self.normed else None
+        if self.normed and works_fast(heads, *weights):
+            attended = attended_heads(heads, self.heads, weights, QK_NORM_EPS, rope, segments)
+        else:
+            q, k, v = rotated_heads(heads, self.heads, weights, QK_NORM_EPS, rope)
+            attended = attention(q, k, v, segments)
+        return self.out(attended.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(gated_product(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """Transformer block with norms before and after each sub-layer, modulated by time if `modulated`.
+
+    x += tanh(gate_a) · N2(attention(N1(x) · (1 + scale_a))), x += tanh(gate_m) · N4(ffn(N3(x) · (1 + scale_m))).
+    """
+
+    def __init__(self, config: DiTConfig, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
+        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_dim, 4 * config.dim))
+
+    def forward(self, x: Tensor, segments: Segments, rope: Tensor, t_emb: Tensor | None = None) -> Tensor:
+        scale_a = gate_a = scale_m = gate_m = None
+        if t_emb is not None:
+            scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(t_emb).float().chunk(4, dim=1)  # (B, D) each
+            scale_a, gate_a, scale_m, gate_m = 1 + scale_a, gate_a.tanh(), 1 + scale_m, gate_m.tanh()
+        attended = self.attention(self.attention_norm1(x, scale_a, segments), segments, rope)
+        x = self.attention_norm2(attended, gate_a, segments, residual=x)
+        fed = self.feed_forward(self.ffn_norm1(x, scale_m, segments))
+        return self.ffn_norm2(fed, gate_m, segments, residual=x)
+
+
+class TimestepEmbedder(nn.Module):
+    """256 sinusoids of t (raw, in [0, 1]; cosines first, longest period 2π·10000), then a two-layer MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps: Tensor) -> Tensor:  # (B,) -> (B, width)
+        half = self.frequencies // 2
+        exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without affine, scaled by time, then the projection to patches."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch_size**2 * config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.modulation_dim, config.dim))
+
+    def forward(self, x: Tensor, owner: Tensor, t_emb: Tensor) -> Tensor:
+        gain = per_token((1 + self.adaLN_modulation(t_emb).float()).to(x.dtype), owner)  # (T, D) or (1, D)
+        return self.linear((F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain).to(x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------- model
+
+
+class SVGDiT(nn.Module):
+    """Velocity of latents at given times, conditioned on caption features."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = nn.Linear(config.patch_size**2 * config.in_channels, config.dim)
+        self.t_embedder = TimestepEmbedder(config.modulation_dim)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+        )
+        self.noise_refiner = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
+        self.layers = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_layers))
+        self.final_layer = FinalLayer(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation: every modulated block starts as the identity and the output as zero."""
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            if not isinstance(module, nn.Linear):
+                continue
+            if "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(module.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+            elif name.startswith("cap_embedder"):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, latents: Tensor | Sequence[Tensor], timesteps: Tensor, text: TextFeatures
+    ) -> Tensor | list[Tensor]:
+        """latents (B, C, h, w) or a list of (C, h_i, w_i), timesteps (B,) in [0, 1] -> velocity, structured alike.
+
+        timesteps (1,) hold for all samples. text may have been through `refine`, which saves doing it at every step.
+        """
+        tokens, sizes = self.pack(latents)
+        velocity = self.unpack(self.forward_packed(tokens, sizes, timesteps, text), sizes)
+        return torch.stack(velocity) if isinstance(latents, Tensor) else velocity
+
+    def forward_packed(self, tokens: Tensor, sizes: Sizes, timesteps: Tensor, text: TextFeatures) -> Tensor:
+        """tokens (T, p·p·C) from `pack`, timesteps (B,), text of B captions -> velocity tokens (T, p·p·C)."""
+        if len(sizes) != len(text.lengths) or len(timesteps) not in (1, len(sizes)):
+            raise ValueError(f"{len(sizes)} latents, {len(timesteps)} timesteps, {len(text.lengths)} captions")
+        packing = self.plan(sizes, text.lengths, tokens.device)
+        t_emb = self.t_embedder(timesteps)
+        image = self.x_embedder(tokens.to(t_emb.dtype).index_select(0, packing.image_index))  # (T_images, D)
+        caption = text.features.to(t_emb.dtype).index_select(0, packing.caption_index)
+        if not isinstance(text, RefinedText):
+            caption = self._refine(caption, packing)  # (T_captions, D)
+        for block in self.noise_refiner:
+            image = block(image, packing.images, packing.image_rope, t_emb)
+        x = torch.cat([caption, image]).index_select(0, packing.joint_index)  # (T, D)
+        for block in self.layers:
+            x = block(x, packing.joint, packing.joint_rope, t_emb)
+        image = x.index_select(0, packing.output_index)
+        return self.final_layer(image, packing.output_owner, t_emb).to(tokens.dtype)  # (T_images, p·p·C)
+
+    def refine(self, text: TextFeatures) -> RefinedText:
+        """Captions embedded and refined, once for all steps: neither depends on time or on the latents."""
+        features = text.features.to(self.x_embedder.weight.dtype)
+        smallest = ((self.config.patch_size,) * 2,) * len(text.lengths)
+        packing = self.plan(smallest, text.lengths, features.device)
+        refined = self._refine(features.index_select(0, packing.caption_index), packing)
+        return RefinedText(refined.index_select(0, packing.caption_index.argsort()), text.lengths)
+
+    def _refine(self, features: Tensor, packing: Packing) -> Tensor:  # in entry order
+        if features.shape[1] != self.config.cap_feat_dim:
+            raise UserError(
+                f"caption features have {features.shape[1]} channels, the model's cap_feat_dim is "
+                f"{self.config.cap_feat_dim}: use the text encoder that the model was trained with"
+            )
+        caption = self.cap_embedder(features)  # (T_captions, D)
+        for block in self.context_refiner:
+            caption = block(caption, packing.captions, packing.caption_rope)
+        return caption
+
+    def plan(self, sizes: Sizes, lengths: Sequence[int], device: torch.device) -> Packing:
+        """Index tables for latents of `sizes` with captions of `lengths` tokens (see `packing.plan_packing`)."""
+        config = self.config
+        return plan_packing(tuple(sizes), tuple(lengths), config.patch_size, config.axes_dims, config.axes_lens, device)
+
+    def pack(self, latents: Tensor | Sequence[Tensor]) -> tuple[Tensor, Sizes]:
+        """Latents (B, C, h, w) or a list of (C, h_i, w_i) -> tokens (T, p·p·C), row-major per sample, and their sizes.
+
+        Channel order within a token is (row in patch, column in patch, C). Raises UserError on a wrong shape.
+        """
+        groups = [latents] if isinstance(latents, Tensor) else [x[None] for x in latents]
+        for x in groups:
+            self._check_latents(x)
+        p = self.config.patch_size
+        tokens = [
+            x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p * x.shape[1])
+            for x in groups
+        ]
+        return torch.cat(tokens), tuple((x.shape[2], x.shape[3]) for x in groups for _ in range(x.shape[0]))
+
+    def unpack(self, tokens: Tensor, sizes: Sizes) -> list[Tensor]:
+        """Inverse of `pack`: a (C, h, w) latent per sample."""
+        p = self.config.patch_size
+        counts = [h * w // p**2 for h, w in sizes]
+        return [
+            x.reshape(h // p, w // p, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, h, w)
+            for x, (h, w) in zip(tokens.split(counts), sizes, strict=True)
+        ]
+
+    def _check_latents(self, x: Tensor) -> None:
+        p, channels = self.config.patch_size, self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % p or x.shape[3] % p:
+            raise UserError(
+                f"latents of shape {tuple(x.shape)}: expected (B, {channels}, h, w) or a list of ({channels}, h, w) "
+                f"with h and w divisible by the patch size {p}"
+            )
+
+
+def load_published_state_dict(model: SVGDiT, state: dict[str, Tensor]) -> None:
+    """Load a published state dict strictly; the unused `norm_final.weight` is the only key that may be dropped.
+
+    Raises UserError naming missing, unexpected and wrongly shaped keys.
+    """
+    state = {key: value for key, value in state.items() if key != "norm_final.weight"}
+    own = model.state_dict()
+    problems = [f"missing {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8])
+        raise UserError(f"state dict does not fit the model ({len(problems)} problems): {shown}")
+    model.load_state_dict(state)
+
+
+def published_state_dict(model: SVGDiT) -> dict[str, Tensor]:
+    """The model's state dict with the published key set, that is with `norm_final.weight` (ones)."""
+    state = model.state_dict()
+    return state | {"norm_final.weight": torch.ones_like(state["layers.0.ffn_norm2.weight"])}
+
+
+def _published(dim: int, n_layers: int, n_heads: int, axis: int, n_kv_heads: int = 8) -> DiTConfig:
+    return DiTConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, axes_dims=(axis,) * 3)
+
+
+MODELS: dict[str, DiTConfig] = {
+    "NextDiT_08B_GQA_patch1_Adaln_Refiner": _published(1152, 28, 16, axis=24),
+    "NextDiT_2B_GQA_patch1_Adaln_Refiner": _published(2304, 26, 24, axis=32),
+    "NextDiT_3B_GQA_patch1_Adaln_Refiner": _published(2592, 30, 24, axis=36),
+    "NextDiT_4B_GQA_patch1_Adaln_Refiner": _published(2880, 32, 24, axis=40),
+    "NextDiT_7B_GQA_patch1_Adaln_Refiner": _published(3840, 32, 32, axis=40),
+    # for tests: about 0.5 M parameters; for the quickstart: about 2 M
+    "tiny": DiTConfig(dim=64, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(8, 12, 12)),
+    "toy": DiTConfig(dim=128, n_layers=5, n_heads=4, n_kv_heads=2, n_refiner_layers=1, axes_dims=(8, 12, 12)),
+}
+
+
+def build_model(name: str, in_channels: int = 384, cap_feat_dim: int = 2304, qk_norm: bool = True) -> SVGDiT:
+    """A freshly initialised model of the table of sizes; raises UserError for an unknown name."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    return SVGDiT(replace(MODELS[name], in_channels=in_channels, cap_feat_dim=cap_feat_dim, qk_norm=qk_norm))

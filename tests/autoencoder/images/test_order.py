@@ -1,0 +1,115 @@
+"""Permutations that are computed, not stored, and the interleaving of several sources."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoencoder.common.config import UserError
+from autoencoder.images import order as order_module
+from autoencoder.images.order import MIXING_BLOCK, ResumableSampler, SampleOrder, keyed_permutation
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_keyed_permutation_is_one(length, key):
+    image = keyed_permutation(length, key, np.arange(length))
+    assert sorted(image.tolist()) == list(range(length))
+    some = np.array([length - 1, 0, length // 2])
+    assert keyed_permutation(length, key, some).tolist() == image[some].tolist()  # whatever it is asked along with
+
+
+def test_keyed_permutation_looks_random():
+    length = 40_000
+    images = [keyed_permutation(length, key, np.arange(length)) for key in (1, 2)]
+    for image in images:
+        # 200 × 200 cells of (origin, image): χ² has mean 199² and deviation √(2·199²) = 281
+        counts = np.histogram2d(np.arange(length), image, bins=200)[0]
+        assert abs(((counts - 1) ** 2).sum() - 199**2) < 5 * 281
+        assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 5 / length**0.5
+        assert (image == np.arange(length)).sum() < 8  # fixed points: Poisson(1)
+        steps = np.abs(np.diff(image))
+        assert abs(steps.mean() / length - 1 / 3) < 0.01
+    assert abs(np.corrcoef(*images)[0, 1]) < 5 / length**0.5
+
+
+def test_keyed_permutation_mixes_short_lists_fairly():
+    """Over many keys every element comes to stand everywhere equally often."""
+    images = np.stack([keyed_permutation(5, key, np.arange(5)) for key in range(2000)])
+    counts = np.stack([np.bincount(column, minlength=5) for column in images.T])
+    assert np.abs(counts - 400).max() < 5 * (2000 * 0.2 * 0.8) ** 0.5
+    assert len({tuple(row) for row in images.tolist()}) == 120
+
+
+def test_small_sources_keep_the_published_order():
+    for epoch in range(2):
+        expected = torch.randperm(23, generator=torch.Generator().manual_seed(7 + epoch)).tolist()
+        assert SampleOrder([23], seed=7).locate(np.arange(23) + 23 * epoch)[1].tolist() == expected
+
+
+def test_large_sources_run_through_whole_epochs(monkeypatch):
+    monkeypatch.setattr(order_module, "LISTED_SAMPLES", 10)
+    stream = list(ResumableSampler(50, 0, 1, 10, 15, 0, seed=3))
+    for epoch in range(3):
+        assert sorted(stream[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+    assert stream[:50] != stream[50:100]
+    shares = [list(ResumableSampler(50, rank, 2, 10, 15, 4, seed=3)) for rank in range(2)]
+    assert [index for pair in zip(*shares) for index in pair] == stream[40:]
+
+
+def test_an_order_of_a_billion_samples_costs_nothing():
+    order = SampleOrder([10**9, 3 * 10**9], seed=1)
+    sources, indices = order.locate(np.array([0, 10**15, 10**15 + 1]))
+    assert (indices < np.array(order.lengths)[sources]).all()
+    assert order.locate(np.array([10**15]))[1] == indices[1]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    weights=st.lists(st.floats(0.05, 10), min_size=2, max_size=4),
+    lengths=st.lists(st.integers(3000, 40_000), min_size=4, max_size=4),
+    seed=st.integers(0, 2**32),
+)
+def test_sources_are_mixed_by_weight(weights, lengths, seed):
+    order = SampleOrder(lengths[: len(weights)], weights, seed)
+    positions = np.arange(2 * MIXING_BLOCK)
+    sources, indices = order.locate(positions)
+    for block in (sources[:MIXING_BLOCK], sources[MIXING_BLOCK:]):
+        shares = np.bincount(block, minlength=len(weights)) / MIXING_BLOCK
+        assert np.abs(shares - np.array(weights) / sum(weights)).max() <= 1 / MIXING_BLOCK
+    early = np.bincount(sources[:5000], minlength=len(weights)) / 5000
+    assert np.abs(early - shares).max() < 5 * 0.5 / 5000**0.5  # scattered, not one after the other
+    for source in range(len(weights)):  # as many whole epochs as fit: each sample equally often, but for the last
+        seen = np.bincount(indices[sources == source], minlength=lengths[source])
+        assert seen.max() - seen.min() <= 2  # shuffled turns may straddle two epochs at the end
+        assert len(seen) == lengths[source]
+    some = np.array([MIXING_BLOCK + 17, 3, 2 * MIXING_BLOCK - 1])
+    assert [part.tolist() for part in order.locate(some)] == [sources[some].tolist(), indices[some].tolist()]
+
+
+def test_without_weights_every_sample_counts_alike():
+    sources, _ = SampleOrder([1000, 3000], seed=0).locate(np.arange(MIXING_BLOCK))
+    assert np.bincount(sources).tolist() == [MIXING_BLOCK // 4, MIXING_BLOCK * 3 // 4]
+
+
+def test_two_sources_of_equal_length_are_visited_in_different_orders():
+    sources, indices = SampleOrder([500, 500], seed=0).locate(np.arange(1000))
+    first, second = (indices[sources == source][:200].tolist() for source in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights", "message"),
+    [
+        ([], None, "nothing to sample"),
+        ([5, 0], None, "nothing to sample"),
+        ([5, 5], [1.0, None], "give all sources a weight, or none"),
+        ([5, 5], [1.0, -1.0], "must be positive"),
+        ([5, 5], [1.0, float("nan")], "must be positive"),
+        ([5, 5], [1.0, 1e-9], "below 1 in 65536"),
+    ],
+)
+def test_mistakes_are_named(lengths, weights, message):
+    with pytest.raises(UserError, match=message):
+        SampleOrder(lengths, weights)

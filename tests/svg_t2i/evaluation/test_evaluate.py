@@ -1,0 +1,168 @@
+"""Metrics of images against independent computations, and what becomes of metrics that cannot be had."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from autoencoder.common.config import UserError, build
+from autoencoder.evaluation.metrics import Unavailable
+from autoencoder.images.files import to_float
+from autoencoder.model import SVGAutoencoder
+from svg_t2i.evaluation import evaluate as evaluation
+from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
+from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
+from svg_t2i.evaluation.evaluate import alone, evaluate, measure, own_batches, rows
+from svg_t2i.evaluation.settings import EvaluationConfig
+from svg_t2i.evaluation.shapes import TASKS
+from svg_t2i.training.sharding import World
+
+CPU = torch.device("cpu")
+WORLD = alone(CPU)
+
+
+def random_images(count, seed=0, low=0):
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(low, 256, (count, 3, 32, 48), generator=generator, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(toy_parts):
+    return SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory, toy_parts):
+    """A tiny random CLIP in Hugging Face format, with the toy text encoder's word tokenizer."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = AutoTokenizer.from_pretrained(toy_parts / "text_encoder")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    dealt = [list(own_batches(11, 2, World(rank, rank, 3, CPU))) for rank in range(3)]
+    assert sorted((b for share in dealt for b in share), key=lambda b: b.start) == list(own_batches(11, 2, WORLD))
+    doubled = rows(lambda batch: torch.tensor(batch)[:, None] * 2, range(5), 2, WORLD)
+    assert doubled.tolist() == [[0], [2], [4], [6], [8]]
+
+
+def test_mmd_is_taken_over_pooled_unit_features_of_the_encoder(autoencoder):
+    made, real = random_images(6), random_images(5, seed=1, low=100)
+    own = [0, 0, 1, 2, 3, 4]
+    report = measure(made, ["mmd"], references=real, own=own, autoencoder=autoencoder, batch_size=4, world=WORLD)
+    features = [autoencoder.encode(to_float(torch.stack(images))).flatten(2).mean(2) for images in (made, real)]
+    made, real = (x / x.norm(dim=1, keepdim=True) for x in features)
+    assert report.values == {"mmd": pytest.approx(1000 * mmd(made, real, median_distance(real), own), rel=1e-3)}
+    assert report.unavailable == {}
+
+
+def test_fid_or_its_absence(monkeypatch):
+    made, real = random_images(6), random_images(5, seed=1)
+
+    def absent():
+        raise Unavailable("no network, no weights")
+
+    monkeypatch.setattr(evaluation, "build_inception", absent)
+    report = measure(made, ["fid"], references=real, world=WORLD)
+    assert (report.values, report.unavailable) == ({}, {"fid": "no network, no weights"})
+    assert evaluation.describe_report(report) == {"fid": {"unavailable": "no network, no weights"}}
+
+    class Colours(torch.nn.Module):
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            return images.float().mean(dim=(2, 3))
+
+    monkeypatch.setattr(evaluation, "build_inception", Colours)
+    report = measure(made, ["fid"], references=real, batch_size=4, world=WORLD)
+    expected = frechet_distance(*(torch.stack(i).double().mean(dim=(2, 3)) for i in (made, real)))
+    assert report.values == {"fid": pytest.approx(expected, rel=1e-4)}
+    theirs = FrechetInceptionDistance(Colours()).set_dtype(torch.float64)
+    for images, is_real in ((made, False), (real, True)):
+        theirs.update(torch.stack(images), real=is_real)
+    assert report.values == {"fid": pytest.approx(theirs.compute().item(), rel=1e-3)}
+
+
+def test_clip_score_is_that_of_the_whole_model(clip_folder):
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+    images = random_images(3)
+    captions = ["much noise", "a picture of very very much noise number 3", "noise " * 30]  # the last is cut
+    report = measure(images, ["clip_score"], captions=captions, clip=str(clip_folder), batch_size=2, world=WORLD)
+
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), AutoTokenizer.from_pretrained(clip_folder)
+    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+    pixels = processor([evaluation.to_image(image) for image in images], return_tensors="pt")
+    cosines = []
+    for i, caption in enumerate(captions):
+        text = tokenizer(caption, truncation=True, max_length=12, return_tensors="pt")
+        inputs = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+        with torch.no_grad():
+            logits = model(pixel_values=pixels["pixel_values"][i : i + 1], **inputs).logits_per_image
+        cosines.append(logits.item() / model.logit_scale.exp().item())
+    assert report.values["clip_score"] == pytest.approx(100 * np.mean([max(c, 0) for c in cosines]), abs=1e-3)
+    assert clip_score(torch.eye(2), -torch.eye(2)) == 0
+
+
+def test_a_clip_that_is_not_there_has_a_reason(tmp_path, toy_parts):
+    report = measure(random_images(2), ["clip_score"], captions=["a", "b"], clip=str(tmp_path / "no"), world=WORLD)
+    assert report.values == {}
+    assert "no" in report.unavailable["clip_score"]
+    with pytest.raises(Unavailable, match="no image and text features|cannot be had"):
+        CLIPScorer(toy_parts / "text_encoder")
+
+
+def test_pairs():
+    real = random_images(4)
+    made = [(image.int() + 10).clamp(max=255).to(torch.uint8) for image in real]
+    made[2] = real[2]  # identical: infinite PSNR, left out of the mean
+    values = measure(made, [], counterparts=real, batch_size=3, world=WORLD).values
+    psnr = [peak_signal_noise_ratio(real[i].numpy(), made[i].numpy(), data_range=255) for i in (0, 1, 3)]
+    assert values["psnr"] == pytest.approx(np.mean(psnr), rel=1e-6)
+    assert 0 < values["ssim"] < 1
+    report = measure(real, [], counterparts=real, world=WORLD)
+    assert (report.values, list(report.unavailable)) == ({"ssim": pytest.approx(1)}, ["psnr"])
+
+
+def test_evaluate_tracks_a_pipeline(toy_pipeline, toy_parts, caplog):
+    """The trainer's hook: numbers by name, reproducible, and the global generator is left alone."""
+    settings = build(EvaluationConfig, {
+        "metrics": ["mmd", "clip_score", "shapes"], "manifest": str(toy_parts / "manifest.jsonl"), "num_images": 4,
+        "clip": "nowhere/no-clip", "batch_size": 100,
+        "sampling": {"width": 32, "height": 32, "num_inference_steps": 1, "system_prompt": "empty"},
+    })  # fmt: skip
+    state = torch.get_rng_state()
+    values = evaluate(toy_pipeline, settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(values) == {"mmd", *(f"shapes/{task}" for task in (*TASKS, "overall"))}
+    assert all(isinstance(value, float) for value in values.values())
+    assert any("clip_score is not measured" in record.message for record in caplog.records)
+    fewer = replace(settings, metrics=("mmd",))
+    assert evaluate(toy_pipeline, fewer) == {"mmd": values["mmd"]}
+    assert evaluate(toy_pipeline, replace(fewer, seed=1)) != {"mmd": values["mmd"]}
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"metrics": ["fvd"]}, "metrics='fvd' must be some of mmd"),
+    ({"metrics": ["mmd", "shapes"]}, "manifest is not set; mmd need"),
+    ({"metrics": ["shapes"], "every": -1}, "every=-1"),
+    ({"metrics": ["shapes"], "sampling": {"width": 40}}, "width = 40: image sides must be positive multiples of 16"),
+    ({"metrics": ["shapes"], "sampling": {"solver": "rk"}}, "solver = 'rk'; choose one of"),
+    ({"metrics": ["shapes"], "sampling": {"guidance_scale": [1, 2]}}, "one for all images"),
+    ({"metrics": ["shapes"], "sampling": {"time_shift": 0}}, "time_shift = 0.0: must be positive"),
+])  # fmt: skip
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        build(EvaluationConfig, values)

@@ -1,0 +1,155 @@
+"""Where a pipeline's parts are found: saved folders, runs, the published layout, the Hub."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+
+from autoencoder.common.config import UserError
+from autoencoder.common.weights import read_state_dict
+from svg_t2i.checkpoints.published import export_published
+from svg_t2i.flow.paths import shift_time
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling import loading, options
+from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
+from svg_t2i.train import main as train
+from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+
+NAME = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
+
+
+@pytest.fixture(scope="module")
+def published(toy_parts, tmp_path_factory):
+    """pre-trained/ as the release lays it out, at toy size."""
+    root = tmp_path_factory.mktemp("published") / "pre-trained"
+    (root / "autoencoder").mkdir(parents=True)
+    state = read_state_dict(toy_parts / "autoencoder" / "model.safetensors", "autoencoder")
+    encoder = {"model_name": "dinov3_vits16plus", "overrides": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
+    decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
+    for stage in ("P_stage1_256", "P_stage3_1024"):
+        params = {"embed_dim": 32, "ckpt_path": f"svg-{stage}.ckpt", "ddconfig": decoder, "dinoconfig": encoder}
+        config = yaml.safe_dump({"model": {"params": params}})
+        (root / "autoencoder" / f"svg_autoencoder_{stage}.yaml").write_text(config)
+        torch.save({"state_dict": state}, root / "autoencoder" / f"svg-{stage}.ckpt")
+    stats = {"mean": torch.zeros(2, 32), "std": torch.ones(2, 32)}
+    torch.save(stats, root / "dinov3_s16p_layer_patchtoken_stats_dist.pt")
+    shutil.copytree(toy_parts / "text_encoder", root / "gemma-2-2b")
+    return root
+
+
+def add_transformer(folder, monkeypatch):
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "axes_dims": (4, 6, 6), "multiple_of": 32}
+    small = DiTConfig(in_channels=32, cap_feat_dim=32, **sizes)
+    monkeypatch.setitem(MODELS, NAME, small)
+    export_published(SVGDiT(small), SVGDiT(small), folder)
+
+
+def test_the_published_folder_is_enough(published, monkeypatch):
+    add_transformer(published / "svg-t2i" / "stage4-sft", monkeypatch)
+    pipeline = SVGT2IPipeline.from_pretrained(published)
+    assert pipeline.options == PRESETS["stage4"]
+    assert pipeline("noise", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
+    sources = loading.find_sources(published)
+    assert sources.autoencoder.config.endswith("svg_autoencoder_P_stage3_1024.yaml")
+    assert sources.text_encoder.path.endswith("gemma-2-2b")
+
+    add_transformer(published / "svg-t2i" / "stage1-256", monkeypatch)
+    assert loading.find_sources(published) == sources  # the last stage is the default
+    add_transformer(published / "svg-t2i" / "other-stage4", monkeypatch)
+    with pytest.raises(UserError, match=r"several DiTs \(svg-t2i/other-stage4, .*, svg-t2i/stage4-sft\); choose one"):
+        SVGT2IPipeline.from_pretrained(published)
+    first = loading.find_sources(published, subfolder="svg-t2i/stage1-256")
+    assert first.autoencoder.config.endswith("svg_autoencoder_P_stage1_256.yaml")
+    assert first.options == PRESETS["stage1"]
+    given = loading.find_sources(published, subfolder="svg-t2i/stage1-256", autoencoder="a.yaml", text_encoder="t")
+    assert (given.autoencoder.config, given.text_encoder.path) == ("a.yaml", "t")
+
+
+def test_a_training_run_knows_its_parts_and_its_resolution(toy_parts, tmp_path):
+    train(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path}", "train.max_steps=1"])
+    pipeline = SVGT2IPipeline.from_pretrained(tmp_path)
+    assert (pipeline.options.height, pipeline.options.time_shift) == (64, "dynamic")
+    assert pipeline("noise", num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_what_a_run_made_moves_with_its_folder(toy_parts, tmp_path, monkeypatch):
+    """Statistics and text encoder are recorded relative to where training ran; here nothing is there any more."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    made = ["text_encoder.path=random", "autoencoder.stats=measure"]
+    train(["--config", str(toy_parts / "train.yaml"), "results_dir=results/run", "train.max_steps=1", *made])
+    monkeypatch.chdir(tmp_path)
+    moved = (tmp_path / "there" / "results" / "run").rename(tmp_path / "moved")
+    sources = loading.find_sources(moved)
+    assert sources.autoencoder.stats == str(moved / "latent_stats.safetensors")
+    assert sources.text_encoder.path == str(moved / "text_encoder")
+    assert SVGT2IPipeline.from_pretrained(moved)("noise", num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_defaults_from_training_settings():
+    config = {"data": {"resolution": 128, "system_prompt": "empty"}, "flow": {"shift": False}}
+    expected = SamplingOptions(height=128, width=128, system_prompt="empty", time_shift=1.0)
+    assert trained_options(config) == expected
+    assert trained_options({}) == SamplingOptions()
+    config["flow"] |= {"snr_type": "lognorm", "mu": -2.0}  # half of the training times lie below sigmoid(-2)
+    shift = trained_options(config).time_shift
+    assert shift == 7.4
+    assert shift_time(0.5, shift) == pytest.approx(torch.sigmoid(torch.tensor(-2.0)).item(), abs=1e-3)
+
+
+def test_presets_are_valid_and_can_be_changed():
+    for name, settings in PRESETS.items():
+        assert options.preset(name) == settings
+        assert options.preset(name, solver="heun", height=None).solver == "heun"
+
+
+def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
+    """A Hub made of a folder: what is pushed is what is pulled."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert (private, exist_ok) == (True, True)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message, revision):
+            shutil.copytree(folder_path, hub / repo_id)
+            address = f"https://huggingface.co/{repo_id}/commit/0"
+            return huggingface_hub.CommitInfo(
+                commit_url=address, commit_message=commit_message, commit_description="", oid="0"
+            )
+
+    monkeypatch.setattr(loading, "HfApi", Api)
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, token: hub / name)
+    assert toy_pipeline.push_to_hub("me/foxes", private=True, token="secret").endswith("me/foxes/commit/0")
+    pulled = SVGT2IPipeline.from_pretrained("me/foxes")
+    assert pulled.options == toy_pipeline.options
+    assert pulled.autoencoder.fingerprint() == toy_pipeline.autoencoder.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such folder, and no Hugging Face id"),
+        ("no/such-model", "the Hugging Face Hub did not give it"),  # tests are offline
+    ],
+)
+def test_what_is_nowhere_is_named(name, message):
+    with pytest.raises(UserError, match=message):
+        SVGT2IPipeline.from_pretrained(name)
+
+
+def test_empty_and_broken_folders(tmp_path):
+    with pytest.raises(UserError, match="no DiT here"):
+        SVGT2IPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="is broken"):
+        SVGT2IPipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"sampling": {"solver": "magic"}}')
+    with pytest.raises(UserError, match="solver = 'magic'"):
+        SVGT2IPipeline.from_pretrained(tmp_path)

@@ -1,0 +1,90 @@
+"""Packed attention against plain softmax attention, sample by sample."""
+
+import math
+
+import pytest
+import torch
+
+from svg_t2i.transformer.attention import Segments, attention, attention_by_runs
+
+
+def make_segments(lengths, device="cpu"):
+    lengths = torch.tensor(lengths)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths).int()
+    return Segments.build(lengths.tolist(), offsets.to(device), owner.to(device))
+
+
+def plain_attention(q, k, v, lengths):
+    """softmax(q kᵀ / √D) v in float64, one sample and one head at a time."""
+    outputs, start = [], 0
+    group = q.shape[1] // k.shape[1]
+    for length in lengths:
+        q_i, k_i, v_i = (x[start : start + length].double() for x in (q, k, v))
+        heads = []
+        for head in range(q.shape[1]):
+            scores = q_i[:, head] @ k_i[:, head // group].T / math.sqrt(q.shape[-1])
+            heads.append(scores.softmax(dim=-1) @ v_i[:, head // group])
+        outputs.append(torch.stack(heads, dim=1))
+        start += length
+    return torch.cat(outputs)
+
+
+def random_qkv(tokens, heads, kv_heads, head_dim=8, **options):
+    return [torch.randn(tokens, h, head_dim, requires_grad=True, **options) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 4, 4, 9], [6, 2, 6, 1, 2]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_matches_plain_attention_and_its_gradients(lengths, heads, kv_heads):
+    qkv = random_qkv(sum(lengths), heads, kv_heads)
+    actual, expected = attention(*qkv, make_segments(lengths)), plain_attention(*qkv, lengths)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=0)
+    weights = torch.randn_like(actual)
+    for grad, reference in zip(
+        torch.autograd.grad(actual, qkv, weights),
+        torch.autograd.grad(expected, qkv, weights.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, reference, atol=5e-6, rtol=0)
+
+
+def test_runs_join_neighbours_of_equal_length():
+    segments = make_segments([2, 2, 5, 2])
+    assert segments.runs == ((2, 2), (1, 5), (1, 2))
+    assert segments.max_length == 5
+    assert segments.lengths == (2, 2, 5, 2)
+
+
+def test_samples_do_not_see_each_other():
+    lengths, (q, k, v) = [4, 6, 4], random_qkv(14, 2, 2)
+    before = attention(q, k, v, make_segments(lengths))
+    with torch.no_grad():
+        v[4:10] += 100
+        k[4:10] *= -3
+    after = attention(q, k, v, make_segments(lengths))
+    changed = (before != after).flatten(1).any(dim=1)
+    assert not changed[:4].any()
+    assert changed[4:10].all()
+    assert not changed[10:].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_variable_length_kernel_matches_plain_attention(dtype, heads, kv_heads):
+    lengths = [1, 17, 130, 17, 300]
+    qkv = random_qkv(sum(lengths), heads, kv_heads, head_dim=32, dtype=dtype, device="cuda")
+    segments = make_segments(lengths, "cuda")
+    actual, by_runs = attention(*qkv, segments), attention_by_runs(*qkv, segments)
+    expected = plain_attention(*qkv, lengths)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(by_runs.double(), expected, atol=tolerance, rtol=tolerance)
+    weights = torch.randn_like(actual)
+    for grad, reference in zip(
+        torch.autograd.grad(actual, qkv, weights),
+        torch.autograd.grad(expected, qkv, weights.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, reference.to(dtype), atol=5 * tolerance, rtol=5 * tolerance)
