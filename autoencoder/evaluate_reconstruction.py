@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m autoencoder.evaluate_reconstruction CONFIG ...        the same numbers
 
 IMAGES is a folder or a manifest. The standard run takes the 50,000 images of ImageNet-1k val, shorter side scaled to
-the resolution and cropped to a square in the middle; `autoencoder.evaluation.metrics` says what the metrics are. Every image is
+the resolution and cropped to a square in the middle; `evaluation.metrics` says what the metrics are. Every image is
 counted once, whatever the batch size and the number of processes; nothing but numbers is kept of it.
 
     DIR/metrics.json    everything, with what it was measured on; null and a reason for a metric that cannot be had
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from autoencoder.common.config import UserError, run_entry
-from autoencoder.common.processes import joined_processes
+from autoencoder.common.processes import start_world
 from autoencoder.common.weights import replacing
 from autoencoder.evaluation.crops import (
     Crops,
@@ -75,19 +75,16 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the same numbers on every GPU
-    with joined_processes(arguments.device) as processes:
-        autoencoder = load_autoencoder(arguments, processes.device, arguments.stats)
-        if not processes.is_main:
-            processes.wait()  # the main process downloads the networks
-        networks = Networks.build(processes.device)
-        if processes.is_main:
-            processes.wait()
+    with start_world(arguments.device, timeout_minutes=60) as world:
+        autoencoder = load_autoencoder(arguments, world.device, arguments.stats)
+        with world.main_first():  # one process downloads the networks
+            networks = Networks.build(world.device)
             warn_of_batch_statistics(autoencoder, arguments.batch_size)
             for metric, reason in networks.missing.items():
                 logger.warning("%s is not available: %s", metric, reason)
         start = time.monotonic()
-        results = evaluate(autoencoder, crops, networks, processes, arguments.batch_size, arguments.num_workers)
-        if processes.is_main:
+        results = evaluate(autoencoder, crops, networks, world, arguments.batch_size, arguments.num_workers)
+        if world.is_main:
             report = describe(arguments, autoencoder, crops, results, time.monotonic() - start)
             write(arguments, report, crops, results)
 

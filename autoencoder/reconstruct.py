@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.common.config import UserError, run_entry
-from autoencoder.common.processes import joined_processes
+from autoencoder.common.processes import start_world
 from autoencoder.decoders.striped import PLAIN_PIXELS, decode
 from autoencoder.evaluation.crops import (
     add_model_arguments,
@@ -197,8 +197,8 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     paths = find_images(arguments.images)[: arguments.max_images]
     jobs = prepare(paths, arguments.sizes)
-    with joined_processes(arguments.device) as processes:
-        autoencoder = load_autoencoder(arguments, processes.device)
+    with start_world(arguments.device, timeout_minutes=60) as world:
+        autoencoder = load_autoencoder(arguments, world.device)
         warn_of_batch_statistics(autoencoder, arguments.batch_size)
         tiles, labels = [], []
         for pair in reconstruct_all(autoencoder, jobs, arguments.batch_size):

@@ -1,7 +1,7 @@
 """Train the SVG autoencoder:  python -m autoencoder.train --config FILE [--devices N] [key.sub=value ...]
 
-Everything is in the config file (`autoencoder.training.settings` has its schema, `autoencoder.training.module` draws the folder that a
-run writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
+Everything is in the config file (`training.settings` has its schema, `training.module` draws the folder that a run
+writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from autoencoder.training.callbacks import (
     LearningRates,
     ReconstructionGrid,
 )
-from autoencoder.training.collectives import SyncedBatchNorm
-from autoencoder.training.losses import AutoencoderLoss, build_loss
+from autoencoder.training.losses import AutoencoderLoss, SyncedBatchNorm, build_loss
 from autoencoder.training.module import AutoencoderModule, ImageDataModule, peak_memory
 from autoencoder.training.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
 

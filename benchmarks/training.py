@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autoencoder.common.processes import World
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
@@ -34,7 +35,7 @@ from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
 from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.settings import AutoencoderSource, DataConfig, LoopConfig, ParallelConfig, TrainConfig
-from svg_t2i.training.sharding import World, compiled_graphs, parallelize
+from svg_t2i.training.sharding import compiled_graphs, parallelize
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
 from svg_t2i.transformer.flops import peak_tflops, training_flops
 from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
@@ -173,7 +174,7 @@ def model_sizes(options: argparse.Namespace) -> DiTConfig:
 def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], device: torch.device) -> None:
     """Print a table for one distribution of caption lengths."""
     torch._dynamo.reset()  # what earlier tables compiled counts against a limit
-    sizes, world = model_sizes(options), World(0, 0, 1, device)
+    sizes, world = model_sizes(options), World(device=device)
     with device:
         model = SVGDiT(sizes)
     randomise(model)

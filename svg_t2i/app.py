@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from autoencoder.common.config import REPO_ROOT, UserError, run_entry
+from autoencoder.common.processes import choose_device
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.options import PRESETS
-from svg_t2i.sampling.parts import choose_device
 from svg_t2i.web.requests import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
 
 try:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.common.config import UserError, build, run_entry, to_dict
+from autoencoder.common.processes import World, start_world
 from autoencoder.images.files import image_grid, load_image, save_png
 from autoencoder.images.manifest import ImageFolder, Manifest
 from svg_t2i.evaluation import suites, sweep
@@ -46,10 +47,8 @@ from svg_t2i.sample import (
     sampling_changes,
 )
 from svg_t2i.sampling.folder import write_json
-from svg_t2i.sampling.parts import choose_device
 from svg_t2i.text.files import read_prompts
 from svg_t2i.training.settings import AutoencoderSource
-from svg_t2i.training.sharding import World, from_main, start_world
 
 MAX_GRID_IMAGES = 96
 
@@ -62,9 +61,7 @@ def main(argv: list[str]) -> None:
     elif arguments.verb == "shapes" and arguments.draw is not None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
     else:
-        with start_world() as world:
-            if world.size == 1 and arguments.device is not None:
-                world = replace(world, device=choose_device(arguments.device))
+        with start_world(arguments.device) as world:
             arguments.run(arguments, world)
 
 
@@ -144,7 +141,7 @@ def run_sweep(arguments: argparse.Namespace, world: World) -> None:
     settings = {"benchmark": "sweep", **measured, "metrics": list(evaluation.metrics), "sampling": fixed}
     pipeline = open_run(arguments, settings, world)
     path = arguments.output / "sweep.csv"
-    rows: list[dict[str, Any]] = from_main(sweep.read_rows(path) if world.is_main else None, world)
+    rows: list[dict[str, Any]] = world.broadcast(sweep.read_rows(path) if world.is_main else None)
     for values, sampling in sweep.points(base, axes):
         if sweep.find_row(rows, values) is None:
             results = evaluate(pipeline, replace(evaluation, sampling=sampling), world)

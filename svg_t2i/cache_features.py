@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 -m svg_t2i.cache_features --config …
 
 Afterwards train with the same config and overrides. Every source of the config needs its own `feature_cache`. Interrupt
-and start again at will, on any number of processes: shards that are there are kept. `svg_t2i.data.feature_cache` draws the
+and start again at will, on any number of processes: shards that are there are kept. `data.feature_cache` draws the
 folder.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, load_config, locate, run_entry
+from autoencoder.common.processes import World, start_world
 from autoencoder.images.files import to_float
 from autoencoder.images.manifest import JoinedSources
 from svg_t2i.data import feature_cache
@@ -34,7 +35,6 @@ from svg_t2i.data.loader import read_ahead
 from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources
 from svg_t2i.features.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision, warn_of_statistics
 from svg_t2i.training.settings import LATENT_PIXELS, TrainConfig
-from svg_t2i.training.sharding import World, main_first, reduce_sum, start_world
 from svg_t2i.transformer.packing import TextFeatures
 
 log = logging.getLogger("svg_t2i")
@@ -94,7 +94,7 @@ def fill_caches(
     config: TrainConfig, world: World, batch_size: int, shard_size: int | None, latent_dtype: torch.dtype
 ) -> None:
     """This process's share of the features of all sources of `config`."""
-    with main_first(world):
+    with world.main_first():
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)
@@ -104,10 +104,10 @@ def fill_caches(
     for settings, dataset in zip(config.data.all_sources, datasets, strict=True):
         folder = locate(settings.feature_cache)
         writer = CacheWriter(folder, dataset, frozen, world, batch_size, latent_dtype)
-        with main_first(world):
+        with world.main_first():
             writer.start(shard_size)
         writer.run(config.data.num_workers, config.data.prefetch)
-        reduce_sum(torch.zeros((), device=world.device), world)  # until all have finished
+        world.barrier()
         log.info("%s is complete", folder)
 
 

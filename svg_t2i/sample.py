@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError, run_entry, to_dict
+from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.images.files import image_grid, load_image, save_png
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
@@ -37,10 +38,8 @@ from svg_t2i.sampling.editing import crop_image, list_images, prepare_mask
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
 from svg_t2i.sampling.loading import fetch, find_sources
 from svg_t2i.sampling.options import LATENT_PIXELS, PRESETS, SamplingOptions, changed
-from svg_t2i.sampling.parts import choose_device
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.text.files import Prompt, read_prompts
-from svg_t2i.training.sharding import World, from_main, main_first, reduce_sum, start_world, to_main
 
 VERBS = ("generate", "image_to_image", "variation", "inpaint", "interpolate", "retrieve", "enhance")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +96,7 @@ def chosen_options(arguments: argparse.Namespace, world: World) -> SamplingOptio
     Reads what the model recorded about itself, but no weights. UserError for a part that is not there.
     """
     changes = sampling_changes(arguments)
-    with main_first(world):  # one process downloads, the others find the files
+    with world.main_first():  # one process downloads, the others find the files
         sources = find_sources(fetch(arguments.checkpoint), **_parts(arguments))
     sources.check()
     return changed(PRESETS[arguments.preset] if arguments.preset else sources.options, changes)
@@ -209,7 +208,6 @@ def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 
 def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline on this process's device, as the model arguments say."""
-    device = device if arguments.device is None else choose_device(arguments.device)
     pipeline = from_parts(arguments, device)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)
@@ -230,13 +228,13 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     if arguments.verb == "enhance":
         prompts = given_prompts(arguments)
-        pipeline = load_pipeline(arguments, choose_device(None))
+        pipeline = load_pipeline(arguments, choose_device(arguments.device))
         for prompt in prompts:
             print(pipeline.enhance(prompt.text))
     elif arguments.verb == "retrieve":
         retrieve(arguments)
     else:
-        with start_world(timeout_minutes=DAY) as world:
+        with start_world(arguments.device, timeout_minutes=DAY) as world:
             draw(arguments, world)
 
 
@@ -249,7 +247,7 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
     settings = {**shared, "verb": arguments.verb}
     _by_main(lambda: check_folder(arguments.output, settings), world)
-    with main_first(world):
+    with world.main_first():
         pipeline = load_pipeline(arguments, world.device)
     run = RunFolder(arguments.output, {**settings, "model": pipeline.describe()})
     _by_main(run.prepare, world)
@@ -263,7 +261,7 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
     with full_disk(run.folder):
         run.write_failed(failed, world.rank)
-        total = int(reduce_sum(torch.tensor(len(failed), device=world.device), world))  # waits for the other processes
+        total = int(world.reduce_sum(torch.tensor(len(failed))))  # waits for the other processes
         if world.is_main:
             run.collect_failed(world.size)
             run.write_records(jobs)
@@ -276,7 +274,7 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
 def enhance_all(pipeline: SVGT2IPipeline, prompts: Sequence[Prompt], world: World) -> list[Prompt]:
     """The prompts rewritten, a share by each process; all of them on every process."""
     own = {i: pipeline.enhance(prompts[i].text) for i in range(world.rank, len(prompts), world.size)}
-    written = {i: text for share in from_main(to_main(own, world), world) for i, text in share.items()}
+    written = {i: text for share in world.broadcast(world.gather(own)) for i, text in share.items()}
     return [replace(prompt, text=written[i]) for i, prompt in enumerate(prompts)]
 
 
@@ -288,7 +286,7 @@ def _by_main(check: Callable[[], None], world: World) -> None:
             check()
         except UserError as error:
             problem = str(error)
-    problem = from_main(problem, world)
+    problem = world.broadcast(problem)
     if problem:
         raise UserError(problem)
 
@@ -365,7 +363,7 @@ def retrieve(arguments: argparse.Namespace) -> None:
     if len(arguments.image) > 1:
         raise UserError(f"retrieve takes one --image, not {len(arguments.image)}")
     query, files = load_image(arguments.image[0]), list_images(arguments.folder)
-    pipeline = load_pipeline(arguments, choose_device(None))
+    pipeline = load_pipeline(arguments, choose_device(arguments.device))
     matches = pipeline.retrieve(query, files, top_k=arguments.top_k)
     for match in matches:
         print(f"{match.similarity:.4f}  {match.path}")

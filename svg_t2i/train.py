@@ -3,8 +3,8 @@
     python -m svg_t2i.train --config configs/svg_t2i/forTest_1gpu.yaml train.max_steps=20
     torchrun --nproc_per_node 8 -m svg_t2i.train --config configs/svg_t2i/stage2_512.yaml --init_from FOLDER
 
-A run continues from the newest whole checkpoint in its results folder; `svg_t2i.checkpoints.run` draws that folder. Asked to end
-by SIGTERM or SIGUSR1 it finishes the step, saves, and exits with code 75: start the same command again to go on.
+A run continues from the newest whole checkpoint in its results folder; `checkpoints.run` draws that folder. Asked to
+end by SIGTERM or SIGUSR1 it finishes the step, saves, and exits with code 75: start the same command again to go on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from autoencoder.common import stopping
 from autoencoder.common.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
+from autoencoder.common.processes import AnyRank, World, start_world
 from autoencoder.common.stopping import StopRequest
 from autoencoder.images.manifest import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
@@ -33,7 +34,7 @@ from svg_t2i.training.monitor import Meter, ProgressLogger, profiling
 from svg_t2i.training.optimizer import learning_rate
 from svg_t2i.training.pictures import evaluate_averaged, sample_grid
 from svg_t2i.training.settings import TrainConfig, changed_settings
-from svg_t2i.training.sharding import AnyRank, World, from_main, main_first, parallelize, start_world
+from svg_t2i.training.sharding import parallelize
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
 from svg_t2i.transformer.model import SVGDiT
 
@@ -81,8 +82,8 @@ def run(config: TrainConfig, world: World) -> bool:
     """
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    newest = from_main(open_results(config, world) if world.is_main else None, world)
-    with main_first(world):  # the others find the indexes
+    newest = world.broadcast(open_results(config, world) if world.is_main else None)
+    with world.main_first():  # the others find the indexes
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
     config = fill_in(config, manifest, world)

@@ -1,4 +1,4 @@
-"""The house rules of who may import whom, read from the source."""
+"""The rules of who may import whom, room by room, read from the source."""
 
 import ast
 from pathlib import Path
@@ -7,105 +7,147 @@ import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
-# Floors of each package, lowest first: a module imports only from floors below its own.
+# Rooms by floor, lowest first: a room imports from lower floors only. Rooms of one floor do not know each other.
 FLOORS = {
     "autoencoder": [
-        {"config", "collectives"},
-        {"images", "weights", "order", "parallel", "encoder_table", "published_keys"},
-        {"positions", "spans", "latents", "decoder", "losses"},
-        {"manifest", "encoders", "residual", "hy_decoder", "drift", "metrics"},
-        {"tar_shards", "striped"},
+        {"common"},
+        {"images", "encoders", "decoders", "latents"},
         {"model"},
-        {"data", "sweep"},
-        {"settings", "evaluation"},
+        {"evaluation"},
         {"training"},
-        {"callbacks"},
-        {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
+        {"commands"},
     ],
     "svg_t2i": [
-        {"attention", "flow", "batching", "draws", "prompts", "memory", "saving", "stopping"},
-        {"packing", "fused"},
-        {"model", "solvers", "guidance"},
-        {"text", "flops", "published", "feature_cache"},
-        {"distances", "clip_score", "shapes", "suites", "options", "enhance"},
-        {"evaluation_config"},
-        {"settings", "sweep"},
-        {"parallel", "optimizer", "checkpoint", "data"},
-        {"loader", "frozen", "rendering", "denoising", "export"},
-        {"monitor", "parts"},
-        {"training", "loading", "generation"},
-        {"editing"},
+        {"transformer", "flow"},
+        {"text", "checkpoints"},
+        {"data"},
+        {"features"},
+        {"sampling"},
         {"pipeline"},
-        {"evaluation", "studio"},
-        {"samples"},
-        {"suite_images"},
-        {"train", "sample", "cache_features", "app"},
-        {"benchmark"},
+        {"evaluation"},
+        {"training", "web"},
+        {"commands"},
     ],
 }
-# Heavy or process-wide libraries, and the only modules that may import them.
-ONLY_IN = {
-    "transformers": {"svg_t2i.text.encoder", "svg_t2i.text.enhance", "svg_t2i.evaluation.clip_score"},  # the last: a metric of evaluations
-    "tokenizers": {"svg_t2i.text.encoder"},
-    "timm": {"autoencoder.encoder_table", "autoencoder.encoders", "autoencoder.residual"},
-    "pytorch_lightning": {"autoencoder.training", "autoencoder.callbacks", "autoencoder.train"},
-    "omegaconf": {"autoencoder.config"},
-    "torchmetrics": {"autoencoder.metrics"},
-    "matplotlib": {"autoencoder.drift", "svg_t2i.evaluation.sweep"},
-    "fsspec": {"autoencoder.tar_shards"},
-    "gradio": {"svg_t2i.app"},
-    "torch.distributed": {
-        "autoencoder.collectives",
-        "autoencoder.parallel",
-        "svg_t2i.training.sharding",
-        "svg_t2i.checkpoints.weights",
-        "svg_t2i.checkpoints.run",
-        "svg_t2i.sample",
-    },
+FACES = {"autoencoder.model", "svg_t2i.pipeline"}
+COMMANDS = {
+    "autoencoder": {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
+    "svg_t2i": {"train", "sample", "benchmark", "cache_features", "export", "app"},
 }
-TORCH_ONLY = {"svg_t2i.transformer.attention", "svg_t2i.flow.paths", "svg_t2i.flow.solvers", "svg_t2i.flow.guidance", "svg_t2i.transformer.cpu_kernels"}
+# Heavy or process-wide libraries, and the only rooms or modules that may import them.
+ONLY_IN = {
+    "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score"},
+    "tokenizers": {"svg_t2i.text.encoder"},
+    "timm": {"autoencoder.encoders"},
+    "pytorch_lightning": {"autoencoder.training", "autoencoder.train"},
+    "omegaconf": {"autoencoder.common.config"},
+    "torchmetrics": {"autoencoder.evaluation.metrics"},
+    "matplotlib": {"autoencoder.latents.drift", "svg_t2i.evaluation.sweep"},
+    "fsspec": {"autoencoder.images.tar_shards"},
+    "gradio": {"svg_t2i.app"},
+    "huggingface_hub": {"svg_t2i.sampling.loading"},
+    "torch.distributed": {
+        "autoencoder.common.processes", "autoencoder.training", "svg_t2i.checkpoints", "svg_t2i.training",
+    },
+}  # fmt: skip
+# The method itself: torch, the standard library and each other, nothing else. No files, no settings, no processes.
+TORCH_ONLY = {"svg_t2i.flow", "svg_t2i.transformer.attention", "svg_t2i.transformer.cpu_kernels"}
+PURE = {"collections", "dataclasses", "functools", "inspect", "itertools", "math", "re", "typing", "__future__"}
 
-MODULES = sorted(
-    path for package in FLOORS for path in (REPO_ROOT / package).glob("*.py") if path.name != "__init__.py"
-)
+MODULES = {
+    ".".join(path.relative_to(REPO_ROOT).with_suffix("").parts): path
+    for package in FLOORS
+    for path in sorted((REPO_ROOT / package).rglob("*.py"))
+    if path.name != "__init__.py"
+}
 
 
-def imported_modules(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
     """Absolute dotted names of everything a file imports, function bodies included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import; scripts run from inside the package, import absolutely"
+            assert node.level == 0, f"{path}: relative import; import absolutely"
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def floor_of(package: str, module: str) -> int:
-    return next(number for number, floor in enumerate(FLOORS[package]) if module in floor)
+def own_modules(path: Path) -> set[str]:
+    return imported(path) & set(MODULES)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_import_direction(path):
-    package, module = path.parent.name, path.stem
-    imports = imported_modules(path)
-    for other in {name.split(".")[1] for name in imports if name.startswith(f"{package}.")}:
-        assert floor_of(package, other) < floor_of(package, module), f"{package}.{module} must not import {other}"
-    if package == "autoencoder":
-        assert not any(name.split(".")[0] == "svg_t2i" for name in imports), "autoencoder never imports svg_t2i"
-    for library, allowed in ONLY_IN.items():
-        if f"{package}.{module}" not in allowed:
-            offenders = [name for name in imports if name == library or name.startswith(library + ".")]
-            assert not offenders, f"{package}.{module} imports {offenders}; only {sorted(allowed)} may"
-    if f"{package}.{module}" in TORCH_ONLY:
-        standard = {"__future__", "collections", "dataclasses", "functools", "inspect", "itertools", "math", "re"}
-        roots = {name.split(".")[0] for name in imports}
-        extra = roots - standard - {"typing", "torch"}
-        allowed_here = {"svg_t2i"} if package == "svg_t2i" else set()
-        assert extra <= allowed_here, f"{package}.{module} imports {sorted(extra)}; it may import torch only"
+def room(module: str) -> str:
+    """autoencoder.images.files → images; autoencoder.train → commands; autoencoder.model → model."""
+    package, *inner = module.split(".")
+    return inner[0] if len(inner) > 1 or module in FACES else "commands"
 
 
-def test_every_module_has_a_floor():
-    unplaced = [f"{p.parent.name}.{p.stem}" for p in MODULES if not any(p.stem in f for f in FLOORS[p.parent.name])]
-    assert not unplaced, f"add {unplaced} to FLOORS, or find their room in an existing module"
+def floor(module: str) -> int:
+    package = module.split(".")[0]
+    (number,) = [number for number, rooms in enumerate(FLOORS[package]) if room(module) in rooms]
+    return number
+
+
+def inside(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(place + ".") for place in places)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_lead_downwards(module):
+    package = module.split(".")[0]
+    for other in own_modules(MODULES[module]):
+        if other.split(".")[0] == package:
+            allowed = room(other) == room(module) or floor(other) < floor(module)
+        else:
+            allowed = package == "svg_t2i" and room(other) != "commands"
+        assert allowed, f"{module} must not import {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_are_imported_in_their_place(module):
+    names = imported(MODULES[module])
+    for library, places in ONLY_IN.items():
+        used = [name for name in names if name == library or name.startswith(library + ".")]
+        assert not used or inside(module, places), f"{module} imports {used}; only {sorted(places)} may"
+    if inside(module, TORCH_ONLY):
+        foreign = {name for name in names if name.split(".")[0] not in PURE | {"torch"} and name not in PURE}
+        own = {name for name in foreign if inside(name, {"svg_t2i.flow", "svg_t2i.transformer"})}
+        assert foreign == own, f"{module} imports {sorted(foreign - own)}; it may import torch only"
+
+
+def test_no_circles():
+    waiting = {module: own_modules(path) for module, path in MODULES.items()}
+    while ready := [module for module, needed in waiting.items() if not needed & set(waiting)]:
+        for module in ready:
+            del waiting[module]
+    assert not waiting, f"these import each other in a circle, or import one of those: {sorted(waiting)}"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_top_of_a_package_holds_its_commands_and_its_face(package):
+    face = {name.split(".")[1] for name in FACES if name.startswith(package + ".")}
+    found = {path.stem for path in (REPO_ROOT / package).glob("*.py")}
+    assert found == COMMANDS[package] | face | {"__init__"}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_says_what_it_is_for(package):
+    doors = sorted((REPO_ROOT / package).rglob("__init__.py"))
+    rooms = {path.parent.relative_to(REPO_ROOT / package).as_posix() for path in doors} - {"."}
+    assert rooms | FACES_OF[package] | {"commands"} == set().union(*FLOORS[package])
+    for path in doors:
+        (statement,) = ast.parse(path.read_text()).body
+        assert isinstance(statement, ast.Expr), f"{path}: one docstring and no code"
+        assert len(statement.value.value.strip()) > 40, f"{path}: does not say what it is for"
+
+
+FACES_OF = {package: {name.split(".")[1] for name in FACES if name.startswith(package)} for package in FLOORS}
+
+
+def test_tests_are_where_their_modules_are():
+    for package in FLOORS:
+        folders = {path.parent for path in (REPO_ROOT / "tests" / package).rglob("test_*.py")}
+        rooms = {folder.relative_to(REPO_ROOT / "tests" / package).as_posix() for folder in folders} - {"."}
+        assert rooms <= set().union(*FLOORS[package]), f"tests/{package} has folders that are no rooms"

@@ -11,6 +11,8 @@ A metric whose network cannot be had has a reason instead of a value.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -18,7 +20,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import to_float
-from autoencoder.training.losses import build_lpips
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names it in torch.hub's folder
 FEATURE_GRID = 2.0**-15
@@ -146,3 +147,38 @@ def build_perceptual() -> nn.Module:
             f"torchvision's VGG-16 cannot be had ({error.__cause__}): put {VGG16_Weights.IMAGENET1K_V1.url} into "
             f"{torch.hub.get_dir()}/checkpoints"
         ) from error
+
+
+def build_lpips() -> nn.Module:
+    """LPIPS with a VGG-16 trunk (arXiv 1801.03924): `lpips(x, y)` of images in [-1, 1] → distances (n, 1, 1, 1).
+
+    The network and its calibration come from the `lpips` package, by the authors of the metric: its parameter names
+    are those in published checkpoints, it is differentiable, and does not read values back to the host.
+    (torchmetrics ships a copy as a private class behind a metric that refuses values outside [-1, 1], which a
+    decoder produces, and synchronises to check.) VGG-16 comes from torchvision's usual place, in `torch.hub`'s folder.
+
+    Raises:
+        UserError: the VGG-16 weights are neither cached nor downloadable.
+    """
+    import lpips
+    from torchvision.models import VGG16_Weights
+
+    try:
+        vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        raise UserError(
+            f"perceptual_weight > 0 needs torchvision's VGG-16 weights, which cannot be had ({error}): put {url} "
+            f"into {torch.hub.get_dir()}/checkpoints, or train without LPIPS: "
+            "model.params.lossconfig.params.perceptual_weight=0"
+        ) from error
+    with warnings.catch_warnings():  # the package builds its trunk by an old torchvision spelling
+        warnings.simplefilter("ignore", UserWarning)
+        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    slices = {name.split(".")[1]: name.split(".")[0] for name in model.net.state_dict()}  # "0" → "slice1", ...
+    features = {key.removeprefix("features."): value for key, value in vgg.items() if key.startswith("features.")}
+    model.net.load_state_dict({f"{slices[key.split('.')[0]]}.{key}": value for key, value in features.items()})
+    layers = list(model.lins)
+    del model.lins  # the same layers are registered as lin0 … lin4, the names in checkpoints
+    model.lins = layers
+    return model.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
-from autoencoder.common.processes import Processes
+from autoencoder.common.processes import World
 from autoencoder.decoders.striped import decode
 from autoencoder.evaluation.crops import Crops, sweep
 from autoencoder.evaluation.metrics import (
@@ -108,12 +108,14 @@ class Measurement:
         if self.frechet is not None:
             self.frechet.update(images, levels)
 
-    def merged(self, processes: Processes, resolution: int, missing: Mapping[str, str]) -> Result | None:
+    def merged(self, world: World, resolution: int, missing: Mapping[str, str]) -> Result | None:
         """Of all processes together, on the main one."""
         values = torch.cat(self.values).cpu() if self.values else torch.zeros(0, len(PER_IMAGE), dtype=torch.float64)
-        parts = processes.gather((torch.tensor(self.places, dtype=torch.int64), values, self.latents.state()))
-        sums = {name: processes.sum(value) for name, value in self.frechet.sums().items()} if self.frechet else None
-        if not processes.is_main:
+        parts = world.gather((torch.tensor(self.places, dtype=torch.int64), values, self.latents.state()))
+        sums = {}
+        if self.frechet is not None:
+            sums = {name: world.reduce_sum(value.detach().cpu().clone()) for name, value in self.frechet.sums().items()}
+        if not world.is_main:
             return None
         places, values = (torch.cat(tensors) for tensors in list(zip(*parts))[:2])
         order = places.argsort()  # sums in the order of the images do not depend on who measured them
@@ -133,7 +135,7 @@ def evaluate(
     autoencoder: SVGAutoencoder,
     crops: Crops,
     networks: Networks,
-    processes: Processes,
+    world: World,
     batch_size: int = 16,
     num_workers: int = 0,
 ) -> list[Result]:
@@ -146,7 +148,7 @@ def evaluate(
     dtype = autoencoder.decoder.last_layer.dtype
     measurements = [Measurement(networks, device) for _ in crops.resolutions]
     reported = time.monotonic()
-    for chunk in sweep(crops, batch_size, processes.rank, processes.size, num_workers):
+    for chunk in sweep(crops, batch_size, world.rank, world.size, num_workers):
         for measurement, groups in zip(measurements, chunk.groups):
             for group in groups:
                 images = group.images.to(device, non_blocking=True)
@@ -154,14 +156,14 @@ def evaluate(
                 if autoencoder.stats is not None:
                     measurement.latents.update(latents)
                 measurement.add(group.places, images, decode(autoencoder.decoder, latents.to(dtype)))
-        if processes.is_main and time.monotonic() - reported > 10:
+        if world.is_main and time.monotonic() - reported > 10:
             reported = time.monotonic()
             print(f"about {min((chunk.number + 1) * batch_size, len(crops))} of {len(crops)} images", flush=True)
     results = [
-        measurement.merged(processes, resolution, networks.missing)
+        measurement.merged(world, resolution, networks.missing)
         for measurement, resolution in zip(measurements, crops.resolutions)
     ]
-    for result in results if processes.is_main else []:
+    for result in results if world.is_main else []:
         if not len(result.places):
             raise UserError(f"{crops.source.name}: none of the {len(crops)} images is readable")
         broken = result.values[:, 0].isnan()
@@ -171,4 +173,4 @@ def evaluate(
                 f"{int(broken.sum())} of {len(broken)} reconstructions at {result.resolution} px hold values that are "
                 f"not finite (the first: {first}); the checkpoint is broken, or the precision too low: --precision fp32"
             )
-    return results if processes.is_main else []
+    return results if world.is_main else []

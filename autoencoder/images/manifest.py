@@ -7,8 +7,8 @@ A manifest is a JSONL file, or a JSON list, of entries in one of the two publish
 
 Paths are relative to the manifest's folder unless absolute; a caption may be a list of alternatives. "width" and
 "height", where given, let training balance its batches without opening the image. Entries are parsed on access; their
-places are found by counting newlines, in memory or in a small memory-mapped index (see `autoencoder.images.spans`), so that
-a manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
+places are found by counting newlines, in memory or in a small memory-mapped index (see `images.spans`), so that a
+manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
 
 In which order samples are visited is decided in `autoencoder.images.order`.
 """

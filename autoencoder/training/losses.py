@@ -15,7 +15,6 @@ generator; disc_loss, logits_real, logits_fake of the discriminator. All are det
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, build, resolve_target
+from autoencoder.common.processes import group_size, mean_over_processes
+from autoencoder.evaluation.metrics import build_lpips
 
 Images = Tensor | Sequence[Tensor]
 Logs = dict[str, Tensor]
@@ -97,6 +98,24 @@ class PerImageBatchNorm(nn.BatchNorm2d):
         return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes, which have one shape. (torch's own works on GPUs only.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        mean = mean_over_processes(values.mean(dim=(0, 2, 3), keepdim=True))  # (1, C, 1, 1)
+        variance = mean_over_processes((values - mean).square().mean(dim=(0, 2, 3), keepdim=True))
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * group_size()
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        normalised = (values - mean) * torch.rsqrt(variance + self.eps)
+        return torch.addcmul(self.bias[:, None, None], normalised, self.weight[:, None, None]).to(x.dtype)
+
+
 class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images (n, C, H, W) → one logit per patch, (n, 1, H/8 − 2, W/8 − 2) for 3 layers.
 
@@ -130,41 +149,6 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
-
-
-def build_lpips() -> nn.Module:
-    """LPIPS with a VGG-16 trunk (arXiv 1801.03924): `lpips(x, y)` of images in [-1, 1] → distances (n, 1, 1, 1).
-
-    The network and its calibration come from the `lpips` package, by the authors of the metric: its parameter names
-    are those in published checkpoints, it is differentiable, and does not read values back to the host.
-    (torchmetrics ships a copy as a private class behind a metric that refuses values outside [-1, 1], which a
-    decoder produces, and synchronises to check.) VGG-16 comes from torchvision's usual place, in `torch.hub`'s folder.
-
-    Raises:
-        UserError: the VGG-16 weights are neither cached nor downloadable.
-    """
-    import lpips
-    from torchvision.models import VGG16_Weights
-
-    try:
-        vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        url = VGG16_Weights.IMAGENET1K_V1.url
-        raise UserError(
-            f"perceptual_weight > 0 needs torchvision's VGG-16 weights, which cannot be had ({error}): put {url} "
-            f"into {torch.hub.get_dir()}/checkpoints, or train without LPIPS: "
-            "model.params.lossconfig.params.perceptual_weight=0"
-        ) from error
-    with warnings.catch_warnings():  # the package builds its trunk by an old torchvision spelling
-        warnings.simplefilter("ignore", UserWarning)
-        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    slices = {name.split(".")[1]: name.split(".")[0] for name in model.net.state_dict()}  # "0" → "slice1", ...
-    features = {key.removeprefix("features."): value for key, value in vgg.items() if key.startswith("features.")}
-    model.net.load_state_dict({f"{slices[key.split('.')[0]]}.{key}": value for key, value in features.items()})
-    layers = list(model.lins)
-    del model.lins  # the same layers are registered as lin0 … lin4, the names in checkpoints
-    model.lins = layers
-    return model.eval().requires_grad_(False)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from autoencoder.common.config import UserError, build, resolve_target
+from autoencoder.common.processes import mean_over_processes
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
 from autoencoder.images.files import to_float
 from autoencoder.model import SVGAutoencoder
@@ -47,7 +48,6 @@ from autoencoder.training.batches import (
     group_by_size,
     validation_batches,
 )
-from autoencoder.training.collectives import mean_over_processes
 from autoencoder.training.losses import AutoencoderLoss
 from autoencoder.training.settings import DataSection, TrainingConfig
 

@@ -221,7 +221,7 @@ def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float 
 
 
 def export_as_published(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
-    """Write the release's files: raw weights, averaged weights, and the model's name (see `svg_t2i.checkpoints.published`).
+    """Write the release's files: raw weights, averaged weights, and the model's name (see `published`).
 
     Raises:
         UserError: as `load_transformer`; or `out` is not empty, or the model has no published name.

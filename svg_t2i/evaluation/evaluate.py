@@ -7,7 +7,7 @@ adding up the matrices of all processes gives each of them all rows. A batch is 
 so is every number that comes out.
 
     mmd          1000 × squared maximum mean discrepancy to the real images in the space of the autoencoder's frozen
-                 encoder (patch features averaged over the image, unit length): `svg_t2i.evaluation.distances.mmd`. Lower is
+                 encoder (patch features averaged over the image, unit length): `evaluation.distances.mmd`. Lower is
                  better; comparable between runs with the same encoder and the same real images.
     fid          Fréchet distance in InceptionV3 features; with fewer than some 10,000 images only a trend
     clip_score   100 · cos between image and caption, mean
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from autoencoder.common.config import UserError
+from autoencoder.common.processes import World
 from autoencoder.evaluation.metrics import ImageMetrics, Unavailable, build_inception
 from autoencoder.images.files import Size, crop_to_size, load_image, to_float, to_uint8_tensor
 from autoencoder.images.manifest import Manifest
@@ -40,7 +41,6 @@ from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
 from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
 from svg_t2i.evaluation.settings import EvaluationConfig, SamplingConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes
-from svg_t2i.training.sharding import World, from_main, main_first, reduce_sum
 
 if TYPE_CHECKING:
     from svg_t2i.pipeline import SVGT2IPipeline
@@ -85,7 +85,7 @@ def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World 
     Raises:
         UserError: the manifest or an image cannot be read.
     """
-    world = world or alone(pipeline.device)
+    world = world or World(device=pipeline.device)
     report = Report()
     if set(settings.metrics) != {"shapes"}:
         captions, references = load_references(settings)
@@ -126,11 +126,6 @@ def load_references(settings: EvaluationConfig) -> tuple[list[str], ImageFiles]:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def alone(device: torch.device) -> World:
-    """This process without others."""
-    return World(rank=0, local_rank=0, size=1, device=device)
-
-
 def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig) -> list[Image.Image]:
     """The images of some jobs, in one batch."""
     return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling)).images
@@ -162,11 +157,11 @@ def rows(function: Callable[[list], Tensor], items: Sequence, batch_size: int, w
     for batch in own_batches(len(items), batch_size, world):
         results[batch] = function([items[i] for i in batch]).detach()
     first = next(iter(results.values()), None)
-    shape, dtype = from_main(None if first is None else (first.shape[1:], first.dtype), world)
+    shape, dtype = world.broadcast(None if first is None else (first.shape[1:], first.dtype))
     matrix = torch.zeros((len(items), *shape), dtype=dtype, device=world.device)
     for batch, values in results.items():
         matrix[batch.start : batch.stop] = values
-    return reduce_sum(matrix, world).cpu()
+    return world.reduce_sum(matrix).cpu()
 
 
 def measure(
@@ -187,7 +182,7 @@ def measure(
     Args:
         metrics: of "mmd" (needs references and an autoencoder), "fid" (references), "clip_score" (captions, clip).
         references: real images of the same size.
-        own: which reference has the caption of each image, if they share captions; see `svg_t2i.evaluation.distances.mmd`.
+        own: which reference has the caption of each image, if they share captions; see `distances.mmd`.
         captions: one per image.
         counterparts: real image i is what image i should look like; adds psnr and ssim.
     """
@@ -201,7 +196,7 @@ def measure(
         return 1000 * mmd(made, real, bandwidth, own)
 
     def distance_in_inception() -> float:
-        with main_first(world):
+        with world.main_first():
             network = build_inception().to(world.device)
         features = (
             rows(lambda batch: network(torch.stack(batch).to(world.device)), some, batch_size, world)
@@ -210,7 +205,7 @@ def measure(
         return frechet_distance(*features)
 
     def fit_to_captions() -> float:
-        with main_first(world):  # one process downloads, the others find the files
+        with world.main_first():  # one process downloads, the others find the files
             scorer = CLIPScorer(clip, world.device)
         made = rows(lambda batch: scorer.image_features([to_image(i) for i in batch]), images, batch_size, world)
         return clip_score(made, rows(scorer.text_features, captions, batch_size, world))

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from autoencoder.common.processes import World
 from autoencoder.images.files import save_png
 from svg_t2i.evaluation.evaluate import Job, own_batches, sample_batch
 from svg_t2i.evaluation.settings import SamplingConfig
 from svg_t2i.evaluation.suites import Prompt, SuiteName, complete, image_path
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk, write_json
-from svg_t2i.training.sharding import World, reduce_sum
 
 
 def generate(
@@ -54,17 +54,12 @@ def generate(
             record = {"caption": jobs[i].prompt, "seed": jobs[i].seed, **asdict(sampling)}
             with full_disk(output):
                 save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
-    wait(world)
+    world.barrier()
     with full_disk(output):
         for prompt in prompts[world.rank :: world.size]:
             complete(suite, output, prompt, count)
-    wait(world)
+    world.barrier()
     return paths
-
-
-def wait(world: World) -> None:
-    """Go on when all processes have come here."""
-    reduce_sum(torch.zeros(1, device=world.device), world).item()
 
 
 def claim(
@@ -92,7 +87,7 @@ def claim(
         run = {**command, "processes": world.size, "device": str(pipeline.device), "torch": torch.__version__}
         with full_disk(output):
             write_json({**complete_settings, "run": run}, output / SETTINGS)
-    wait(world)
+    world.barrier()
     return pipeline
 
 

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from autoencoder.common.config import UserError, locate
+from autoencoder.common.processes import World
 from autoencoder.evaluation.crops import Crops
+from autoencoder.evaluation.latent_statistics import measure, pooled
 from autoencoder.images.files import to_float
 from autoencoder.images.manifest import ImageSource
 from autoencoder.latents.drift import drift
 from autoencoder.latents.statistics import LatentStats
-from autoencoder.measure_latents import measure, pooled
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
+from svg_t2i.features.sharded_at_rest import ShardedAtRest
 from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
 from svg_t2i.training.settings import AutoencoderSource, TrainConfig
-from svg_t2i.training.sharding import ShardedAtRest, World, main_first
 from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
@@ -172,7 +173,7 @@ def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     text = config.text_encoder
-    with main_first(world):  # one process downloads, the others find the files
+    with world.main_first():  # one process downloads, the others find the files
         text_encoder = TextEncoder.from_pretrained(text.path, text.max_length, dtype, world.device)
         autoencoder = load_autoencoder(config.autoencoder).to(world.device)
     if autoencoder.stats is None:
@@ -193,7 +194,7 @@ def fill_in(config: TrainConfig, manifest: ImageSource, world: World) -> TrainCo
     `text_encoder.path: random` is a small random text encoder with the manifest's words (for trials without weights).
     """
     folder = Path(config.results_dir)
-    with main_first(world):
+    with world.main_first():
         if config.autoencoder.stats == "measure":
             path = folder / "latent_stats.safetensors"
             config = replace(config, autoencoder=replace(config.autoencoder, stats=str(path)))

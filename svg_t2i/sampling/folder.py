@@ -26,9 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from autoencoder.common.config import UserError
+from autoencoder.common.processes import World
 from autoencoder.common.weights import replacing
 from autoencoder.images.files import image_grid, save_png
-from svg_t2i.training.sharding import World
 
 log = logging.getLogger(__name__)
 

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.common.config import UserError, to_dict
+from autoencoder.common.processes import World
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import MicroBatch
 from svg_t2i.flow.paths import LossBins
 from svg_t2i.training.optimizer import ema_decay
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.training.sharding import World, compiled_graphs, reduce_sum
+from svg_t2i.training.sharding import compiled_graphs
 from svg_t2i.transformer.flops import peak_tflops, training_flops
 from svg_t2i.transformer.model import DiTConfig
 
@@ -105,10 +106,10 @@ class Meter:
 
     def read(self) -> dict[str, Any]:
         """Sums and means over all ranks since the last call, from which counting starts anew. Waits for the device."""
-        loss, samples, grad_norm, skipped, nonfinite = reduce_sum(self._sums, self.world).tolist()
-        reduce_sum(self.bins.totals, self.world)
+        loss, samples, grad_norm, skipped, nonfinite = self.world.reduce_sum(self._sums).tolist()
+        self.world.reduce_sum(self.bins.totals)
         # a copy even on the CPU: the sums of this rank go on
-        host = reduce_sum(self._host.to(self.world.device, copy=True), self.world).tolist()
+        host = self.world.reduce_sum(self._host.to(self.world.device, copy=True)).tolist()
         text, squares, image, operations, replaced = host
         ranks, mean_text = self.world.size, text / max(samples, 1)
         self.total_nonfinite += round(nonfinite / ranks)

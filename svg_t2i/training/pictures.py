@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from autoencoder.common.processes import World
 from autoencoder.images.files import image_grid, save_png
 from svg_t2i.evaluation.evaluate import evaluate
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.training.sharding import World, to_main, whole_tensor
+from svg_t2i.training.sharding import whole_tensor
 from svg_t2i.training.step import TrainState
 from svg_t2i.transformer.model import SVGDiT
 
@@ -67,7 +68,7 @@ def sample_grid(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, 
                 time_shift=settings.time_shift,
                 seed=[settings.seed + i for i in own],
             ).images
-    gathered = to_main(list(zip(own, pictures, strict=True)), world)
+    gathered = world.gather(list(zip(own, pictures, strict=True)))
     if not world.is_main:
         return None
     by_prompt = dict(pair for share in gathered for pair in share)

@@ -1,7 +1,7 @@
 """The settings of a DiT training run, as its YAML file spells them.
 
-Paths may be relative to the working directory or to the repository (`autoencoder.common.config.locate`). What can be checked
-before any weight is loaded is checked here; the messages name the field, its value and the rule.
+Paths may be relative to the working directory or to the repository (`locate`). What can be checked before any weight is
+loaded is checked here; the messages name the field, its value and the rule.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DataConfig:
     prefetch: int = 2  # micro-batches that each worker prepares ahead
     jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
     max_errors: int = 16  # unusable samples that each worker replaces by their neighbours before it gives up
-    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see autoencoder.images.spans
+    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
 
     def __post_init__(self) -> None:
         _require((self.path is None) != (not self.sources), "path", self.path, "given, or sources, and not both")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoencoder.common.processes import World
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch, mixed_precision
@@ -27,7 +28,7 @@ from svg_t2i.flow.paths import draw_timesteps, flow_loss, interpolate, random_ke
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.optimizer import UpdateGuard, ema_decay, ema_update, learning_rate, make_optimizer
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.training.sharding import World, clip_gradients, gradient_sync, local_tensors
+from svg_t2i.training.sharding import clip_gradients, gradient_sync, local_tensors
 from svg_t2i.transformer.model import SVGDiT
 
 

@@ -9,9 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from autoencoder import measure_latents
 from autoencoder.common.config import UserError
 from autoencoder.evaluation import crops as sweep
+from autoencoder.evaluation import latent_statistics
 from autoencoder.evaluation.crops import Crops, open_images
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
 from autoencoder.images.manifest import JoinedSources
@@ -80,7 +80,7 @@ def test_tar_shards_among_other_sources_are_measured_too(folder):
     for source in (shards, JoinedSources([shards]), JoinedSources([open_images(folder / "images.jsonl"), shards])):
         crops = Crops(source, [64], max_aspect=4.0)
         assert crops.path(len(source) - 1).name == "4.png"
-        found.append(measure_latents.measure(model, crops)[0])
+        found.append(latent_statistics.measure(model, crops)[0])
     assert found[0].count * 2 == found[2].count > 0
     for one in found[1:]:
         torch.testing.assert_close(one.mean, found[0].mean)
@@ -149,7 +149,7 @@ def interrupted(monkeypatch, folder, after, *more):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(folder, monkeypatch, capsys):
-    monkeypatch.setattr(measure_latents, "CHUNKS_PER_ROUND", 1)
+    monkeypatch.setattr(latent_statistics, "CHUNKS_PER_ROUND", 1)
     more = ["--batch-size", "2", "--resolution", "64", "128"]
     main(arguments(folder, *more, "--output", str(folder / "whole.safetensors")))
     interrupted(monkeypatch, folder, 3, *more)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from autoencoder.train import main
-from autoencoder.training.collectives import SyncedBatchNorm, mean_over_processes
+from autoencoder.training.losses import SyncedBatchNorm, mean_over_processes
 
 NAME = "svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"
 ARGUMENTS = [

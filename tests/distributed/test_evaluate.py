@@ -26,6 +26,7 @@ import os, socket, sys, warnings
 import torch
 from torch import nn
 from autoencoder import evaluate_reconstruction, measure_latents
+from autoencoder.evaluation import latent_statistics
 
 warnings.simplefilter("ignore")
 
@@ -45,7 +46,7 @@ class Distance(nn.Module):
 if sys.argv[2] == "small":
     networks = evaluate_reconstruction.Networks(lpips=Distance(), inception=TinyFeatures())
     evaluate_reconstruction.Networks.build = lambda device: networks
-measure_latents.CHUNKS_PER_ROUND = 2
+latent_statistics.CHUNKS_PER_ROUND = 2
 folder = sys.argv[1]
 shared = [f"{folder}/ae", "--data", f"{folder}/photos", "--device", "cpu", "--batch-size", "2", "--resolution", "64"]
 shared += ["32"] if sys.argv[2] == "small" else ["--max-images", "6"]

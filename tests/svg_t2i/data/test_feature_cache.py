@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from autoencoder.common.config import UserError, load_config
+from autoencoder.common.processes import World
 from autoencoder.latents.statistics import LatentStats
 from svg_t2i import cache_features, train
 from svg_t2i.cache_features import CacheWriter
@@ -17,10 +18,9 @@ from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import load_frozen
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.training.sharding import World
 from svg_t2i.transformer.model import SVGDiT
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = World()
 STREAM = {"global_batch_size": 4, "micro_batch_size": 2, "total_steps": 6}
 
 

@@ -9,19 +9,19 @@ from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from autoencoder.common.config import UserError, build
+from autoencoder.common.processes import World
 from autoencoder.evaluation.metrics import Unavailable
 from autoencoder.images.files import to_float
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.evaluation import evaluate as evaluation
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
 from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
-from svg_t2i.evaluation.evaluate import alone, evaluate, measure, own_batches, rows
+from svg_t2i.evaluation.evaluate import evaluate, measure, own_batches, rows
 from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.evaluation.shapes import TASKS
-from svg_t2i.training.sharding import World
 
 CPU = torch.device("cpu")
-WORLD = alone(CPU)
+WORLD = World()
 
 
 def random_images(count, seed=0, low=0):

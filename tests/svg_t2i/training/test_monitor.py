@@ -22,8 +22,8 @@ from svg_t2i.transformer.packing import TextFeatures
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_operations_are_those_that_torch_counts(patch, monkeypatch):
-    for module in ("fused", "model"):  # the fast forms have products of their own in the norms
-        monkeypatch.setattr(f"svg_t2i.{module}.works_fast", lambda *tensors: False)
+    for module in ("cpu_kernels", "model"):  # the fast forms have products of their own in the norms
+        monkeypatch.setattr(f"svg_t2i.transformer.{module}.works_fast", lambda *tensors: False)
     sizes = DiTConfig(
         dim=64, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=2, axes_dims=(8, 12, 12), in_channels=20,
         cap_feat_dim=48, patch_size=patch,

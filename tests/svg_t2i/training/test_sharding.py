@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from autoencoder.common.config import UserError
+from autoencoder.common.processes import World
 from svg_t2i.training.settings import ParallelConfig
-from svg_t2i.training.sharding import World, clip_gradients, compiled_graphs, parallelize
+from svg_t2i.training.sharding import clip_gradients, compiled_graphs, parallelize
 from svg_t2i.transformer import attention
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
@@ -15,7 +16,7 @@ SIZES = DiTConfig(
     dim=32, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(4, 6, 6), in_channels=4,
     cap_feat_dim=8, multiple_of=32,
 )  # fmt: skip
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = World()
 
 
 @pytest.fixture

@@ -1,0 +1,5 @@
+"""Measuring autoencoders: metrics, one pass over many images, reports.
+
+metrics: PSNR, SSIM, LPIPS, Fréchet distance. crops: images cropped to several resolutions, in batches that do not
+depend on the number of processes. reconstruction: all metrics of one autoencoder.
+"""

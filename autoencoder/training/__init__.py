@@ -1,0 +1,5 @@
+"""Training of the autoencoder with Lightning.
+
+settings: the YAML schema. batches: images in batches of one size. losses: L1, LPIPS, PatchGAN. module: the Lightning
+module and data module. callbacks: console, learning rate, image grids, EMA, checkpoints.
+"""

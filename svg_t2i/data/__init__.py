@@ -1,0 +1,5 @@
+"""Training data: image–caption sources to batches.
+
+sources: samples with crop and caption. draws: randomness of one visit to a sample. batching: samples to micro-batches.
+loader: batches of a step, on any number of processes and workers. feature_cache: features computed once, as a source.
+"""

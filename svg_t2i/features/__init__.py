@@ -1,0 +1,1 @@
+"""The frozen networks of training: images to latents, captions to text features."""

@@ -1,0 +1,1 @@
+"""What stands behind the page: requests, their limits, the gallery."""
