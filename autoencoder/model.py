@@ -206,17 +206,23 @@ class SVGAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, checkpoint: str | Path | None = None, stats: str | Path | LatentStats | None = None
+        cls,
+        source: str | Path,
+        checkpoint: str | Path | None = None,
+        stats: str | Path | LatentStats | None = None,
+        overrides: Sequence[str] = (),
     ) -> SVGAutoencoder:
-        """From a folder of `save_pretrained`, or from a YAML file with `checkpoint` and `stats` as in `from_config`.
+        """From a folder of `save_pretrained`, or from a YAML file, for which all arguments are as in `from_config`.
 
-        `stats` replaces the folder's own statistics.
+        `stats` replaces the folder's own statistics; `checkpoint` and `overrides` are for YAML files only.
         """
-        folder = Path(source).expanduser()
+        folder = locate(source)
         if not folder.is_dir():
-            return cls.from_config(source, checkpoint, stats)
+            return cls.from_config(source, checkpoint, stats, overrides)
         if checkpoint is not None:
             raise UserError(f"{folder} holds its own weights; leave out checkpoint {checkpoint} or give a YAML file")
+        if overrides:
+            raise UserError(f"{folder} is a saved autoencoder and takes no overrides: {' '.join(overrides)}")
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise UserError(f"{folder} is no saved autoencoder: there is no {CONFIG_FILE} in it")
@@ -257,6 +263,7 @@ class SVGAutoencoder(nn.Module):
             checkpoint = beside if beside.is_file() else locate(params.ckpt_path)
         state = {}
         if checkpoint is not None:
+            checkpoint = locate(checkpoint)
             state = read_state_dict(checkpoint, "autoencoder checkpoint", params.use_ema)
         if any(name.startswith("encoder.") for name in state):
             params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
@@ -271,7 +278,7 @@ class SVGAutoencoder(nn.Module):
         if stats is not None and not isinstance(stats, LatentStats):
             residual = self.config.extra_vit_config
             made_up = residual.output_dim if residual is not None and residual.published_stats else 0
-            stats = LatentStats.load(stats, self.channels, self.config.num_layer, made_up)
+            stats = LatentStats.load(locate(stats), self.channels, self.config.num_layer, made_up)
         if stats is not None:
             self.set_stats(stats)
 

@@ -37,7 +37,7 @@ from autoencoder.evaluation.crops import (
 )
 from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
 from autoencoder.images.files import (
-    PATCH_SIZE,
+    LATENT_PIXELS,
     ImageError,
     Size,
     aspect_buckets,
@@ -90,7 +90,7 @@ class Pair(NamedTuple):
 def reconstruct(autoencoder: SVGAutoencoder, images: Tensor) -> Tensor:
     """Floats (n, 3, H, W) in [-1, 1], any sides → the same, not clipped. The edges are repeated up to full patches."""
     height, width = images.shape[2:]
-    padding = (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE)
+    padding = (0, -width % LATENT_PIXELS, 0, -height % LATENT_PIXELS)
     latents = autoencoder.encode(F.pad(images, padding, mode="replicate"))
     recons = decode(autoencoder.decoder, latents.to(autoencoder.decoder.last_layer.dtype))
     return recons[:, :, :height, :width]

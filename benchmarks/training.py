@@ -30,11 +30,13 @@ from autoencoder.common.processes import World
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
+from svg_t2i.data.settings import DataConfig
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
+from svg_t2i.features.settings import AutoencoderSource
 from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
 from svg_t2i.training.monitor import Meter
-from svg_t2i.training.settings import AutoencoderSource, DataConfig, LoopConfig, ParallelConfig, TrainConfig
+from svg_t2i.training.settings import LoopConfig, ParallelConfig, TrainConfig
 from svg_t2i.training.sharding import compiled_graphs, parallelize
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
 from svg_t2i.transformer.flops import peak_tflops, training_flops

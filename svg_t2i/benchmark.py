@@ -35,7 +35,7 @@ from svg_t2i.evaluation.settings import METRICS, EvaluationConfig, SamplingConfi
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, Prompt, SuiteName
-from svg_t2i.features.frozen import load_autoencoder
+from svg_t2i.features.settings import AutoencoderSource
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sample import (
     add_parts,
@@ -48,7 +48,6 @@ from svg_t2i.sample import (
 )
 from svg_t2i.sampling.folder import write_json
 from svg_t2i.text.files import read_prompts
-from svg_t2i.training.settings import AutoencoderSource
 
 MAX_GRID_IMAGES = 96
 
@@ -100,7 +99,7 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
         autoencoder = None
         if arguments.autoencoder is not None:
             source = AutoencoderSource(arguments.autoencoder, arguments.autoencoder_checkpoint)
-            autoencoder = load_autoencoder(source).to(world.device)
+            autoencoder = source.load().to(world.device)
     # Only images that are there can be meant to look like the real ones, of whose captions new ones are just made.
     pairs = None if own is None or arguments.images is None else ImageFiles([references[i] for i in own], size)
     report = measure(

@@ -28,13 +28,14 @@ from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, load_config, locate, run_entry
 from autoencoder.common.processes import World, start_world
-from autoencoder.images.files import to_float
+from autoencoder.images.files import LATENT_PIXELS, to_float
 from autoencoder.images.manifest import JoinedSources
 from svg_t2i.data import feature_cache
 from svg_t2i.data.loader import read_ahead
 from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources
-from svg_t2i.features.frozen import FrozenNetworks, fill_in, load_frozen, mixed_precision, warn_of_statistics
-from svg_t2i.training.settings import LATENT_PIXELS, TrainConfig
+from svg_t2i.features.frozen import FrozenNetworks, mixed_precision
+from svg_t2i.training.networks import prepare_frozen
+from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.packing import TextFeatures
 
 log = logging.getLogger("svg_t2i")
@@ -97,9 +98,7 @@ def fill_caches(
     with world.main_first():
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
-    config = fill_in(config, manifest, world)
-    frozen = load_frozen(config, world)
-    warn_of_statistics(config, frozen, manifest, world)
+    config, frozen = prepare_frozen(config, manifest, world)
     datasets = make_datasets(config.data, sources, config.train.seed, config.text_encoder.max_length)
     for settings, dataset in zip(config.data.all_sources, datasets, strict=True):
         folder = locate(settings.feature_cache)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from svg_t2i.checkpoints import weights as checkpoints
-from svg_t2i.features.frozen import load_autoencoder
 from svg_t2i.sampling.editing import ImageMethods
 from svg_t2i.sampling.generation import OutputType, StepEnd, SVGT2IOutput
 from svg_t2i.sampling.loading import fetch, find_sources, push_parts, save_parts
@@ -75,7 +74,7 @@ class SVGT2IPipeline(ImageMethods):
         text = sources.text_encoder
         with memory_stage("loading the weights"):
             frozen = (
-                load_autoencoder(sources.autoencoder),
+                sources.autoencoder.load(),
                 TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=torch_dtype),
             )
             checkpoints.check_fingerprints(sources.transformer, *(part.fingerprint() for part in frozen))

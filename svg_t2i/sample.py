@@ -31,13 +31,13 @@ from PIL import Image
 
 from autoencoder.common.config import UserError, run_entry, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
-from autoencoder.images.files import image_grid, load_image, save_png
+from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.editing import crop_image, list_images, prepare_mask
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
 from svg_t2i.sampling.loading import fetch, find_sources
-from svg_t2i.sampling.options import LATENT_PIXELS, PRESETS, SamplingOptions, changed
+from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.text.files import Prompt, read_prompts
 

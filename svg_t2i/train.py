@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from autoencoder.common import stopping
-from autoencoder.common.config import REPO_ROOT, UserError, load_config, locate, run_entry, save_config, to_dict
+from autoencoder.common.config import REPO_ROOT, UserError, load_config, run_entry, save_config, to_dict
 from autoencoder.common.processes import AnyRank, World, start_world
 from autoencoder.common.stopping import StopRequest
 from autoencoder.images.manifest import ImageSource, JoinedSources
@@ -29,14 +29,14 @@ from svg_t2i.checkpoints import weights as checkpoint
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import TrainBatch, make_datasets, open_caches, open_sources
-from svg_t2i.features.frozen import FrozenNetworks, fill_in, load_frozen, warn_of_statistics
+from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.training.monitor import Meter, ProgressLogger, profiling
+from svg_t2i.training.networks import make_transformer, prepare_frozen
 from svg_t2i.training.optimizer import learning_rate
 from svg_t2i.training.pictures import evaluate_averaged, sample_grid
 from svg_t2i.training.settings import TrainConfig, changed_settings
 from svg_t2i.training.sharding import parallelize
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
-from svg_t2i.transformer.model import SVGDiT
 
 log = logging.getLogger("svg_t2i")
 
@@ -86,10 +86,8 @@ def run(config: TrainConfig, world: World) -> bool:
     with world.main_first():  # the others find the indexes
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
-    config = fill_in(config, manifest, world)
-    frozen = load_frozen(config, world)
-    if config.data.all_sources[0].feature_cache is None:  # cache_features has looked at the images
-        warn_of_statistics(config, frozen, manifest, world)
+    cached = config.data.all_sources[0].feature_cache is not None  # then cache_features has compared the statistics
+    config, frozen = prepare_frozen(config, manifest, world, compare=not cached)
     transformer = make_transformer(config, frozen, first=newest is None, world=world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
@@ -122,20 +120,6 @@ def open_results(config: TrainConfig, world: World) -> Path | None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     saving.clean(checkpoints)
     return saving.newest_checkpoint(checkpoints, verify=True)
-
-
-def make_transformer(config: TrainConfig, frozen: FrozenNetworks, first: bool, world: World) -> SVGDiT:
-    """The model with the weights that the `first` step starts from: random ones, or those of `init_from`."""
-    sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
-    torch.manual_seed(config.train.seed)
-    with world.device:
-        transformer = SVGDiT(sizes)
-    if first and config.init_from is not None:
-        source = locate(config.init_from)
-        checkpoint.init_from(transformer, source)
-        if checkpoint.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
-            log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
-    return transformer
 
 
 def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folder: Path) -> None:

@@ -35,6 +35,12 @@ class ConfigError(UserError):
     """A mistake in a configuration file or an override."""
 
 
+def require(condition: bool, name: str, value: Any, rule: str) -> None:
+    """UserError "name=value must be rule" unless the condition holds. For the checks of settings."""
+    if not condition:
+        raise UserError(f"{name}={value!r} must be {rule}")
+
+
 def locate(path: str | os.PathLike) -> Path:
     """A path as given or, where nothing is there, below the repository or its svg_t2i.
 

@@ -133,13 +133,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_autoencoder(arguments: argparse.Namespace, device: torch.device, stats: str | None = None) -> SVGAutoencoder:
     """The autoencoder of `config`, `checkpoint`, `overrides` and `precision`, on the device, in eval mode."""
-    folder = Path(arguments.config).expanduser()
-    if folder.is_dir():
-        if arguments.overrides:
-            raise UserError(f"{folder} is a saved autoencoder and takes no overrides: {' '.join(arguments.overrides)}")
-        model = SVGAutoencoder.from_pretrained(folder, arguments.checkpoint, stats)
-    else:
-        model = SVGAutoencoder.from_config(arguments.config, arguments.checkpoint, stats, arguments.overrides)
+    model = SVGAutoencoder.from_pretrained(arguments.config, arguments.checkpoint, stats, arguments.overrides)
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     return model.to(device, dtype).eval()
 

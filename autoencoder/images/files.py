@@ -29,7 +29,7 @@ from autoencoder.common.config import UserError
 
 MAX_IMAGE_PIXELS = 2**27  # 134 megapixels; Pillow itself refuses more than 179
 MAX_ASPECT_RATIO = 64.0  # a thinner image would become gigantic when it is scaled to cover a crop
-PATCH_SIZE = 16  # pixels of image per latent cell
+LATENT_PIXELS = 16  # pixels of image per latent cell
 
 # Pillow can decode much more, among it formats that start an interpreter (EPS); nobody trains on those.
 Image.init()  # registers all decoders; AVIF came with Pillow 11.3
@@ -136,13 +136,13 @@ def aspect_buckets(resolution: int, max_aspect: float = 4.0) -> tuple[Size, ...]
     Raises:
         UserError: if the resolution is not a multiple of 16 or leaves no size.
     """
-    if resolution < PATCH_SIZE or resolution % PATCH_SIZE:
-        raise UserError(f"resolution {resolution} is not a positive multiple of {PATCH_SIZE}")
+    if resolution < LATENT_PIXELS or resolution % LATENT_PIXELS:
+        raise UserError(f"resolution {resolution} is not a positive multiple of {LATENT_PIXELS}")
     if max_aspect < 1:
         raise UserError(f"max_aspect {max_aspect} must be at least 1 (squares only)")
     if max_aspect == 1:  # also for resolutions such as 288 or 32, which the published rule leaves without a size
         return ((resolution, resolution),)
-    sizes = frontier_sizes((resolution // PATCH_SIZE) ** 2, PATCH_SIZE, max_aspect)
+    sizes = frontier_sizes((resolution // LATENT_PIXELS) ** 2, LATENT_PIXELS, max_aspect)
     if not sizes:
         raise UserError(
             f"resolution {resolution} with max_aspect {max_aspect:g} leaves no crop size; use a multiple of 64"

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, locate
-from autoencoder.images.files import Size, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
+from autoencoder.images.files import LATENT_PIXELS, Size, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
 from autoencoder.images.manifest import ImageSource, Sample
 from autoencoder.images.tar_shards import open_source
 from svg_t2i.data.draws import Augmentation, crop_rng
 from svg_t2i.data.feature_cache import CachedDataset, FeatureCache
+from svg_t2i.data.settings import DataConfig
 from svg_t2i.text.encoder import SYSTEM_PROMPTS, build_prompt
-from svg_t2i.training.settings import LATENT_PIXELS, DataConfig
 
 BYTES_PER_TOKEN = 4  # of UTF-8, about, in English as in Chinese; an estimate is enough to balance micro-batches
 

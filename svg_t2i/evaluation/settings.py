@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, require
 from svg_t2i.sampling.options import SamplingOptions
 
 METRICS = ("mmd", "fid", "clip_score", "shapes")
@@ -44,16 +44,11 @@ class EvaluationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, f"some of {', '.join(METRICS)}")
+        require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, f"some of {', '.join(METRICS)}")
         for name in self.metrics:
-            _require(name in METRICS, "evaluation.metrics", name, f"some of {', '.join(METRICS)}")
+            require(name in METRICS, "evaluation.metrics", name, f"some of {', '.join(METRICS)}")
         for name, least in (("every", 0), ("num_images", 2), ("images_per_scene", 1), ("batch_size", 1)):
-            _require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"at least {least}")
+            require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"at least {least}")
         if self.manifest is None and set(self.metrics) != {"shapes"}:
             wanted = ", ".join(name for name in self.metrics if name != "shapes")
             raise UserError(f"evaluation.manifest is not set; {wanted} need its captions and images")
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value!r} must be {rule}")

@@ -5,40 +5,26 @@ Their fingerprints are recorded in every checkpoint: a DiT means nothing to othe
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoencoder.common.config import UserError, locate
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
-from autoencoder.evaluation.crops import Crops
-from autoencoder.evaluation.latent_statistics import measure, pooled
 from autoencoder.images.files import to_float
-from autoencoder.images.manifest import ImageSource
-from autoencoder.latents.drift import drift
-from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
+from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.features.sharded_at_rest import ShardedAtRest
-from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
-from svg_t2i.training.settings import AutoencoderSource, TrainConfig
+from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
-
-log = logging.getLogger(__name__)
-
-MEASURED_IMAGES = 1024
-COMPARED_IMAGES = 8
-FAR_OFF = 0.5  # drift that so few images show only if the statistics are wrong for them
-VOCABULARY_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -142,111 +128,26 @@ def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
-def load_autoencoder(source: AutoencoderSource) -> SVGAutoencoder:
-    """The autoencoder that `source` describes, on the CPU.
-
-    Raises:
-        UserError: something is missing or does not fit; or encoder weights for a folder that has its own.
-    """
-    path = locate(source.config)
-    stats = None if source.stats is None else locate(source.stats)
-    if not path.is_dir():
-        weights = (
-            [] if source.encoder_weights is None else [f"model.params.dinoconfig.weights={source.encoder_weights}"]
-        )
-        checkpoint = None if source.checkpoint is None else locate(source.checkpoint)
-        return SVGAutoencoder.from_config(source.config, checkpoint, stats, weights)
-    for name in ("checkpoint", "encoder_weights"):
-        if getattr(source, name) is not None:
-            raise UserError(f"autoencoder.{name} is for a YAML config; the folder {path} brings its own weights")
-    return SVGAutoencoder.from_pretrained(path, stats=stats)
-
-
-def load_frozen(config: TrainConfig, world: World) -> FrozenNetworks:
+def load_frozen(
+    autoencoder: AutoencoderSource, text_encoder: TextSource, precision: str, world: World, sharded: bool = False
+) -> FrozenNetworks:
     """Both networks on this process's device, the text encoder in the run's precision.
 
+    sharded: keep a share of the weights on each rank (`ShardedAtRest`), where there are several.
+
     Raises:
-        UserError: as `load_autoencoder` and `TextEncoder.from_pretrained`; or there are no latent statistics.
+        UserError: as `SVGAutoencoder.from_pretrained` and `TextEncoder.from_pretrained`; or there are no statistics.
     """
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    text = config.text_encoder
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with world.main_first():  # one process downloads, the others find the files
-        text_encoder = TextEncoder.from_pretrained(text.path, text.max_length, dtype, world.device)
-        autoencoder = load_autoencoder(config.autoencoder).to(world.device)
-    if autoencoder.stats is None:
+        encoder = TextEncoder.from_pretrained(text_encoder.path, text_encoder.max_length, dtype, world.device)
+        loaded = autoencoder.load().to(world.device)
+    if loaded.stats is None:
         raise UserError(
             "autoencoder.stats is not set and the autoencoder brings no latent statistics: give the published file or "
             "one of python -m autoencoder.measure_latents, or 'measure' to take them from the training images"
         )
-    frozen = FrozenNetworks(autoencoder, text_encoder, text.cache_tokens, config.train.precision)
-    if config.parallel.shard_frozen and world.size > 1:
+    frozen = FrozenNetworks(loaded, encoder, text_encoder.cache_tokens, precision)
+    if sharded and world.size > 1:
         frozen.shard(world)
     return frozen
-
-
-def fill_in(config: TrainConfig, manifest: ImageSource, world: World) -> TrainConfig:
-    """Make what the settings ask to be made, once per results folder, and name the files in the settings returned.
-
-    `autoencoder.stats: measure` takes latent statistics from up to `MEASURED_IMAGES` training images, and
-    `text_encoder.path: random` is a small random text encoder with the manifest's words (for trials without weights).
-    """
-    folder = Path(config.results_dir)
-    with world.main_first():
-        if config.autoencoder.stats == "measure":
-            path = folder / "latent_stats.safetensors"
-            config = replace(config, autoencoder=replace(config.autoencoder, stats=str(path)))
-            if not path.exists():
-                _measure(config, manifest, world.device).save(path)
-        if config.text_encoder.path == "random":
-            path = folder / "text_encoder"
-            config = replace(config, text_encoder=replace(config.text_encoder, path=str(path)))
-            log.warning("text_encoder.path=random: a small random text encoder with a word tokenizer, for trials only")
-            if not path.exists():
-                samples = (manifest[i] for i in range(min(len(manifest), VOCABULARY_SAMPLES)))
-                make_toy_text_encoder((caption for sample in samples for caption in sample.captions), path)
-    return config
-
-
-def _measure(config: TrainConfig, manifest: ImageSource, device: torch.device) -> LatentStats:
-    log.info("measuring latent statistics over the training images")
-    autoencoder = load_autoencoder(replace(config.autoencoder, stats=None)).to(device)
-    images = Crops(manifest, trained_resolutions(config), config.data.widest, MEASURED_IMAGES)
-    return pooled(measure(autoencoder, images)).result(autoencoder.latent_fingerprint(), images.resolutions)
-
-
-def trained_resolutions(config: TrainConfig) -> list[int]:
-    """Of all sources, ascending."""
-    return sorted({source.resolution for source in config.data.all_sources})
-
-
-def warn_of_statistics(config: TrainConfig, frozen: FrozenNetworks, manifest: ImageSource, world: World) -> None:
-    """Warn of latent statistics that were measured at other resolutions than training is at, and say how they fit.
-
-    The numbers come from up to `COMPARED_IMAGES` training images. Statistics that do not tell their resolutions
-    (published ones) are warned of if they are far off. All ranks call this: they may have to share the weights.
-    """
-    stats = frozen.autoencoder.stats
-    others = [resolution for resolution in trained_resolutions(config) if resolution not in stats.resolutions]
-    if not others:
-        return
-    with frozen.whole():
-        seen = measure(frozen.autoencoder, Crops(manifest, others, config.data.widest, COMPARED_IMAGES))
-    measured_at = f"were measured at {', '.join(map(str, stats.resolutions))} px"
-    for resolution, accumulator in zip(others, seen):
-        try:
-            found = drift(stats, accumulator.result())
-        except UserError as error:  # no readable image, which stops training itself, or nothing but plain ones
-            if world.is_main:
-                log.info("the latent statistics were not compared with training at %d px: %s", resolution, error)
-            continue
-        if world.is_main and (stats.resolutions or found.size > FAR_OFF):
-            log.warning(
-                "the latent statistics %s %s, training is at %d px: on a few training images, %s. Measure them at this "
-                "resolution (autoencoder.stats=measure, or python -m autoencoder.measure_latents), unless the weights "
-                "you start from were trained with them",
-                config.autoencoder.stats or f"of {config.autoencoder.config}",
-                measured_at if stats.resolutions else "do not fit the images", resolution, found,
-            )  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import (
+    LATENT_PIXELS,
     ImageError,
     crop_square,
     crop_to_size,
@@ -34,7 +35,7 @@ from autoencoder.images.files import (
 )
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.generation import Generation, SVGT2IOutput
-from svg_t2i.sampling.options import LATENT_PIXELS, check_side
+from svg_t2i.sampling.options import check_side
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.common.config import UserError
-from autoencoder.images.files import to_pil
+from autoencoder.images.files import LATENT_PIXELS, to_pil
 from svg_t2i.sampling.denoising import Conditions, count_steps, denoise
-from svg_t2i.sampling.options import LATENT_PIXELS, SamplingOptions, changed, check_side, preset
+from svg_t2i.sampling.options import SamplingOptions, changed, check_side, preset
 from svg_t2i.sampling.parts import PipelineParts
 
 OutputType = Literal["pil", "np", "pt", "latent"]

@@ -27,10 +27,10 @@ from autoencoder.common.config import UserError, build, find_config, locate, to_
 from autoencoder.common.weights import replacing
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints import weights as checkpoints
+from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.sampling.parts import PipelineParts
 from svg_t2i.text.encoder import checked_source
-from svg_t2i.training.settings import AutoencoderSource, TextSource
 
 INDEX = "model_index.json"
 DEFAULT_AUTOENCODER = "P_stage3_1024"

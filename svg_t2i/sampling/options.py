@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoencoder.common.config import UserError, build, to_dict
-from autoencoder.images.files import PATCH_SIZE as LATENT_PIXELS
+from autoencoder.images.files import LATENT_PIXELS
 from svg_t2i.flow.paths import flux_shift_factor
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.text.encoder import build_prompt

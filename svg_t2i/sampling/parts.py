@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
+from autoencoder.images.files import LATENT_PIXELS
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.sampling.denoising import Conditions
 from svg_t2i.sampling.memory import memory_stage
-from svg_t2i.sampling.options import LATENT_PIXELS, SamplingOptions
+from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.text.encoder import TextEncoder, build_prompt
 from svg_t2i.transformer.model import SVGDiT
 

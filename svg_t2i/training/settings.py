@@ -7,92 +7,18 @@ loaded is checked here; the messages name the field, its value and the rule.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 
-from autoencoder.common.config import UserError, build, to_dict
-from autoencoder.images.files import PATCH_SIZE as LATENT_PIXELS
+from autoencoder.common.config import UserError, build, require, to_dict
+from autoencoder.images.files import LATENT_PIXELS
+from svg_t2i.data.settings import DataConfig
 from svg_t2i.evaluation.settings import EvaluationConfig
+from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.flow.paths import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.transformer.model import MODELS, DiTConfig
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One of several sources. What is None is as in the whole `data` section.
-
-    The same images may be listed twice with different resolutions: that is how a run trains on several of them.
-    """
-
-    path: str  # manifest (.jsonl, .json) or tar shards: a file, folder, pattern or URL
-    weight: float | None = None  # share of the samples seen; None for all sources: by their number of samples
-    resolution: int | None = None
-    system_prompt: str | None = None
-    feature_cache: str | None = None
-
-
-@dataclass(frozen=True)
-class CaptionMix:
-    """How often the shortest, the longest and the other captions of a sample are chosen, where it has several."""
-
-    short: float
-    middle: float
-    long: float
-
-    def __post_init__(self) -> None:
-        shares = (self.short, self.middle, self.long)
-        _require(min(shares) >= 0 and sum(shares) > 0, "caption_mix", shares, "three shares, not all of them 0")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Images and captions: see `svg_t2i.data.sources`."""
-
-    path: str | None = None  # as in DataSource; or `sources` instead
-    sources: tuple[DataSource, ...] = ()
-    resolution: int = 256
-    max_aspect: float = 4.0
-    single_shape: bool = False  # squares only, whatever max_aspect
-    caption_dropout_prob: float = 0.1
-    caption_mix: CaptionMix | None = None  # None, as published: all captions of a sample alike
-    system_prompt: str | None = None  # None: the one of the manifest's convention
-    crops_per_image: int | None = None  # fixed crops of each image, 1 is its centre; None: a new one at every visit
-    feature_cache: str | None = None  # folder that svg_t2i.cache_features fills and training reads
-    micro_batch_tokens: int | None = None  # fill micro-batches up to this, instead of train.micro_batch_size samples
-    num_workers: int = 4
-    prefetch: int = 2  # micro-batches that each worker prepares ahead
-    jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
-    max_errors: int = 16  # unusable samples that each worker replaces by their neighbours before it gives up
-    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
-
-    def __post_init__(self) -> None:
-        _require((self.path is None) != (not self.sources), "path", self.path, "given, or sources, and not both")
-        for name in ("crops_per_image", "micro_batch_tokens"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1, or null")
-        _require(self.prefetch >= 1, "prefetch", self.prefetch, "at least 1")
-        caches = {source.feature_cache is None for source in self.all_sources}
-        _require(len(caches) == 1, "feature_cache", self.feature_cache, "given for all sources or for none")
-
-    @property
-    def all_sources(self) -> tuple[DataSource, ...]:
-        """The sources, one or several, with resolution and system prompt filled in."""
-        alone = DataSource(self.path or "", feature_cache=self.feature_cache)
-        return tuple(
-            replace(
-                source,
-                resolution=source.resolution or self.resolution,
-                system_prompt=source.system_prompt or self.system_prompt,
-            )
-            for source in self.sources or (alone,)
-        )
-
-    @property
-    def widest(self) -> float:
-        """Largest ratio of the sides of a crop."""
-        return 1.0 if self.single_shape else self.max_aspect
 
 
 @dataclass(frozen=True)
@@ -117,14 +43,14 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "log_every", "ckpt_every", "keep_last"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, "at least 1, or null")
-        _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "positive; use .inf for no clipping")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.keep_every is None or self.keep_every >= 1, "keep_every", self.keep_every, "at least 1, or null")
+        require(self.grad_clip > 0, "grad_clip", self.grad_clip, "positive; use .inf for no clipping")
         decays = self.ema_decays
-        _require(all(0 <= decay < 1 for decay in decays), "ema_decay", self.ema_decay, "in [0, 1)")
-        _require(0 < len(decays) == len(set(decays)), "ema_decay", self.ema_decay, "one number, or different ones")
+        require(all(0 <= decay < 1 for decay in decays), "ema_decay", self.ema_decay, "in [0, 1)")
+        require(0 < len(decays) == len(set(decays)), "ema_decay", self.ema_decay, "one number, or different ones")
         factor = self.spike_factor
-        _require(factor is None or factor > 1, "spike_factor", factor, "above 1, or null for no such policy")
+        require(factor is None or factor > 1, "spike_factor", factor, "above 1, or null for no such policy")
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
@@ -150,11 +76,11 @@ class OptimConfig:
     final_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "positive")
-        _require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, "between 0 and lr")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(self.lr > 0, "lr", self.lr, "positive")
+        require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, "between 0 and lr")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         fits = self.decay_steps >= 1 if self.schedule == "wsd" else self.decay_steps == 0
-        _require(fits, "decay_steps", self.decay_steps, "1 or more with schedule=wsd, and 0 otherwise")
+        require(fits, "decay_steps", self.decay_steps, "1 or more with schedule=wsd, and 0 otherwise")
 
 
 @dataclass(frozen=True)
@@ -176,8 +102,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         timestep_range(self.snr_type)
         given, wanted = self.shift_factor is not None, self.shift_rule == "constant"
-        _require(given == wanted, "shift_factor", self.shift_factor, "given with shift_rule=constant, and only then")
-        _require(not given or self.shift_factor > 0, "shift_factor", self.shift_factor, "positive")
+        require(given == wanted, "shift_factor", self.shift_factor, "given with shift_rule=constant, and only then")
+        require(not given or self.shift_factor > 0, "shift_factor", self.shift_factor, "positive")
 
     def factor(self, resolutions: Tensor, in_channels: int) -> Tensor | float:
         """Factor k of the timestep shift, (B,), for latents of images of nominal sides (B,); 1 without shift."""
@@ -201,8 +127,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         size = self.shard_size
-        _require(size is None or self.data_parallel == "hsdp", "shard_size", size, "null unless data_parallel=hsdp")
-        _require(size is None or size >= 1, "shard_size", size, "at least 1")
+        require(size is None or self.data_parallel == "hsdp", "shard_size", size, "null unless data_parallel=hsdp")
+        require(size is None or size >= 1, "shard_size", size, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -216,8 +142,8 @@ class MonitorConfig:
     profile_steps: int = 0  # trace so many steps, after ten, into results_dir/profile
 
     def __post_init__(self) -> None:
-        _require(self.loss_bins >= 1, "loss_bins", self.loss_bins, "at least 1")
-        _require(self.profile_steps >= 0, "profile_steps", self.profile_steps, "0 or more")
+        require(self.loss_bins >= 1, "loss_bins", self.loss_bins, "at least 1")
+        require(self.profile_steps >= 0, "profile_steps", self.profile_steps, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -236,27 +162,8 @@ class SamplesConfig:
     time_shift: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, "every", self.every, "0 or more")
-        _require(not self.every or self.prompts, "prompts", self.prompts, "given where samples.every is")
-
-
-@dataclass(frozen=True)
-class AutoencoderSource:
-    """The frozen autoencoder: see `SVGAutoencoder`. Training uses its encoder and statistics only."""
-
-    config: str  # its YAML, or a folder written by save_pretrained
-    checkpoint: str | None = None
-    stats: str | None = None  # latent statistics, ours or published; "measure" takes them from the training images
-    encoder_weights: str | None = None  # instead of dinoconfig.weights: a .pth, "hub" or "random"
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """The frozen text encoder: see `TextEncoder`."""
-
-    path: str = "google/gemma-2-2b"  # folder or Hub id; "random" makes a small random one
-    max_length: int = 256
-    cache_tokens: int = 32768  # features of recent captions are kept up to this many tokens; 0 switches it off
+        require(self.every >= 0, "every", self.every, "0 or more")
+        require(not self.every or self.prompts, "prompts", self.prompts, "given where samples.every is")
 
 
 @dataclass(frozen=True)
@@ -303,11 +210,6 @@ class TrainConfig:
                 f"{world_size} processes × train.micro_batch_size={self.train.micro_batch_size} = {share}"
             )
         return self.train.global_batch_size // share
-
-
-def _require(condition: bool, name: str, value: Any, rule: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value!r} must be {rule}")
 
 
 def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:

@@ -26,7 +26,9 @@ from svg_t2i.checkpoints.weights import (
     read_transformer,
     save_transformer,
 )
-from svg_t2i.training.settings import AutoencoderSource, DataConfig, LoopConfig, OptimConfig, TrainConfig
+from svg_t2i.data.settings import DataConfig
+from svg_t2i.features.settings import AutoencoderSource
+from svg_t2i.training.settings import LoopConfig, OptimConfig, TrainConfig
 from svg_t2i.training.step import TrainState
 from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
 

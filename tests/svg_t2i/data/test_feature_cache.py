@@ -63,7 +63,7 @@ def loaders(toy_parts, parts, cache, *overrides):
     """From images and from the cache; and the frozen networks."""
     arguments = settings(toy_parts, parts, cache, *overrides)
     config = load_config(TrainConfig, arguments[1], arguments[2:])
-    frozen = load_frozen(config, ALONE)
+    frozen = load_frozen(config.autoencoder, config.text_encoder, config.train.precision, ALONE)
     datasets = make_datasets(config.data, open_sources(config.data), config.train.seed, config.text_encoder.max_length)
     cached = open_caches(config.data, datasets, frozen.fingerprints)
     return frozen, build_loader(datasets, **STREAM), build_loader(cached, **STREAM)

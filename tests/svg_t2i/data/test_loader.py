@@ -16,8 +16,8 @@ from autoencoder.common.config import UserError, build
 from autoencoder.images.manifest import Manifest
 from svg_t2i.data.draws import Augmentation
 from svg_t2i.data.loader import build_loader
+from svg_t2i.data.settings import DataConfig
 from svg_t2i.data.sources import T2IDataset, make_datasets, open_sources
-from svg_t2i.training.settings import DataConfig
 
 SIZES = [(64, 64), (128, 64), (64, 130), (70, 66)]
 SYSTEM = "You are"  # every prompt begins with it
