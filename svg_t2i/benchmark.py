@@ -27,6 +27,7 @@ from typing import Any
 
 from autoencoder.common.config import UserError, build, run_entry, to_dict
 from autoencoder.common.processes import World, start_world
+from autoencoder.common.weights import write_json
 from autoencoder.images.files import image_grid, load_image, save_png
 from autoencoder.images.manifest import ImageFolder, Manifest
 from svg_t2i.evaluation import suites, sweep
@@ -46,7 +47,6 @@ from svg_t2i.sample import (
     parse_resolution,
     sampling_changes,
 )
-from svg_t2i.sampling.folder import write_json
 from svg_t2i.text.files import read_prompts
 
 MAX_GRID_IMAGES = 96

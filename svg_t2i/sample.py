@@ -31,11 +31,12 @@ from PIL import Image
 
 from autoencoder.common.config import UserError, run_entry, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
+from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling.editing import crop_image, list_images, prepare_mask
-from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render, write_json
+from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
+from svg_t2i.sampling.from_images import crop_image, list_images, prepare_mask
 from svg_t2i.sampling.loading import fetch, find_sources
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
@@ -249,7 +250,7 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     _by_main(lambda: check_folder(arguments.output, settings), world)
     with world.main_first():
         pipeline = load_pipeline(arguments, world.device)
-    run = RunFolder(arguments.output, {**settings, "model": pipeline.describe()})
+    run = RunFolder(arguments.output, {**settings, "model": pipeline.networks.describe()})
     _by_main(run.prepare, world)
     if getattr(arguments, "enhance", False):
         prompts = enhance_all(pipeline, prompts, world)

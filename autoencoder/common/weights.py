@@ -159,6 +159,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON by one rename: readers see the old file or the new one, never half of one."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class Float32Buffers(nn.Module):
     """A module whose own buffers follow it to another device but not to another precision."""
 

@@ -143,7 +143,7 @@ class Saver:
 
     def _commit(self, step: int, meta: dict[str, Any]) -> None:
         final, temporary = self.root / f"{step:07d}", self.root / f".tmp-{step:07d}"
-        write_json(temporary / META, meta)
+        _write(temporary / META, json.dumps(meta, indent=1))
         _write(temporary / COMMITTED, _hash(temporary / META) + "\n")
         _sync_folder(temporary)
         if final.exists():  # a broken one, or the run was wound back: moved away so that the rename stays atomic
@@ -181,12 +181,8 @@ def clean(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write and flush to the disk."""
-    _write(path, json.dumps(content, indent=1))
-
-
 def _write(path: Path, text: str) -> None:
+    """Write and flush to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

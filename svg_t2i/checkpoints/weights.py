@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, build, to_dict
-from autoencoder.common.weights import read_state_dict
+from autoencoder.common.weights import read_state_dict, write_json
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.run import (
     FORMAT,
@@ -33,7 +33,6 @@ from svg_t2i.checkpoints.run import (
     read_checkpoint_meta,
     readable,
     stored_tensors,
-    write_json,
 )
 from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_dict
 
@@ -249,5 +248,5 @@ def save_transformer(
     fingerprints = {"autoencoder": autoencoder_fingerprint, "text_encoder": text_fingerprint}
     known = {name: value for name, value in fingerprints.items() if value is not None}
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / EXPORT_WEIGHTS)
-    write_json(out / EXPORT_CONFIG, {"format": FORMAT, "model_args": to_dict(model.config), "fingerprints": known})
+    write_json({"format": FORMAT, "model_args": to_dict(model.config), "fingerprints": known}, out / EXPORT_CONFIG)
     return out

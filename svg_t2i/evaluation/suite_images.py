@@ -13,12 +13,13 @@ import torch
 from tqdm import tqdm
 
 from autoencoder.common.processes import World
+from autoencoder.common.weights import write_json
 from autoencoder.images.files import save_png
 from svg_t2i.evaluation.evaluate import Job, own_batches, sample_batch
 from svg_t2i.evaluation.settings import SamplingConfig
 from svg_t2i.evaluation.suites import Prompt, SuiteName, complete, image_path
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk, write_json
+from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
 
 
 def generate(
@@ -82,7 +83,7 @@ def claim(
         check_folder(output, settings)
     pipeline = load()
     if world.is_main:
-        complete_settings = {**settings, "model": pipeline.describe()}
+        complete_settings = {**settings, "model": pipeline.networks.describe()}
         check_folder(output, complete_settings)
         run = {**command, "processes": world.size, "device": str(pipeline.device), "torch": torch.__version__}
         with full_disk(output):

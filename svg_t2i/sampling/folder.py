@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
-from autoencoder.common.weights import replacing
+from autoencoder.common.weights import write_json
 from autoencoder.images.files import image_grid, save_png
 
 log = logging.getLogger(__name__)
@@ -171,12 +171,6 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     other = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if before.get(name) != now[name]]
     if other:
         raise UserError(f"--output {folder} holds images with other settings ({'; '.join(other)}); choose another")
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write atomically: readers see the old file or the new one, never half of one."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -20,17 +20,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from autoencoder.common.config import UserError, build, find_config, locate, to_dict
-from autoencoder.common.weights import replacing
+from autoencoder.common.weights import write_json
+from autoencoder.model import SVGAutoencoder
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints import weights as checkpoints
 from svg_t2i.features.settings import AutoencoderSource, TextSource
+from svg_t2i.sampling.memory import memory_stage
+from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
-from svg_t2i.sampling.parts import PipelineParts
-from svg_t2i.text.encoder import checked_source
+from svg_t2i.text.encoder import TextEncoder, checked_source
+from svg_t2i.transformer.model import SVGDiT
 
 INDEX = "model_index.json"
 DEFAULT_AUTOENCODER = "P_stage3_1024"
@@ -190,7 +194,28 @@ def _require(value: Any, name: str, where: object) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------ saving
+# ---------------------------------------------------------------------------------------------- loading and saving
+
+
+def load_networks(
+    sources: Sources, use_ema: bool, torch_dtype: torch.dtype
+) -> tuple[SVGAutoencoder, SVGDiT, TextEncoder, SVGDiT | None]:
+    """Autoencoder, transformer, text encoder, and the guide or None, on the CPU.
+
+    Raises:
+        UserError: anything missing, or networks whose fingerprints show that they do not belong together.
+    """
+    sources.check()
+    text = sources.text_encoder
+    with memory_stage("loading the weights"):
+        autoencoder = sources.autoencoder.load()
+        text_encoder = TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=torch_dtype)
+        loaded = []
+        for folder in filter(None, (sources.transformer, sources.guide)):
+            checkpoints.check_fingerprints(folder, autoencoder.fingerprint(), text_encoder.fingerprint())
+            loaded.append(checkpoints.load_transformer(folder, ema=use_ema).to(torch_dtype))
+    transformer, *guide = loaded
+    return autoencoder, transformer, text_encoder, guide[0] if guide else None
 
 
 def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
@@ -206,33 +231,32 @@ def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
     return build(SamplingOptions, content.get("sampling", {}), source=str(path)), max_length
 
 
-def save_parts(pipeline: PipelineParts, folder: str | os.PathLike) -> None:
+def save_pipeline(networks: Networks, options: SamplingOptions, folder: str | os.PathLike) -> None:
     """Write the layout of a saved pipeline; the index last, so that a folder with one is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
-    pipeline.autoencoder.save_pretrained(folder / "autoencoder")
+    networks.autoencoder.save_pretrained(folder / "autoencoder")
     checkpoints.save_transformer(
-        pipeline.transformer,
+        networks.transformer,
         folder / "transformer",
-        autoencoder_fingerprint=pipeline.autoencoder.fingerprint(),
-        text_fingerprint=pipeline.text_encoder.fingerprint(),
+        autoencoder_fingerprint=networks.autoencoder.fingerprint(),
+        text_fingerprint=networks.text_encoder.fingerprint(),
     )
-    pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    networks.text_encoder.save_pretrained(folder / "text_encoder")
     content = {
         "_class_name": "SVGT2IPipeline",
-        "max_length": pipeline.text_encoder.max_length,
-        "sampling": to_dict(pipeline.options),
+        "max_length": networks.text_encoder.max_length,
+        "sampling": to_dict(options),
     }
-    with replacing(folder / INDEX) as path:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(content, folder / INDEX)
 
 
-def push_parts(pipeline: PipelineParts, repo_id: str, **where: Any) -> str:
+def push_pipeline(networks: Networks, options: SamplingOptions, repo_id: str, **where: Any) -> str:
     """Save to a temporary folder and upload it; returns the commit's address. See `SVGT2IPipeline.push_to_hub`."""
     api = HfApi(token=where["token"])
     with tempfile.TemporaryDirectory() as folder:
-        save_parts(pipeline, folder)
+        save_pipeline(networks, options, folder)
         try:
             repo_id = api.create_repo(repo_id, private=where["private"], exist_ok=True).repo_id
             commit = api.upload_folder(

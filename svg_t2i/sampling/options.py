@@ -1,8 +1,8 @@
 """How to sample: every setting between the prompt and the image, checked before any weight is loaded.
 
     SamplingOptions(num_inference_steps=30, guidance_interval=(0.05, 0.9))
-    preset("stage1")                       the settings that suit a published training stage
-    preset("stage4", solver="heun")        the same with changes
+    preset_options("stage1")                               the settings that suit a published training stage
+    changed(preset_options("stage4"), {"solver": "heun"})  the same with changes
 
 docs/sampling.md says where the presets come from.
 """
@@ -142,11 +142,11 @@ PRESETS: dict[str, SamplingOptions] = {
 }
 
 
-def preset(name: str, **changes: Any) -> SamplingOptions:
-    """The settings for a training stage, with changes. UserError for an unknown name, field or value."""
+def preset_options(name: str) -> SamplingOptions:
+    """The settings for a training stage. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"preset = {name!r}; choose one of {', '.join(PRESETS)}")
-    return changed(PRESETS[name], changes)
+    return PRESETS[name]
 
 
 def changed(options: SamplingOptions, changes: Mapping[str, Any]) -> SamplingOptions:

@@ -22,7 +22,9 @@ from torch import Tensor
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.images.files import save_png, to_pil
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling.editing import crop_image
+from svg_t2i.sampling.from_images import crop_image
+from svg_t2i.sampling.options import changed
+from svg_t2i.sampling.steps import decode_latents
 
 GalleryItems = list[tuple[Any, str]]
 MAX_SEED = 2**32 - 1
@@ -85,7 +87,7 @@ class Studio:
             "guidance_scale": float(guidance_scale),
             "solver": solver,
         }
-        self.pipeline.resolve_options(**settings)
+        changed(self.pipeline.options, settings)
         shared = {"num_images_per_prompt": int(images), "seed": int(seed), **settings}
 
         def run(callback: Callable) -> Any:
@@ -106,7 +108,7 @@ class Studio:
         )
         fitting = crop_image(image, height, width)
         settings = {"num_inference_steps": int(num_inference_steps), "guidance_scale": float(guidance_scale)}
-        self.pipeline.resolve_options(**settings)
+        changed(self.pipeline.options, settings)
         shared = {"strength": float(strength), "num_images_per_prompt": int(images), "seed": int(seed), **settings}
 
         def run(callback: Callable) -> Any:
@@ -151,7 +153,7 @@ class Studio:
                 last.clear()
             if self.previews and last and step % every == 0 and t < 1:
                 heading = x + (1 - t) * (x - last["x"]) / (t - last["t"])
-                decoded = pipeline.decode_latents(list(heading))
+                decoded = decode_latents(pipeline.networks, list(heading), pipeline.decode_pixels)
                 items.put([(to_pil(image), f"step {step + 1}") for image in decoded])
             last.update(x=x, t=t)
 

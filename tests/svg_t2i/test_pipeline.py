@@ -10,6 +10,7 @@ import torch
 
 from autoencoder.common.config import UserError
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling.options import changed
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
@@ -173,7 +174,7 @@ def test_each_distinct_text_is_encoded_and_refined_once(pipeline, monkeypatch):
 
 def test_dynamic_shift_groups_images_by_size(pipeline):
     dynamic = {"time_shift": "dynamic"}
-    shifts = [pipeline.resolve_options(**dynamic).shift_for(cells) for cells in (256, 1024, 4096, 4090)]
+    shifts = [changed(pipeline.options, dynamic).shift_for(cells) for cells in (256, 1024, 4096, 4090)]
     assert shifts == [5.2, 5.9, 10.0, 10.0]
     sizes = {"height": [32, 256, 32], "width": [32, 512, 48]}
     together = latents(pipeline, PROMPTS, seed=[1, 2, 3], **dynamic, **sizes)
@@ -250,7 +251,7 @@ def test_model_offload_lets_the_networks_take_turns(saved_pipeline, pipeline, mo
             return to(device)
 
         monkeypatch.setattr(part, "to", logged)
-    loaded._offload_device = torch.device("cpu:0")
+    loaded.networks.offload_device = torch.device("cpu:0")
     image = loaded(PROMPTS[0], output_type="pt").images
     order = ["text_encoder", "transformer", "autoencoder"]
     assert moves == [(name, device) for name in order for device in ("cpu:0", "cpu")]

@@ -112,10 +112,10 @@ def test_a_folder_of_other_weights_is_refused(saved_pipeline, toy_pipeline, tmp_
     """The same path may hold other weights by now: a training run goes on."""
     run(saved_pipeline, tmp_path, "--prompt", "noise")
     weight = toy_pipeline.transformer.x_embedder.weight
-    changed = toy_pipeline.describe()["transformer"]
+    changed = toy_pipeline.networks.describe()["transformer"]
     monkeypatch.setattr(weight, "data", weight.data + 0.1)
     monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", lambda *args, **kwargs: toy_pipeline)
-    assert toy_pipeline.describe()["transformer"] != changed
+    assert toy_pipeline.networks.describe()["transformer"] != changed
     with pytest.raises(UserError, match=f"other settings .model was .*{changed}"):
         run(saved_pipeline, tmp_path, "--prompt", "noise two")
 

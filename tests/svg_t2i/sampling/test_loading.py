@@ -101,8 +101,8 @@ def test_defaults_from_training_settings():
 
 def test_presets_are_valid_and_can_be_changed():
     for name, settings in PRESETS.items():
-        assert options.preset(name) == settings
-        assert options.preset(name, solver="heun", height=None).solver == "heun"
+        assert options.preset_options(name) == settings
+        assert options.changed(settings, {"solver": "heun", "height": None}).solver == "heun"
 
 
 def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from svg_t2i.sampling.editing import prepare_image, prepare_mask, slerp
+from svg_t2i.sampling.from_images import embed_images, prepare_image, prepare_mask, slerp
+from svg_t2i.sampling.steps import encode_images
 
 PROMPTS = ["a picture of noise", "very much noise"]
 
@@ -166,7 +167,7 @@ def test_retrieval_passes_over_broken_files(toy_pipeline, image, other, tmp_path
     assert best[0].similarity == pytest.approx(1, abs=1e-5)
     assert best[1].similarity < 0.9999
     assert "broken.jpg" in caplog.text
-    vectors = toy_pipeline.embed_images([image, other])
+    vectors = embed_images(toy_pipeline.networks, [image, other])
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image file in it"):
@@ -201,6 +202,6 @@ def test_image_tensors_are_checked(toy_pipeline):
         with pytest.raises(UserError, match="image"):
             toy_pipeline.variation(wrong)
     picture = Image.new("RGB", (48, 32), (255, 255, 255))
-    assert_near(toy_pipeline.encode_images([prepare_image(torch.ones(3, 32, 48))])[0],
-                toy_pipeline.encode_images([prepare_image(picture)])[0])  # fmt: skip
+    assert_near(encode_images(toy_pipeline.networks, [prepare_image(torch.ones(3, 32, 48))])[0],
+                encode_images(toy_pipeline.networks, [prepare_image(picture)])[0])  # fmt: skip
     assert toy_pipeline.variation(torch.zeros(3, 32, 48)).images[0].size == (48, 32)
