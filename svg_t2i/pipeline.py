@@ -238,7 +238,8 @@ class SVGT2IPipeline:
         settings = settings.repeated(len(request.prompts) // num_images_per_prompt, num_images_per_prompt)
         conditions = encode_prompts(self.networks, request.prompts, settings)
         noise = draw_noise(self.networks, request, generator, latents)
-        solved = solve(self.networks, noise, conditions, settings, self._bound(callback_on_step_end), self._progress_bar)
+        on_step_end = self._bound(callback_on_step_end)
+        solved = solve(self.networks, noise, conditions, settings, on_step_end, self._progress_bar)
         return self._output(solved, output_type, return_dict)
 
     def enhance(self, prompt: str) -> str:

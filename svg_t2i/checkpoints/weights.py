@@ -1,10 +1,6 @@
-"""The DiT in files: reading it from any kind of folder, starting a model from it, exporting it.
+"""A DiT on disk: reading it from every kind of folder (`KINDS`), starting a model from it, exporting it.
 
-Four kinds of folder hold one (`read_transformer`):
-    a checkpoint, or a results folder and in it the newest checkpoint (`svg_t2i.checkpoints.run` draws both);
-    an export (config.json + model.safetensors);
-    a published folder (model_args.pth, consolidated.00-of-01.pth, consolidated_ema.00-of-01.pth).
-Tensors bear the published names in all of them.
+Tensors have the published names in all of them. A results folder stands for its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,58 +37,6 @@ log = logging.getLogger(__name__)
 EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
 
 
-def find_checkpoint(folder: str | os.PathLike) -> Path:
-    """The folder that holds the weights: `folder` itself, or the newest checkpoint of the run it is.
-
-    Raises:
-        UserError: nothing of the kind is there.
-    """
-    folder = Path(folder)
-    if any((folder / name).is_file() for name in (META, EXPORT_CONFIG, published.ARGUMENTS)):
-        return folder
-    newest = newest_checkpoint(folder / "checkpoints")
-    if newest is None:
-        raise UserError(
-            f"{folder}: no DiT here; expected {META} (a checkpoint), checkpoints/ (a run), {EXPORT_CONFIG} (an export) "
-            f"or {published.ARGUMENTS} (a published folder)"
-        )
-    return newest
-
-
-def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
-    """What is recorded beside the weights: `model_args`, `fingerprints`, `step`, `config`. Published folders: nothing.
-
-    Raises:
-        UserError: nothing there, incomplete, or of a newer format.
-    """
-    folder = find_checkpoint(folder)
-    if (folder / META).is_file():
-        return read_checkpoint_meta(folder)
-    return _read_export_meta(folder) if (folder / EXPORT_CONFIG).is_file() else {}
-
-
-def check_fingerprints(folder: str | os.PathLike, autoencoder: Mapping[str, Any], text_encoder: str) -> None:
-    """Make sure that weights meet the frozen networks they were trained with. Published folders record none.
-
-    Args:
-        autoencoder, text_encoder: the `fingerprint()` of what is loaded now.
-
-    Raises:
-        UserError: naming the recorded and the present fingerprint.
-    """
-    recorded = read_meta(folder).get("fingerprints", {})
-    before = {f"autoencoder's {key}": value for key, value in recorded.get("autoencoder", {}).items()}
-    now: dict[str, Any] = {f"autoencoder's {key}": value for key, value in autoencoder.items()}
-    if "text_encoder" in recorded:
-        before["text encoder"], now["text encoder"] = recorded["text_encoder"], text_encoder
-    other = [f"{name} was {before[name]} and is {now.get(name)}" for name in before if before[name] != now.get(name)]
-    if other:
-        raise UserError(
-            f"{folder} was trained with other frozen networks than those loaded now: {'; '.join(other)}; "
-            "give the ones it was trained with, or start a new run from it with init_from"
-        )
-
-
 @dataclass(frozen=True)
 class TransformerFile:
     """A DiT's weights under the published names, its sizes, and what was recorded with them (`read_meta`)."""
@@ -102,38 +46,7 @@ class TransformerFile:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def load_transformer(folder: str | os.PathLike, ema: bool | float = True) -> SVGDiT:
-    """A DiT in evaluation mode, fp32, on the CPU.
-
-    Args:
-        ema: averaged weights or raw ones; a number asks for the average with that decay, where a run keeps several.
-
-    Raises:
-        UserError: as `read_transformer`; or keys or shapes that are not the model's.
-    """
-    source = read_transformer(folder, ema)
-    with torch.device("meta"):  # every weight is loaded: drawing random ones first would take minutes at full size
-        model = SVGDiT(source.config)
-    model.to_empty(device="cpu")
-    load_published_state_dict(model, source.state)
-    return model.eval()
-
-
-def read_transformer(folder: str | os.PathLike, ema: bool | float = True) -> TransformerFile:
-    """Read a DiT from a checkpoint, a results folder, an export or a published folder.
-
-    Raises:
-        UserError: the folder is none of these, is incomplete, or holds a pickle with anything but plain data.
-    """
-    folder = find_checkpoint(folder)
-    if (folder / META).is_file():
-        return _read_own(folder, ema)
-    if (folder / EXPORT_CONFIG).is_file():
-        return _read_export(folder)
-    return TransformerFile(*published.read_published(folder, ema))
-
-
-def _read_own(folder: Path, ema: bool | float) -> TransformerFile:
+def _read_checkpoint(folder: Path, ema: bool | float) -> TransformerFile:
     meta = read_checkpoint_meta(folder)
     config = build(DiTConfig, meta["model_args"], source=str(folder / META))
     prefix = _part(meta, ema, folder) + "."
@@ -169,10 +82,117 @@ def _read_export_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_export(folder: Path) -> TransformerFile:
+def _read_export(folder: Path, ema: bool | float) -> TransformerFile:
     meta = _read_export_meta(folder)
     config = build(DiTConfig, meta["model_args"], source=str(folder / EXPORT_CONFIG))
     return TransformerFile(config, read_state_dict(folder / EXPORT_WEIGHTS, "exported DiT"), meta)
+
+
+def _read_published(folder: Path, ema: bool | float) -> TransformerFile:
+    return TransformerFile(*published.read_published(folder, bool(ema)))
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that holds a DiT.
+
+    marker: the file that tells it from the others.
+    read_meta, read: what is recorded beside the weights; the weights, averaged or raw.
+    """
+
+    name: str
+    marker: str
+    read_meta: Callable[[Path], dict[str, Any]]
+    read: Callable[[Path, bool | float], TransformerFile]
+
+
+KINDS = (
+    FolderKind("a checkpoint", META, read_checkpoint_meta, _read_checkpoint),
+    FolderKind("an export", EXPORT_CONFIG, _read_export_meta, _read_export),
+    FolderKind("a published folder", published.ARGUMENTS, lambda folder: {}, _read_published),
+)
+
+
+def find_checkpoint(folder: str | os.PathLike) -> Path:
+    """The folder that holds the weights: `folder` itself, or the newest checkpoint of the run it is.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+    return _find(folder)[1]
+
+
+def _find(folder: str | os.PathLike) -> tuple[FolderKind, Path]:
+    folder = Path(folder)
+    for kind in KINDS:
+        if (folder / kind.marker).is_file():
+            return kind, folder
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        known = ", ".join(f"{kind.marker} ({kind.name})" for kind in KINDS)
+        raise UserError(f"{folder}: no DiT here; expected checkpoints/ (a run), {known}")
+    return KINDS[0], newest
+
+
+def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+    """What is recorded beside the weights: `model_args`, `fingerprints`, `step`, `config`. Published folders: nothing.
+
+    Raises:
+        UserError: nothing there, incomplete, or of a newer format.
+    """
+    kind, folder = _find(folder)
+    return kind.read_meta(folder)
+
+
+def read_transformer(folder: str | os.PathLike, ema: bool | float = True) -> TransformerFile:
+    """Read a DiT from any kind of folder.
+
+    ema: averaged weights or raw ones; a number asks for the average with that decay, where a run keeps several.
+
+    Raises:
+        UserError: the folder is of no kind, is incomplete, or holds a pickle with anything but plain data.
+    """
+    kind, folder = _find(folder)
+    return kind.read(folder, ema)
+
+
+def load_transformer(folder: str | os.PathLike, ema: bool | float = True) -> SVGDiT:
+    """A DiT in evaluation mode, fp32, on the CPU.
+
+    Args:
+        ema: averaged weights or raw ones; a number asks for the average with that decay, where a run keeps several.
+
+    Raises:
+        UserError: as `read_transformer`; or keys or shapes that are not the model's.
+    """
+    source = read_transformer(folder, ema)
+    with torch.device("meta"):  # every weight is loaded: drawing random ones first would take minutes at full size
+        model = SVGDiT(source.config)
+    model.to_empty(device="cpu")
+    load_published_state_dict(model, source.state)
+    return model.eval()
+
+
+def check_fingerprints(folder: str | os.PathLike, autoencoder: Mapping[str, Any], text_encoder: str) -> None:
+    """Make sure that weights meet the frozen networks they were trained with. Published folders record none.
+
+    Args:
+        autoencoder, text_encoder: the `fingerprint()` of what is loaded now.
+
+    Raises:
+        UserError: naming the recorded and the present fingerprint.
+    """
+    recorded = read_meta(folder).get("fingerprints", {})
+    before = {f"autoencoder's {key}": value for key, value in recorded.get("autoencoder", {}).items()}
+    now: dict[str, Any] = {f"autoencoder's {key}": value for key, value in autoencoder.items()}
+    if "text_encoder" in recorded:
+        before["text encoder"], now["text encoder"] = recorded["text_encoder"], text_encoder
+    other = [f"{name} was {before[name]} and is {now.get(name)}" for name in before if before[name] != now.get(name)]
+    if other:
+        raise UserError(
+            f"{folder} was trained with other frozen networks than those loaded now: {'; '.join(other)}; "
+            "give the ones it was trained with, or start a new run from it with init_from"
+        )
 
 
 def init_from(model: nn.Module, folder: str | os.PathLike) -> TransformerFile:
