@@ -25,14 +25,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from autoencoder.common.config import UserError, build, run_entry, to_dict
+from autoencoder.common.config import UserError, run_entry
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import image_grid, load_image, save_png
 from autoencoder.images.manifest import ImageFolder, Manifest
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
-from svg_t2i.evaluation.settings import METRICS, EvaluationConfig, SamplingConfig
+from svg_t2i.evaluation.settings import METRICS, EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, Prompt, SuiteName
@@ -47,6 +47,7 @@ from svg_t2i.sample import (
     parse_resolution,
     sampling_changes,
 )
+from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.text.files import read_prompts
 
 MAX_GRID_IMAGES = 96
@@ -127,7 +128,7 @@ def run_shapes(arguments: argparse.Namespace, world: World) -> None:
 
 def run_sweep(arguments: argparse.Namespace, world: World) -> None:
     """sweep: the built-in metrics at every combination of settings."""
-    axes = [sweep.parse_axis(text, SamplingConfig(**sampling_changes(arguments))) for text in arguments.over]
+    axes = [sweep.parse_axis(text, SamplingOptions(**sampling_changes(arguments))) for text in arguments.over]
     if len({axis.name for axis in axes}) < len(axes) or len(axes) > 2:
         raise UserError(f"--over {' '.join(arguments.over)}: one or two different settings can be swept")
     names = [field.name for field in fields(EvaluationConfig) if hasattr(arguments, field.name)]
@@ -173,7 +174,7 @@ def summarise(arguments: argparse.Namespace) -> str:
 
 
 def make_images(
-    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], sampling: SamplingConfig, world: World
+    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], sampling: SamplingOptions, world: World
 ) -> tuple[SVGT2IPipeline, list[Path]]:
     """The pipeline, and the images of all prompts, which are made where they are not there yet."""
     settings = {
@@ -251,10 +252,10 @@ def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:
 # --- command line -----------------------------------------------------------------------------------------------
 
 
-def sampling_of(arguments: argparse.Namespace, world: World) -> SamplingConfig:
+def sampling_of(arguments: argparse.Namespace, world: World) -> SamplingOptions:
     """How the images are made: as `chosen_options` says, in the size of `--resolution` where it is given."""
     sizes = {} if arguments.resolution is None else dict(zip(("width", "height"), arguments.resolution))
-    return build(SamplingConfig, to_dict(chosen_options(arguments, world)) | sizes, source="sampling")
+    return changed(chosen_options(arguments, world), sizes)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -101,7 +101,8 @@ def build(schema: type[T], values: Mapping[str, Any] | None, source: str = "conf
     Args:
         schema: a dataclass; field types may be nested dataclasses, Optional/Union, list, tuple, dict, Literal, Any
             and the primitives. Ints are accepted for floats, and strings such as "1e-4" that YAML 1.1 leaves as text.
-        values: field values; None stands for an empty mapping.
+        values: field values; None stands for an empty mapping. What the mapping of a nested dataclass leaves out is
+            as in the default of its field.
         source: where the values come from, for messages.
 
     Raises:
@@ -124,7 +125,10 @@ def _build(schema: type, values: Any, source: str, prefix: str) -> Any:
     arguments = {}
     for name, field in fields.items():
         if name in values:
-            arguments[name] = _convert(hints[name], values[name], source, _join(prefix, name))
+            value, default = values[name], _default(field)
+            if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+                value = _shallow(default) | dict(value)
+            arguments[name] = _convert(hints[name], value, source, _join(prefix, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{source}: {_join(prefix, name)!r} is required and missing")
     try:
@@ -133,6 +137,18 @@ def _build(schema: type, values: Any, source: str, prefix: str) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{source}: {prefix + ': ' if prefix else ''}{error}") from error
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """The default of a field; None where there is none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _shallow(instance: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name, as they are."""
+    return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance) if field.init}
 
 
 def _convert(annotation: Any, value: Any, source: str, name: str) -> Any:

@@ -39,8 +39,9 @@ from autoencoder.images.manifest import Manifest
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
 from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
-from svg_t2i.evaluation.settings import EvaluationConfig, SamplingConfig
+from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes
+from svg_t2i.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:
     from svg_t2i.pipeline import SVGT2IPipeline
@@ -126,13 +127,13 @@ def load_references(settings: EvaluationConfig) -> tuple[list[str], ImageFiles]:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig) -> list[Image.Image]:
+def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingOptions) -> list[Image.Image]:
     """The images of some jobs, in one batch."""
     return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling)).images
 
 
 def render(
-    pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingConfig, batch_size: int, world: World
+    pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingOptions, batch_size: int, world: World
 ) -> Tensor:
     """The images of all jobs on every process, (N, 3, H, W) uint8 on the CPU."""
 

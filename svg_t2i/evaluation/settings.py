@@ -11,25 +11,6 @@ METRICS = ("mmd", "fid", "clip_score", "shapes")
 
 
 @dataclass(frozen=True)
-class SamplingConfig(SamplingOptions):
-    """How every image is made: the options of a pipeline, one value for all images; 256 px where no size is named."""
-
-    height: int = 256
-    width: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("guidance_scale", "negative_prompt"):
-            if isinstance(getattr(self, name), tuple):
-                raise UserError(f"{name} = {getattr(self, name)}: an evaluation takes one for all images")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height)"""
-        return self.width, self.height
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     """One evaluation of a pipeline: see `svg_t2i.evaluation.evaluate.evaluate`."""
 
@@ -41,7 +22,7 @@ class EvaluationConfig:
     clip: str = "openai/clip-vit-large-patch14"  # Hugging Face folder or id
     seed: int = 0  # image i has seed + i
     batch_size: int = 16
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(height=256, width=256))
 
     def __post_init__(self) -> None:
         require(len(self.metrics) > 0, "evaluation.metrics", self.metrics, f"some of {', '.join(METRICS)}")
@@ -49,6 +30,14 @@ class EvaluationConfig:
             require(name in METRICS, "evaluation.metrics", name, f"some of {', '.join(METRICS)}")
         for name, least in (("every", 0), ("num_images", 2), ("images_per_scene", 1), ("batch_size", 1)):
             require(getattr(self, name) >= least, f"evaluation.{name}", getattr(self, name), f"at least {least}")
+        check_for_all_images(self.sampling)
         if self.manifest is None and set(self.metrics) != {"shapes"}:
             wanted = ", ".join(name for name in self.metrics if name != "shapes")
             raise UserError(f"evaluation.manifest is not set; {wanted} need its captions and images")
+
+
+def check_for_all_images(options: SamplingOptions) -> None:
+    """UserError if a setting has several values: an evaluation takes one for all images."""
+    for name in ("guidance_scale", "negative_prompt"):
+        if isinstance(getattr(options, name), tuple):
+            raise UserError(f"{name} = {getattr(options, name)}: an evaluation takes one for all images")

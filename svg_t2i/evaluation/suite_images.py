@@ -16,17 +16,17 @@ from autoencoder.common.processes import World
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import save_png
 from svg_t2i.evaluation.evaluate import Job, own_batches, sample_batch
-from svg_t2i.evaluation.settings import SamplingConfig
 from svg_t2i.evaluation.suites import Prompt, SuiteName, complete, image_path
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
+from svg_t2i.sampling.options import SamplingOptions
 
 
 def generate(
     pipeline: SVGT2IPipeline,
     suite: SuiteName,
     prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
+    sampling: SamplingOptions,
     *,
     output: Path,
     count: int,

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autoencoder.common.config import UserError, build, to_dict
-from svg_t2i.evaluation.settings import SamplingConfig
+from autoencoder.common.config import UserError
+from svg_t2i.sampling.options import SamplingOptions, changed
 
 SWEPT = ("guidance_scale", "num_inference_steps", "time_shift", "renorm_cfg", "cfg_trunc", "solver")
 Value = float | int | str
@@ -19,13 +19,13 @@ Value = float | int | str
 
 @dataclass(frozen=True)
 class Axis:
-    """A field of `SamplingConfig` and the values it takes."""
+    """A field of `SamplingOptions` and the values it takes."""
 
     name: str
     values: tuple[Value, ...]
 
 
-def parse_axis(text: str, sampling: SamplingConfig) -> Axis:
+def parse_axis(text: str, sampling: SamplingOptions) -> Axis:
     """ "guidance_scale=1,2,4" → Axis, every value checked.
 
     Raises:
@@ -40,16 +40,16 @@ def parse_axis(text: str, sampling: SamplingConfig) -> Axis:
     return Axis(name, values)
 
 
-def _with(sampling: SamplingConfig, name: str, text: str) -> SamplingConfig:
+def _with(sampling: SamplingOptions, name: str, text: str) -> SamplingOptions:
     """`sampling` with one field given as text."""
     try:
         value = text.strip() if name == "solver" or text.strip() == "dynamic" else float(text)
     except ValueError:
         raise UserError(f"--over {name}: {text!r} is not a number") from None
-    return build(SamplingConfig, to_dict(sampling) | {name: value}, source="--over")
+    return changed(sampling, {name: value})
 
 
-def points(sampling: SamplingConfig, axes: Sequence[Axis]) -> list[tuple[dict[str, Value], SamplingConfig]]:
+def points(sampling: SamplingOptions, axes: Sequence[Axis]) -> list[tuple[dict[str, Value], SamplingOptions]]:
     """Every combination of the axes' values: (the values by name, the settings)."""
     combinations = itertools.product(*(axis.values for axis in axes))
     chosen = [dict(zip((axis.name for axis in axes), values)) for values in combinations]

@@ -74,6 +74,11 @@ class SamplingOptions:
             raise UserError(f"time_shift = {self.time_shift}: must be positive; 1 spaces the steps evenly")
         build_prompt("", self.system_prompt)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width, self.height
+
     def guidance_scales(self, count: int | None) -> list[float]:
         """One scale per prompt. UserError if there are several, but not `count`."""
         return _per_prompt(self.guidance_scale, "guidance_scale", count)

@@ -33,7 +33,8 @@ def averaged_transformer(state: TrainState, config: TrainConfig, world: World) -
 def averaged_pipeline(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> SVGT2IPipeline:
     """A pipeline over the averaged weights and the run's own frozen networks, on every rank."""
     transformer = averaged_transformer(state, config, world)
-    pipeline = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder)
+    options = config.samples.options(config.data.resolution)
+    pipeline = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder, options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -51,23 +52,14 @@ def sample_grid(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, 
     Returns:
         The grid on rank 0, None elsewhere.
     """
-    settings, side = config.samples, config.data.resolution
+    settings = config.samples
     own = list(range(world.rank, len(settings.prompts), world.size))
     pipeline = averaged_pipeline(state, frozen, config, world)
     pictures: list[Image.Image] = []
     with frozen.whole():
         if own:
-            pictures = pipeline(
-                [settings.prompts[i] for i in own],
-                system_prompt=settings.system_prompt,
-                height=settings.height or side,
-                width=settings.width or side,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                solver=settings.solver,
-                time_shift=settings.time_shift,
-                seed=[settings.seed + i for i in own],
-            ).images
+            prompts, seeds = [settings.prompts[i] for i in own], [settings.seed + i for i in own]
+            pictures = pipeline(prompts, seed=seeds).images
     gathered = world.gather(list(zip(own, pictures, strict=True)))
     if not world.is_main:
         return None

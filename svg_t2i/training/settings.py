@@ -7,7 +7,8 @@ loaded is checked here; the messages name the field, its value and the rule.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from svg_t2i.data.settings import DataConfig
 from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.flow.paths import dimension_shift_factor, flux_shift_factor, timestep_range
+from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.transformer.model import MODELS, DiTConfig
 
 
@@ -147,23 +149,24 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
-class SamplesConfig:
-    """Pictures of fixed prompts and seeds from the averaged weights, every so many steps: see `svg_t2i.pipeline`."""
+class SamplesConfig(SamplingOptions):
+    """Pictures of fixed prompts and seeds from the averaged weights, every so many steps, and how they are sampled."""
 
-    every: int = 0  # steps; 0 switches it off
-    prompts: tuple[str, ...] = ()
-    system_prompt: str = "base"
-    seed: int = 0
     height: int | None = None  # pixels; null: data.resolution
     width: int | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 4.0
-    solver: str = "dpm"
-    time_shift: float | None = None
+    every: int = 0  # steps; 0 switches it off
+    prompts: tuple[str, ...] = ()
+    seed: int = 0  # picture i has seed + i
 
     def __post_init__(self) -> None:
+        self.options(LATENT_PIXELS)  # checks the settings
         require(self.every >= 0, "every", self.every, "0 or more")
         require(not self.every or self.prompts, "prompts", self.prompts, "given where samples.every is")
+
+    def options(self, resolution: int) -> SamplingOptions:
+        """The settings of the pictures, squares of `resolution` pixels unless they name their own sides."""
+        values = {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+        return SamplingOptions(**values | {side: values[side] or resolution for side in ("height", "width")})
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,12 @@ class TrainConfig:
 
 
 def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
-    """Which settings differ between a checkpoint's recorded configuration and the current one, one line each."""
+    """Which settings differ between a checkpoint's recorded configuration and the current one, one line each.
+
+    A setting that is newer than the checkpoint counts with its default.
+    """
+    with suppress(UserError):  # a setting that is gone by now: then all names are compared as they are
+        before = to_dict(build(TrainConfig, before))
     old, new = _flatten(before), _flatten(to_dict(now))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
