@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
+from autoencoder.common.processes import peak_memory
 from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
 from autoencoder.encoders.encoder import build_encoder
 from autoencoder.latents.statistics import LatentStats
@@ -37,7 +38,7 @@ from autoencoder.training.callbacks import (
     ReconstructionGrid,
 )
 from autoencoder.training.losses import AutoencoderLoss, SyncedBatchNorm, build_loss
-from autoencoder.training.module import AutoencoderModule, ImageDataModule, peak_memory
+from autoencoder.training.module import AutoencoderModule, ImageDataModule
 from autoencoder.training.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
 
 logger = logging.getLogger("autoencoder")

@@ -28,14 +28,14 @@ from typing import Any
 from autoencoder.common.config import UserError, run_entry
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
+from autoencoder.evaluation.crops import open_images
 from autoencoder.images.files import image_grid, load_image, save_png
-from autoencoder.images.manifest import ImageFolder, Manifest
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
-from svg_t2i.evaluation.suites import DPG_IMAGES, Prompt, SuiteName
+from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
 from svg_t2i.features.settings import AutoencoderSource
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sample import (
@@ -83,7 +83,7 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
     """folder: images of any prompts, or images that are there, and their metrics."""
     texts = [prompt.text for prompt in read_prompts(arguments.prompts)] if arguments.prompts else []
     check_folder_arguments(arguments, texts)
-    references = None if arguments.reference is None else open_images(arguments.reference)
+    references = None if arguments.reference is None else [sample.path for sample in open_images(arguments.reference)]
     if arguments.images is None:
         sampling = sampling_of(arguments, world)
         pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), sampling, world)
@@ -92,7 +92,7 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
         own = numbers if references and len(references) == len(texts) and same_file(arguments) else None
         autoencoder, size = pipeline.autoencoder, sampling.size
     else:
-        paths, captions = open_images(arguments.images), texts
+        paths, captions = [sample.path for sample in open_images(arguments.images)], texts
         if captions and len(captions) != len(paths):
             raise UserError(f"{arguments.images} has {len(paths)} images, --prompts {len(captions)} captions")
         own = None if references is None else match_names(paths, references)
@@ -174,7 +174,7 @@ def summarise(arguments: argparse.Namespace) -> str:
 
 
 def make_images(
-    arguments: argparse.Namespace, suite: SuiteName, prompts: list[Prompt], sampling: SamplingOptions, world: World
+    arguments: argparse.Namespace, suite: SuiteName, prompts: list[SuitePrompt], sampling: SamplingOptions, world: World
 ) -> tuple[SVGT2IPipeline, list[Path]]:
     """The pipeline, and the images of all prompts, which are made where they are not there yet."""
     settings = {
@@ -219,14 +219,6 @@ def check_folder_arguments(arguments: argparse.Namespace, texts: Sequence[str]) 
             raise UserError(f"--metrics {name} with --images needs {remedies[name]}")
     if arguments.images is None and not texts:
         raise UserError("folder needs --prompts FILE to make images from, or --images FOLDER with images")
-
-
-def open_images(path: Path) -> list[Path]:
-    """Images of a folder (in the order of their names) or of a manifest."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a folder of images or a manifest (.jsonl, .json)")
-    source = ImageFolder(path, "") if path.is_dir() else Manifest.open(path, require_captions=False)
-    return [source[i].path for i in range(len(source))]
 
 
 def match_names(paths: list[Path], references: list[Path]) -> list[int] | None:

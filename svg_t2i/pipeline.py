@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.common.config import UserError
+from autoencoder.images.manifest import list_images
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.from_images import (
@@ -29,7 +30,6 @@ from svg_t2i.sampling.from_images import (
     check_strength,
     interpolation_ends,
     interpolation_weights,
-    list_images,
     nearest_images,
     pair_with_prompts,
     prepare_image,

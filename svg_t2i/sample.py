@@ -33,10 +33,11 @@ from autoencoder.common.config import UserError, run_entry, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
+from autoencoder.images.manifest import list_images
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
-from svg_t2i.sampling.from_images import crop_image, list_images, prepare_mask
+from svg_t2i.sampling.from_images import crop_image, prepare_mask
 from svg_t2i.sampling.loading import fetch, find_sources
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed
 from svg_t2i.text.encoder import SYSTEM_PROMPTS

@@ -35,6 +35,12 @@ class ConfigError(UserError):
     """A mistake in a configuration file or an override."""
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's message; its type where there is none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def require(condition: bool, name: str, value: Any, rule: str) -> None:
     """UserError "name=value must be rule" unless the condition holds. For the checks of settings."""
     if not condition:

@@ -13,6 +13,8 @@ Alone, every collective is the identity and there is no process group. Gradients
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from autoencoder.common.config import UserError
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+GIB = 2**30
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
 
 
@@ -155,6 +158,20 @@ def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
             "start fewer processes (NPROC_PER_NODE), set CUDA_VISIBLE_DEVICES, or choose --device cpu"
         )
     return device
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> float:
+    """Largest memory use in GiB: of tensors on a GPU, or of this whole process on the CPU.
+
+    reset: count anew from here on (on a GPU).
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
 
 
 class AnyRank:

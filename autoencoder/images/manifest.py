@@ -336,17 +336,18 @@ def _list_spans(path: Path) -> np.ndarray:
 
 
 class ImageFolder(ImageSource):
-    """All images below root/split in the order of their names, without captions (the ImageNet layout of stage 1).
+    """All images below root/split in the order of their names, without captions. (ImageNet's splits: train, val.)
 
     Raises:
         UserError: the folder is missing or holds no image.
     """
 
-    def __init__(self, root: Path | str, split: str, max_errors: int = MAX_ERRORS):
+    def __init__(self, root: Path | str, split: str = "", max_errors: int = MAX_ERRORS):
         self.folder = Path(root) / split
         super().__init__(str(self.folder), max_errors)
         if not self.folder.is_dir():
-            raise UserError(f"image folder {self.folder} does not exist; expected <data_root>/{split}/**/*.JPEG")
+            layout = f"; expected <data_root>/{split}/**/*.JPEG" if split else ""
+            raise UserError(f"image folder {self.folder} does not exist{layout}")
         names = [
             os.path.relpath(os.path.join(folder, name), self.folder)
             for folder, _, files in os.walk(self.folder, followlinks=True)
@@ -363,3 +364,8 @@ class ImageFolder(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(self.folder / os.fsdecode(self.names[operator.index(index)]), (), "base")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, in the order of their names. UserError if there are none."""
+    return [sample.path for sample in ImageFolder(folder)]

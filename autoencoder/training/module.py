@@ -19,8 +19,6 @@ the stream). So neither workers nor the number of processes matter, and a checkp
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 
 from autoencoder.common.config import UserError, build, resolve_target
-from autoencoder.common.processes import mean_over_processes
+from autoencoder.common.processes import mean_over_processes, peak_memory
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
 from autoencoder.images.files import to_float
 from autoencoder.model import SVGAutoencoder
@@ -342,14 +340,6 @@ class Meter:
         metrics |= {"images_per_s": self.images / self.busy, "data_wait": self.waited / self.busy}
         self.__init__()
         return metrics
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that this process has used at most: of the GPU, or of main memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _as_list(value: Any) -> list:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, first_line
 from autoencoder.common.weights import read_state_dict
 from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT, published_state_dict
 
@@ -55,10 +55,10 @@ def _read_namespace(path: Path) -> argparse.Namespace:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: refused, because it holds more than an argparse.Namespace of plain values, and unpickling that "
-            f"can run code ({_first_line(error)})"
+            f"can run code ({first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); copy it again") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again") from error
     if not isinstance(arguments, argparse.Namespace):
         raise UserError(f"{path}: expected an argparse.Namespace, found {type(arguments).__name__}")
     return arguments
@@ -93,8 +93,3 @@ def export_published(model: SVGDiT, ema: SVGDiT, out: str | os.PathLike) -> Path
     torch.save(published_state_dict(ema), out / WEIGHTS["ema"])
     torch.save(arguments, out / ARGUMENTS)
     return out
-
-
-def _first_line(error: object) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

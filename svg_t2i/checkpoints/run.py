@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Saver:
         try:
             writing.result()
         except (OSError, CheckpointException) as error:
-            raise UserError(f"{self.root}: a checkpoint could not be written: {_first_line(error)}") from error
+            raise UserError(f"{self.root}: a checkpoint could not be written: {first_line(error)}") from error
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -336,9 +336,9 @@ def readable(folder: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:
         cause = next(iter(error.failures.values()), error)
-        raise UserError(f"{folder}: cannot be loaded here: {_first_line(cause)}") from error
+        raise UserError(f"{folder}: cannot be loaded here: {first_line(cause)}") from error
     except (pickle.UnpicklingError, AttributeError, EOFError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / '.metadata'}: cannot be loaded here: {_first_line(error)}") from error
+        raise UserError(f"{folder / '.metadata'}: cannot be loaded here: {first_line(error)}") from error
 
 
 @contextmanager
@@ -347,11 +347,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _first_line(error: object) -> str:
-    text = str(error[0] if isinstance(error, tuple) else error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _is_main() -> bool:

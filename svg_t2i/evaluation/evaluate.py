@@ -49,14 +49,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to make."""
-
-    prompt: str
-    seed: int
-
-
 @dataclass
 class Report:
     """Metric → its value, or the reason why it has none."""
@@ -90,11 +82,10 @@ def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World 
     report = Report()
     if set(settings.metrics) != {"shapes"}:
         captions, references = load_references(settings)
-        jobs = [Job(caption, settings.seed + i) for i, caption in enumerate(captions)]
-        images = render(pipeline, jobs, settings.sampling, settings.batch_size, world)
+        images = render(pipeline, captions, settings, world)
         metrics = [name for name in settings.metrics if name != "shapes"]
         report = measure(
-            images, metrics, references=references, own=range(len(jobs)), captions=captions,
+            images, metrics, references=references, own=range(len(captions)), captions=captions,
             autoencoder=pipeline.autoencoder, clip=settings.clip, batch_size=settings.batch_size, world=world,
         )  # fmt: skip
     if "shapes" in settings.metrics:
@@ -109,8 +100,7 @@ def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World 
 def evaluate_shapes(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World) -> dict[str, float]:
     """Task of the shape benchmark → fraction right."""
     scenes = [scene for scene in benchmark_scenes() for _ in range(settings.images_per_scene)]
-    jobs = [Job(scene.caption, settings.seed + i) for i, scene in enumerate(scenes)]
-    images = render(pipeline, jobs, settings.sampling, settings.batch_size, world)
+    images = render(pipeline, [scene.caption for scene in scenes], settings, world)
     return score_scenes([to_image(image) for image in images], scenes)
 
 
@@ -127,20 +117,22 @@ def load_references(settings: EvaluationConfig) -> tuple[list[str], ImageFiles]:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def sample_batch(pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingOptions) -> list[Image.Image]:
-    """The images of some jobs, in one batch."""
-    return pipeline([job.prompt for job in jobs], seed=[job.seed for job in jobs], **asdict(sampling)).images
+def sample_batch(
+    pipeline: SVGT2IPipeline, prompts: Sequence[str], batch: range, seed: int, sampling: SamplingOptions
+) -> list[Image.Image]:
+    """The images number `batch` of a run over `prompts`, made together. Image i has seed + i."""
+    return pipeline([prompts[i] for i in batch], seed=[seed + i for i in batch], **asdict(sampling)).images
 
 
-def render(
-    pipeline: SVGT2IPipeline, jobs: Sequence[Job], sampling: SamplingOptions, batch_size: int, world: World
-) -> Tensor:
-    """The images of all jobs on every process, (N, 3, H, W) uint8 on the CPU."""
+def render(pipeline: SVGT2IPipeline, prompts: Sequence[str], settings: EvaluationConfig, world: World) -> Tensor:
+    """The images of all prompts on every process, (N, 3, H, W) uint8 on the CPU."""
 
-    def run(batch: Sequence[Job]) -> Tensor:
-        return torch.stack([to_uint8_tensor(image) for image in sample_batch(pipeline, batch, sampling)])
+    def run(numbers: Sequence[int]) -> Tensor:
+        batch = range(numbers[0], numbers[-1] + 1)
+        images = sample_batch(pipeline, prompts, batch, settings.seed, settings.sampling)
+        return torch.stack([to_uint8_tensor(image) for image in images])
 
-    return rows(run, jobs, batch_size, world)
+    return rows(run, range(len(prompts)), settings.batch_size, world)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------

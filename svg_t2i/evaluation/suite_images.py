@@ -15,8 +15,8 @@ from tqdm import tqdm
 from autoencoder.common.processes import World
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import save_png
-from svg_t2i.evaluation.evaluate import Job, own_batches, sample_batch
-from svg_t2i.evaluation.suites import Prompt, SuiteName, complete, image_path
+from svg_t2i.evaluation.evaluate import own_batches, sample_batch
+from svg_t2i.evaluation.suites import SuiteName, SuitePrompt, complete, image_path
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
 from svg_t2i.sampling.options import SamplingOptions
@@ -25,7 +25,7 @@ from svg_t2i.sampling.options import SamplingOptions
 def generate(
     pipeline: SVGT2IPipeline,
     suite: SuiteName,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[SuitePrompt],
     sampling: SamplingOptions,
     *,
     output: Path,
@@ -43,16 +43,15 @@ def generate(
         The paths of all images, prompt by prompt; on every process, and once they are all there.
     """
     texts = [prompt.text for prompt in prompts for _ in range(count)]
-    jobs = [Job(text, seed + i) for i, text in enumerate(texts)]
     paths = [image_path(suite, output, prompt, number) for prompt in prompts for number in range(count)]
-    batches = list(own_batches(len(jobs), batch_size, world))
+    batches = list(own_batches(len(texts), batch_size, world))
     for batch in tqdm(batches, desc="sampling", unit="batch", disable=not world.is_main):
         missing = [i for i in batch if not paths[i].is_file()]
         if not missing:
             continue
-        images = sample_batch(pipeline, [jobs[i] for i in batch], sampling)
+        images = sample_batch(pipeline, texts, batch, seed, sampling)
         for i in missing:
-            record = {"caption": jobs[i].prompt, "seed": jobs[i].seed, **asdict(sampling)}
+            record = {"caption": texts[i], "seed": seed + i, **asdict(sampling)}
             with full_disk(output):
                 save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
     world.barrier()
@@ -92,6 +91,6 @@ def claim(
     return pipeline
 
 
-def digest_prompts(prompts: Sequence[Prompt]) -> str:
+def digest_prompts(prompts: Sequence[SuitePrompt]) -> str:
     """16 hex digits over all prompts."""
     return hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]

@@ -45,7 +45,7 @@ SuiteName = Literal["geneval", "dpg", "folder"]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SuitePrompt:
     """One prompt of a benchmark; `name` is what its files are called, `record` what GenEval's metadata says."""
 
     name: str
@@ -56,7 +56,7 @@ class Prompt:
 # --- prompts ----------------------------------------------------------------------------------------------------
 
 
-def read_geneval(path: Path) -> list[Prompt]:
+def read_geneval(path: Path) -> list[SuitePrompt]:
     """Prompts of an evaluation_metadata.jsonl: a line {"tag", "include", "prompt", …} each.
 
     Raises:
@@ -75,11 +75,11 @@ def read_geneval(path: Path) -> list[Prompt]:
         missing = [key for key in ("tag", "include", "prompt") if not isinstance(record, dict) or key not in record]
         if missing:
             raise UserError(f"{path}:{number}: no {', '.join(missing)}; a line of GenEval's metadata has all three")
-        prompts.append(Prompt(f"{len(prompts):05d}", record["prompt"], record))
+        prompts.append(SuitePrompt(f"{len(prompts):05d}", record["prompt"], record))
     return _not_empty(prompts, path)
 
 
-def read_dpg(folder: Path) -> list[Prompt]:
+def read_dpg(folder: Path) -> list[SuitePrompt]:
     """Prompts of a folder of .txt files, one each, in the order of their names.
 
     Raises:
@@ -94,13 +94,13 @@ def read_dpg(folder: Path) -> list[Prompt]:
             raise UserError(f"{path} is empty; a prompt file holds one prompt")
         if "." in path.stem:
             raise UserError(f"{path}: DPG-Bench's tool cuts names at their first dot; rename the file")
-        prompts.append(Prompt(path.stem, text))
+        prompts.append(SuitePrompt(path.stem, text))
     return _not_empty(prompts, folder)
 
 
-def number_prompts(texts: Iterable[str]) -> list[Prompt]:
+def number_prompts(texts: Iterable[str]) -> list[SuitePrompt]:
     """Any prompts, named by their number."""
-    return [Prompt(f"{number:05d}", text) for number, text in enumerate(texts)]
+    return [SuitePrompt(f"{number:05d}", text) for number, text in enumerate(texts)]
 
 
 def _read(path: Path) -> str:
@@ -110,7 +110,7 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _not_empty(prompts: list[Prompt], path: Path) -> list[Prompt]:
+def _not_empty(prompts: list[SuitePrompt], path: Path) -> list[SuitePrompt]:
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt")
     return prompts
@@ -119,7 +119,7 @@ def _not_empty(prompts: list[Prompt], path: Path) -> list[Prompt]:
 # --- folders ----------------------------------------------------------------------------------------------------
 
 
-def image_path(suite: SuiteName, output: Path, prompt: Prompt, number: int) -> Path:
+def image_path(suite: SuiteName, output: Path, prompt: SuitePrompt, number: int) -> Path:
     """Where image `number` of a prompt goes."""
     if suite == "geneval":
         return output / "images" / prompt.name / "samples" / f"{number:04d}.png"
@@ -128,7 +128,7 @@ def image_path(suite: SuiteName, output: Path, prompt: Prompt, number: int) -> P
     return output / "images" / f"{prompt.name}_{number:04d}.png"
 
 
-def complete(suite: SuiteName, output: Path, prompt: Prompt, count: int) -> None:
+def complete(suite: SuiteName, output: Path, prompt: SuitePrompt, count: int) -> None:
     """Add what the tool wants besides the `count` images of a prompt, once these are all there."""
     if suite == "folder":
         return

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 ImageInput = Image.Image | str | Path | Tensor
 EMBEDDING_SIZE, EMBEDDING_BATCH = 256, 16
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 @dataclass(frozen=True)
@@ -186,17 +185,6 @@ def prepare_mask(mask: ImageInput, size: tuple[int, int]) -> Tensor:
     if not cells.any():
         raise UserError("the mask is black everywhere: nothing to repaint; white marks what to repaint")
     return cells
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted. UserError if there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"{folder}: no image file in it")
-    return files
 
 
 def to_rgb_image(image: ImageInput) -> Image.Image:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, first_line
 
 ADVICE = {
     "encoding the prompts": "give fewer prompts at once, or enable_model_cpu_offload() (--cpu_offload)",
@@ -34,13 +34,9 @@ def memory_stage(name: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
-        raise MemoryShortage(f"out of memory while {name}: {ADVICE[name]}. ({_first_line(error)})") from error
+        raise MemoryShortage(f"out of memory while {name}: {ADVICE[name]}. ({first_line(error)})") from error
 
 
 def _is_shortage(error: BaseException) -> bool:
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(phrase in str(error) for phrase in _CPU_ALLOCATION)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import secrets
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.common.config import UserError, to_dict
-from autoencoder.common.processes import World
+from autoencoder.common.processes import World, peak_memory
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import MicroBatch
@@ -37,7 +35,7 @@ from svg_t2i.transformer.model import DiTConfig
 
 log = logging.getLogger("svg_t2i")
 
-TERA, GIB = 1e12, 2**30
+TERA = 1e12
 
 
 class Phases:
@@ -161,7 +159,7 @@ class ProgressLogger:
         scalars |= {f"share_of_{name}": spent / seconds for name, spent in phases.items()}
         if self._peak:
             scalars["flop_utilisation"] = values["operations"] / seconds / (self._peak * TERA)
-        scalars["memory_gib"] = peak_memory(self.world.device) / GIB
+        scalars["memory_gib"] = peak_memory(self.world.device, reset=True)
         if self.config.parallel.compile:
             scalars["compiled_graphs"] = compiled_graphs()
         log.info("step %d/%d  %s", step, self.config.train.max_steps, console_line(scalars))
@@ -201,16 +199,6 @@ class ProgressLogger:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use: on a GPU by tensors since the last call, else by this process since it began."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def console_line(scalars: Mapping[str, float]) -> str:

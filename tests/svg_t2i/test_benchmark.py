@@ -93,8 +93,8 @@ def test_a_full_disk_leaves_what_is_finished(saved, geneval_file, tmp_path, monk
 
 
 def test_settings_are_the_model_s_own_where_none_are_given(saved, geneval_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite_images, "sample_batch", lambda pipeline, jobs, sampling: [
-        Image.new("RGB", sampling.size) for _ in jobs
+    monkeypatch.setattr(suite_images, "sample_batch", lambda pipeline, texts, batch, seed, sampling: [
+        Image.new("RGB", sampling.size) for _ in batch
     ])  # fmt: skip
     arguments = ["geneval", "--checkpoint", str(saved), "--prompts", str(geneval_file), "--device", "cpu"]
     main([*arguments, "--output", str(tmp_path / "own"), "--guidance_interval", "0.1", "0.9"])
@@ -143,9 +143,9 @@ def test_shapes(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "benchmark_scenes", lambda: scenes)
     wanted = {scene.caption: scene for scene in scenes}
 
-    def perfect(pipeline, jobs, sampling):
+    def perfect(pipeline, texts, batch, seed, sampling):
         assert (sampling.size, sampling.system_prompt) == ((64, 64), "empty")
-        return [draw_scene(wanted[job.prompt]) for job in jobs]
+        return [draw_scene(wanted[texts[i]]) for i in batch]
 
     monkeypatch.setattr(suite_images, "sample_batch", perfect)
     main(["shapes", "--checkpoint", str(saved), "--output", str(tmp_path), "--device", "cpu"])

@@ -262,7 +262,7 @@ def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
         ("interpolate --prompt a", "nothing to go between"),
         ("interpolate --image IMAGE --image IMAGE --t 1.5", r"--t 1.5: must be in \[0, 1\]"),
         ("interpolate --prompt a --prompt b --weights 1", "--weights 1: must be at least 2"),
-        ("retrieve --image IMAGE --folder nowhere", "nowhere: no such folder"),
+        ("retrieve --image IMAGE --folder nowhere", "image folder nowhere does not exist"),
         ("retrieve --image IMAGE --image IMAGE --folder .", "retrieve takes one --image"),
         ("retrieve --image IMAGE --folder . --top_k 0", "--top_k 0: must be at least 1"),
         ("enhance", "nothing to draw"),

@@ -12,7 +12,7 @@ from autoencoder.images.files import save_png
 from svg_t2i.evaluation import suites
 from svg_t2i.evaluation.suites import (
     GENEVAL_TASKS,
-    Prompt,
+    SuitePrompt,
     complete,
     image_path,
     read_dpg_results,
@@ -60,7 +60,7 @@ def test_dpg_prompts_and_folders(tmp_path):
     (tmp_path / "prompts" / "drawn12.txt").write_text("A red kite\nover a lake.\n")
     (tmp_path / "prompts" / "coco3.txt").write_text("Two pears.")
     prompts = suites.read_dpg(tmp_path / "prompts")
-    assert prompts == [Prompt("coco3", "Two pears."), Prompt("drawn12", "A red kite over a lake.")]
+    assert prompts == [SuitePrompt("coco3", "Two pears."), SuitePrompt("drawn12", "A red kite over a lake.")]
     for number in range(4):
         save_png(Image.new("RGB", (32, 32), (50 * number, 0, 0)), image_path("dpg", tmp_path, prompts[0], number))
     complete("dpg", tmp_path, prompts[0], 4)

@@ -170,7 +170,7 @@ def test_retrieval_passes_over_broken_files(toy_pipeline, image, other, tmp_path
     vectors = embed_images(toy_pipeline.networks, [image, other])
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image file in it"):
+    with pytest.raises(UserError, match="holds no image"):
         toy_pipeline.retrieve(image, tmp_path / "empty")
 
 
@@ -185,7 +185,7 @@ def test_retrieval_passes_over_broken_files(toy_pipeline, image, other, tmp_path
         ("interpolate", {"prompt": ["a", "b", "c"], "image": None}, "two prompts"),
         ("interpolate", {"image": ["x", "x"], "weights": [0.0, 1.5]}, r"numbers in \[0, 1\]"),
         ("interpolate", {"image": ["x", "x"], "weights": 1}, "at least 2"),
-        ("retrieve", {"folder": "nowhere"}, "no such folder"),
+        ("retrieve", {"folder": "nowhere"}, "folder nowhere does not exist"),
     ],
 )
 def test_wrong_arguments(toy_pipeline, image, name, arguments, message):

@@ -276,6 +276,9 @@ def test_changed_settings_are_listed(toy_parts):
     before = to_dict(replace(config, optim=OptimConfig(lr=5.0, warmup_steps=2)))
     assert changed_settings(to_dict(config), config) == []
     assert changed_settings(before, config) == ["optim.lr: 5.0 → 0.001"]
+    del before["samples"]["cfg_trunc"]  # as if it was newer than the checkpoint
+    assert changed_settings(before, config) == ["optim.lr: 5.0 → 0.001"]
+    assert "gone: 1 → None" in changed_settings(before | {"gone": 1}, config)
 
 
 def test_batch_must_divide_among_processes(toy_parts):
