@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from autoencoder.common.config import run_entry
 from svg_t2i import train
-from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, stored_tensors
+from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, save_checkpoint, stored_tensors
 from svg_t2i.train import main
+from svg_t2i.training.sharding import from_main, main_first, start_world, to_main
 from svg_t2i.training.step import TrainState
 
 FSDP, SDP, HSDP = (f"parallel.data_parallel={mode}" for mode in ("fsdp", "sdp", "hsdp"))
@@ -209,3 +210,20 @@ def test_a_killed_process_and_a_lost_machine_cost_little(runs, toy_parts, capfd)
         arguments = [f"results_dir={runs / name}", *COMMON, f"train.max_steps={steps}"]
         main(["--config", str(toy_parts / "train.yaml"), *arguments])
     assert difference(runs, "lucky", "unlucky", steps) <= 1e-6
+
+
+def talk(folder):
+    """What the processes tell each other, and which of them write."""
+    with start_world() as world:
+        with main_first(world):
+            seen = sorted(path.name for path in folder.iterdir())
+            (folder / f"seen by {world.rank}").touch()
+        save_checkpoint(folder / f"saved by {world.rank}", 1, {"model": {"a": torch.ones(3)}}, {})
+        return world.is_main, to_main(world.rank, world), from_main(world.rank, world), seen
+
+
+def test_the_first_process_is_the_main_one_and_writes_alone(run_processes, tmp_path):
+    first, second = run_processes(talk, 2, tmp_path)
+    assert first == (True, [0, 1], 0, [])
+    assert second == (False, [], 0, ["seen by 0"])
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved by 0"]

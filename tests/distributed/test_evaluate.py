@@ -16,6 +16,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchvision.models import VGG16_Weights, vgg16
 
+from autoencoder.common.processes import joined_processes
 from autoencoder.evaluation.metrics import INCEPTION_FILE
 from autoencoder.images.files import crop_square, to_float, to_pil, to_uint8_tensor
 from autoencoder.model import SVGAutoencoder
@@ -190,3 +191,14 @@ def test_networks_in_their_files_give_the_values_of_torch_fidelity_and_torchmetr
     assert one["rfid"] == pytest.approx(frechet_distance(features[:, 0], features[:, 1]), rel=1e-3)
     assert one["lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
     assert min(one["rfid"], one["lpips"]) > 1e-3
+
+
+def talk():
+    with joined_processes("cpu") as processes:
+        processes.wait()
+        rank, total = processes.rank, processes.sum(torch.tensor([1.0, processes.rank]))
+        return processes.is_main, processes.gather(rank), processes.share(rank), total.tolist()
+
+
+def test_the_first_process_is_the_main_one(run_processes):
+    assert run_processes(talk, 2) == [(True, [0, 1], 0, [2, 1]), (False, [], 0, [2, 1])]

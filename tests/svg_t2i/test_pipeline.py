@@ -10,6 +10,7 @@ import torch
 
 from autoencoder.common.config import UserError
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
@@ -302,6 +303,30 @@ def test_wrong_arguments(pipeline, changes, message):
         pipeline(PROMPTS[0], **changes)
     with pytest.raises(UserError, match="empty list"):
         pipeline([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"height": 16, "width": 16},
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 2, "solver": "euler"},
+        {"renorm_cfg": 0.0},
+        {"guidance_scale": 0.0},
+        {"guidance_interval": (0.0, 0.0)},
+        {"guidance_interval": (1.0, 1.0)},
+        {"time_shift": 1e-3},
+    ],
+)
+def test_bounds_of_the_options_are_allowed(changes):
+    assert vars(SamplingOptions(**changes)).items() >= changes.items()
+
+
+def test_seeds_go_up_to_the_largest_number(pipeline):
+    for seed in (0, 2**63 - 1):
+        assert pipeline.plan_request("x", 16, 16, 1, seed, pipeline.options).seeds == [seed]
+    with pytest.raises(UserError, match="seed"):
+        pipeline.plan_request("x", 16, 16, 1, 2**63, pipeline.options)
 
 
 def test_a_prompt_too_long_is_cut_with_a_warning_that_shows_what(pipeline, caplog):

@@ -179,8 +179,33 @@ def test_lpips_is_torchmetrics_lpips(monkeypatch):
 def test_discriminator_shape_and_initialisation():
     discriminator = PatchDiscriminator()
     assert discriminator(torch.zeros(1, 3, 64, 96)).shape == (1, 1, 6, 10)
+    widths = [m.out_channels for m in PatchDiscriminator(ndf=2, n_layers=5).modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [2, 4, 8, 16, 16, 16, 1]  # eight times the first at most
     weights = torch.cat([m.weight.flatten() for m in discriminator.modules() if isinstance(m, nn.Conv2d)])
     assert abs(weights.std().item() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize(("n_layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
+def test_a_logit_of_the_discriminator_sees_a_patch_of_this_side(n_layers, pixels):
+    discriminator = PatchDiscriminator(ndf=4, n_layers=n_layers).eval()
+    images = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = discriminator(images)
+    centre = logits.shape[2] // 2
+    (grad,) = torch.autograd.grad(logits[0, 0, centre, centre], images)
+    seen = grad[0].abs().sum(dim=0) > 0  # (H, W)
+    rows, columns = seen.any(dim=1).nonzero(), seen.any(dim=0).nonzero()
+    for places in (rows, columns):
+        assert places.max() - places.min() + 1 == pixels
+    assert seen.sum() > 0.9 * pixels**2
+
+
+@pytest.mark.parametrize(("n_layers", "side"), [(1, 6), (2, 12), (3, 24)])
+def test_the_smallest_image_of_the_discriminator_gets_one_logit(n_layers, side):
+    discriminator = PatchDiscriminator(ndf=4, n_layers=n_layers).eval()
+    assert discriminator.smallest_side == side
+    assert discriminator(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        discriminator(torch.zeros(1, 3, side - 1, side))
 
 
 @pytest.mark.parametrize(

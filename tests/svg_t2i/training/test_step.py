@@ -14,7 +14,18 @@ from svg_t2i import export
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
 from svg_t2i.features.frozen import CaptionCache
 from svg_t2i.train import main
-from svg_t2i.training.settings import FlowConfig, LoopConfig, OptimConfig, TrainConfig, changed_settings
+from svg_t2i.training.settings import (
+    CaptionMix,
+    DataConfig,
+    FlowConfig,
+    LoopConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    SamplesConfig,
+    TrainConfig,
+    changed_settings,
+)
 from svg_t2i.training.step import FlowObjective
 from svg_t2i.transformer.packing import TextFeatures
 
@@ -373,3 +384,62 @@ def test_shift_rules():
     for settings in ({"shift_rule": "constant"}, {"shift_factor": 3.0}):
         with pytest.raises(UserError, match="shift_factor"):
             FlowConfig(**settings)
+
+
+LOOP = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+MIX = {"short": 1.0, "middle": 1.0, "long": 1.0}
+WSD = {"schedule": "wsd", "lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("section", "others", "name", "allowed", "refused"),
+    [
+        (LoopConfig, LOOP, "max_steps", [1], [0]),
+        (LoopConfig, LOOP, "global_batch_size", [1], [0]),
+        (LoopConfig, LOOP, "micro_batch_size", [1], [0]),
+        (LoopConfig, LOOP, "log_every", [1], [0]),
+        (LoopConfig, LOOP, "ckpt_every", [1], [0]),
+        (LoopConfig, LOOP, "keep_last", [1], [0]),
+        (LoopConfig, LOOP, "keep_every", [None, 1], [0]),
+        (LoopConfig, LOOP, "grad_clip", [0.5, math.inf], [0.0, math.nan]),
+        (LoopConfig, LOOP, "ema_decay", [0.0, 0.5, (0.5, 0.0)], [1.0, -0.1, (0.5, 0.5), (), (0.5, 1.0)]),
+        (LoopConfig, LOOP, "spike_factor", [None, 1.5], [1.0]),
+        (DataConfig, {"path": "x"}, "crops_per_image", [None, 1], [0]),
+        (DataConfig, {"path": "x"}, "micro_batch_tokens", [None, 1], [0]),
+        (DataConfig, {"path": "x"}, "prefetch", [1], [0]),
+        (CaptionMix, MIX, "short", [0.0, 0.5], [-0.1]),
+        (CaptionMix, MIX, "long", [0.0, 0.5], [-0.1]),
+        (CaptionMix, {"middle": 0, "long": 0}, "short", [0.5], [0.0]),
+        (OptimConfig, {}, "lr", [0.5], [0.0]),
+        (OptimConfig, {"lr": 0.5}, "final_lr", [0.0, 0.5], [-0.1, 0.6]),
+        (OptimConfig, {}, "warmup_steps", [0], [-1]),
+        (OptimConfig, WSD, "decay_steps", [1], [0]),
+        (OptimConfig, {}, "decay_steps", [0], [1]),
+        (FlowConfig, {"shift_rule": "constant"}, "shift_factor", [0.5], [0.0, None]),
+        (ParallelConfig, {"data_parallel": "hsdp"}, "shard_size", [None, 1], [0]),
+        (MonitorConfig, {}, "loss_bins", [1], [0]),
+        (MonitorConfig, {}, "profile_steps", [0], [-1]),
+        (SamplesConfig, {"prompts": ("x",)}, "every", [0, 1], [-1]),
+        (SamplesConfig, {}, "every", [0], [1]),  # without prompts
+    ],
+)
+def test_bounds_are_allowed_and_what_lies_beyond_is_refused(section, others, name, allowed, refused):
+    for value in allowed:
+        assert getattr(section(**others | {name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError):
+            section(**others | {name: value})
+
+
+def test_unnamed_settings_are_the_published_ones():
+    """But for the decay of the averaged weights, which the published stage configs set."""
+    loop, optim, flow, data = LoopConfig(**LOOP), OptimConfig(), FlowConfig(), DataConfig("x")
+    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (2e-4, (0.9, 0.95), 1e-15, 0.0)
+    assert (optim.warmup_steps, optim.schedule, optim.decay_steps, optim.final_lr) == (0, "constant", 0, 0.0)
+    assert (loop.precision, loop.grad_clip, loop.ema_decay, loop.ema_warmup) == ("bf16", 2.0, 0.9999, False)
+    assert (loop.seed, loop.spike_factor, loop.max_nonfinite) == (0, None, 100)
+    assert (loop.log_every, loop.ckpt_every, loop.keep_last, loop.keep_every) == (10, 1000, 5, None)
+    assert (flow.snr_type, flow.mu, flow.shift, flow.shift_rule) == ("uniform", 0.0, True, "flux")
+    assert (data.resolution, data.max_aspect, data.widest, data.caption_dropout_prob) == (256, 4.0, 4.0, 0.1)
+    assert (data.caption_mix, data.crops_per_image, data.jpeg_draft, data.max_errors) == (None, None, False, 16)
+    assert DataConfig("x", single_shape=True).widest == 1.0
