@@ -10,6 +10,7 @@ import torch
 
 from autoencoder.common.config import UserError
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling import denoising
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
@@ -69,6 +70,17 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, solver):
         alone = latents(pipeline, prompt, seed=5 + i, solver=solver, height=heights[i], width=widths[i])
         assert alone[0].shape == (32, heights[i] // 16, widths[i] // 16)
         assert_near(together[i], alone[0])
+
+
+def test_on_a_cpu_few_latent_cells_go_through_the_model_at_once(pipeline, monkeypatch):
+    settings = {"seed": [1, 2, 3, 4], "height": [32, 64, 32, 32], "guidance_scale": 1.0, "num_inference_steps": 1}
+    whole = latents(pipeline, [PROMPTS[0]] * 4, **settings)
+    calls = []
+    monkeypatch.setattr(denoising, "CPU_NUMBERS", 12 * pipeline.transformer.config.dim)
+    monkeypatch.setattr(pipeline.transformer, "forward_packed", count_rows(pipeline.transformer, calls))
+    for few, together in zip(latents(pipeline, [PROMPTS[0]] * 4, **settings), whole, strict=True):
+        assert_near(few, together)
+    assert calls == [1, 1, 2]  # of 6, 12 and twice 6 cells
 
 
 def test_seeds_generators_and_given_latents(pipeline):

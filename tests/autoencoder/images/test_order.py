@@ -140,3 +140,17 @@ def test_orders_stay_those_of_earlier_runs():
 )
 def test_the_generator_of_a_sample_stays_what_it_was(seed, position, expected):
     assert sample_rng(seed, position).integers(0, 2**32, 2).tolist() == expected
+
+
+def test_a_source_may_have_one_sample():
+    assert SampleOrder([1], seed=7).locate(np.arange(3))[1].tolist() == [0, 0, 0]
+    assert set(SampleOrder([1, 1], seed=7).locate(np.arange(9))[1].tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"length": 1}, {"global_batch_size": 1}, {"rank": 1, "world_size": 2}, {"resume_step": 3}]
+)
+def test_bounds_of_a_stream_are_allowed(changes):
+    stream = {"length": 5, "rank": 0, "world_size": 1, "global_batch_size": 2, "total_steps": 3, "resume_step": 0}
+    sampler = ResumableSampler(**stream | changes, seed=0)
+    assert len(list(sampler)) == len(sampler)

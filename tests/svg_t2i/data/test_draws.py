@@ -51,8 +51,10 @@ def test_fixed_crops_belong_to_the_image():
 
 
 def test_bounds():
-    with pytest.raises(UserError, match=r"caption_dropout_prob=1\.5"):
-        Augmentation(1.5)
+    assert [Augmentation(prob).caption_dropout_prob for prob in (0.0, 1.0)] == [0.0, 1.0]
+    for prob in (-0.5, 1.5):
+        with pytest.raises(UserError, match=f"caption_dropout_prob={prob}"):
+            Augmentation(prob)
 
 
 def test_choices_stay_those_of_earlier_runs():

@@ -207,7 +207,7 @@ def test_wrong_arguments(toy_pipeline, image, name, arguments, message):
 
 def test_image_tensors_are_checked(toy_pipeline):
     wrong_ones = [torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.uint8)]
-    for wrong in [*wrong_ones, torch.full((3, 32, 48), -1.0)]:
+    for wrong in [*wrong_ones, torch.full((3, 32, 48), -1e-3), torch.full((3, 32, 48), 1.001)]:
         with pytest.raises(UserError, match="image"):
             toy_pipeline.variation(wrong)
     picture = Image.new("RGB", (48, 32), (255, 255, 255))
