@@ -179,6 +179,7 @@ def test_jpeg_draft_shows_the_same_picture(tmp_path):
     assert (full - draft).abs().mean() < 2
     assert T2IDataset(manifest, 64, jpeg_draft=True).load(0)[0].size == (113, 75)  # an eighth, and still large enough
     assert T2IDataset(manifest, 512, jpeg_draft=True).load(0)[0].size == (900, 600)
+    assert T2IDataset(manifest, 64).load(0)[0].size == (900, 600)  # whole unless drafts are asked for
 
 
 def test_errors_of_the_reading_ahead_worker_are_plain(datasets):
