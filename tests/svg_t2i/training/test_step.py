@@ -3,6 +3,7 @@
 import math
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
-from svg_t2i.features.frozen import CaptionCache
+from svg_t2i.features.frozen import CaptionCache, MicroBatch
+from svg_t2i.flow.paths import draw_timesteps, flux_shift_factor, random_keys, random_normal, shift_time
 from svg_t2i.train import main
 from svg_t2i.training.settings import (
     CaptionMix,
@@ -26,7 +28,9 @@ from svg_t2i.training.settings import (
     TrainConfig,
     changed_settings,
 )
-from svg_t2i.training.step import FlowObjective
+from svg_t2i.training.sharding import World
+from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 
@@ -443,3 +447,54 @@ def test_unnamed_settings_are_the_published_ones():
     assert (data.resolution, data.max_aspect, data.widest, data.caption_dropout_prob) == (256, 4.0, 4.0, 0.1)
     assert (data.caption_mix, data.crops_per_image, data.jpeg_draft, data.max_errors) == (None, None, False, 16)
     assert DataConfig("x", single_shape=True).widest == 1.0
+
+
+def test_loss_of_patches_is_that_of_their_samples(toy_parts):
+    """A fresh model predicts 0, so the loss is the mean square of clean − noise, with the noise of each position."""
+    config = load_config(TrainConfig, toy_parts / "train.yaml", ["train.seed=5"])
+    sizes = DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=3, cap_feat_dim=8, patch_size=2)
+    objective = FlowObjective(SVGDiT(sizes), config)
+    latents, positions = [torch.randn(3, 4, 6), torch.randn(3, 2, 4)], torch.tensor([7, 10**6])
+    tokens, grids = objective.transformer.pack(latents)
+    text = TextFeatures(torch.randn(5, 8), (2, 3))
+    resolutions = torch.tensor([64, 64])
+    losses, timesteps = objective(MicroBatch(tokens, grids, positions, resolutions, text))
+    keys = random_keys(5, positions)
+    for i, clean in enumerate(tokens.split([6, 2])):
+        noise = random_normal(keys[i : i + 1], clean.shape)[0]
+        torch.testing.assert_close(losses[i], (clean - noise).square().mean())
+    torch.testing.assert_close(timesteps, shift_time(draw_timesteps(keys), flux_shift_factor(16)))
+
+
+def test_a_step_takes_the_gradient_of_the_mean_loss_over_all_micro_batches(toy_parts):
+    """AdamW hardly notices the scale of a gradient, but its clipping, the guard and the log do."""
+    overrides = ["train.global_batch_size=3", "train.micro_batch_size=1", "train.ema_decay=[0.5,0.0]"]
+    config = load_config(TrainConfig, toy_parts / "train.yaml", overrides)
+    sizes = DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=3, cap_feat_dim=8)
+    transformer = SVGDiT(sizes)
+    for weight in transformer.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    objective, state, updates = FlowObjective(transformer, config), TrainState.start(transformer, config), []
+    latents, lengths = [torch.randn(3, 2, 3), torch.randn(3, 4, 2), torch.randn(3, 2, 2)], (2, 4, 1)
+    text = TextFeatures(torch.randn(7, 8), lengths)
+
+    def micro_batch(*rows):
+        tokens, grids = transformer.pack([latents[row] for row in rows])
+        return MicroBatch(tokens, grids, torch.tensor(rows), torch.full((len(rows),), 64), text.select(rows))
+
+    losses, _ = objective(micro_batch(0, 1, 2))
+    gradients = torch.autograd.grad(losses.mean(), transformer.parameters())
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    before = [weight.detach().clone() for weight in state.weights]
+    frozen = SimpleNamespace(prepare=lambda *_: [micro_batch(0, 1), micro_batch(2)])
+    meter = SimpleNamespace(
+        phase=lambda name: None, add_losses=lambda *_: None, add_update=lambda *values: updates.append(values)
+    )
+    train_step(state, objective, [], frozen, config, World(0, 0, 1, torch.device("cpu")), meter)
+    torch.testing.assert_close(updates, [(norm, torch.tensor(0.0))])
+    assert state.step == 1
+    assert state.optimizer.param_groups[0]["lr"] == config.optim.lr / 2  # the first of two steps of warm-up
+    for half, newest, old, new in zip(*(ema.values() for ema in state.emas.values()), before, state.weights):
+        torch.testing.assert_close(half, (old + new) / 2)
+        assert torch.equal(newest, new)
+    assert all(weight.grad is None for weight in state.weights)
