@@ -115,6 +115,11 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_tiny_deviation_is_kept_from_zero():
+    stats = LatentStats(torch.tensor([1.0]), torch.tensor([1e-8]))
+    torch.testing.assert_close(stats.normalize(torch.full((1, 1, 1), 3.0)), torch.full((1, 1, 1), 1e8))  # 2 / 2e-8
+
+
 def test_a_new_file_gets_its_folders(tmp_path):
     with replacing(tmp_path / "a" / "b" / "new.txt") as partial:
         partial.write_text("new")

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder.common.config import ConfigError, UserError
-from autoencoder.training.losses import AutoencoderLoss, LossConfig, PatchDiscriminator, build_loss, build_lpips
+from autoencoder.training.losses import (
+    AutoencoderLoss,
+    LossConfig,
+    PatchDiscriminator,
+    build_loss,
+    build_lpips,
+    hinge_loss,
+    vanilla_loss,
+)
 
 
 class SquaredError(nn.Module):
@@ -98,6 +106,25 @@ def test_discriminator_counts_images_equally():
     torch.testing.assert_close(logs["logits_real"], sum(reals))
     assert layer.grad is None
     assert loss.discriminator.main[0].weight.grad.abs().max() > 0
+
+
+def test_adversaries_are_cross_entropy_and_hinge():
+    real, fake = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    entropies = [F.binary_cross_entropy(x.sigmoid(), torch.full_like(x, label)) for x, label in ((real, 1), (fake, 0))]
+    torch.testing.assert_close(vanilla_loss(real, fake), sum(entropies) / 2)
+    torch.testing.assert_close(hinge_loss(real, fake), ((1 - real).clamp(min=0) + (1 + fake).clamp(min=0)).mean() / 2)
+    images, features, layer = make_groups((2, 32, 32))
+    loss, reference = make_loss(disc_loss="vanilla"), make_loss()
+    recons = [group.detach() for group in reconstruct(features, layer)]
+    expected = vanilla_loss(*(reference.discriminator(x[0]) for x in (images, recons)))
+    torch.testing.assert_close(loss.discriminator_loss(images, recons, step=0)[0], expected)
+
+
+def test_unnamed_settings_are_the_published_ones():
+    assert vars(LossConfig()) == {
+        "disc_start": 5000, "disc_weight": 0.5, "disc_factor": 1.0, "perceptual_weight": 1.0, "logvar_init": 0.0,
+        "disc_loss": "hinge", "disc_num_layers": 3, "disc_ndf": 64, "disc_in_channels": 3, "disc_per_image": False,
+    }  # fmt: skip
 
 
 def test_reconstruction_does_not_depend_on_grouping():

@@ -57,5 +57,7 @@ def test_few_micro_batches():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="micro_batch_tokens=500 is too small: a sample has up to 600"):
         deal_by_tokens([600, 300], 1, 500)
+    with pytest.raises(UserError, match="micro_batch_tokens=500 is too small"):
+        deal_by_tokens([500, 500, 500], 2, 500)  # the second rank's second micro-batch would be empty
     with pytest.raises(UserError, match="global_batch_size=2 leaves some of 3 processes without a sample"):
         deal_by_tokens([1, 1], 3, 10)
