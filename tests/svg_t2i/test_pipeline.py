@@ -10,7 +10,9 @@ import torch
 
 from autoencoder.common.config import UserError
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling.options import changed
+from svg_t2i.sampling import denoising
+from svg_t2i.sampling.options import SamplingOptions, changed
+from svg_t2i.sampling.steps import plan_request
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
@@ -69,6 +71,17 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, solver):
         alone = latents(pipeline, prompt, seed=5 + i, solver=solver, height=heights[i], width=widths[i])
         assert alone[0].shape == (32, heights[i] // 16, widths[i] // 16)
         assert_near(together[i], alone[0])
+
+
+def test_on_a_cpu_few_latent_cells_go_through_the_model_at_once(pipeline, monkeypatch):
+    settings = {"seed": [1, 2, 3, 4], "height": [32, 64, 32, 32], "guidance_scale": 1.0, "num_inference_steps": 1}
+    whole = latents(pipeline, [PROMPTS[0]] * 4, **settings)
+    calls = []
+    monkeypatch.setattr(denoising, "CPU_NUMBERS", 12 * pipeline.transformer.config.dim)
+    monkeypatch.setattr(pipeline.transformer, "forward_packed", count_rows(pipeline.transformer, calls))
+    for few, together in zip(latents(pipeline, [PROMPTS[0]] * 4, **settings), whole, strict=True):
+        assert_near(few, together)
+    assert calls == [1, 1, 2]  # of 6, 12 and twice 6 cells
 
 
 def test_seeds_generators_and_given_latents(pipeline):
@@ -303,6 +316,30 @@ def test_wrong_arguments(pipeline, changes, message):
         pipeline(PROMPTS[0], **changes)
     with pytest.raises(UserError, match="empty list"):
         pipeline([])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"height": 16, "width": 16},
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 2, "solver": "euler"},
+        {"renorm_cfg": 0.0},
+        {"guidance_scale": 0.0},
+        {"guidance_interval": (0.0, 0.0)},
+        {"guidance_interval": (1.0, 1.0)},
+        {"time_shift": 1e-3},
+    ],
+)
+def test_bounds_of_the_options_are_allowed(changes):
+    assert vars(SamplingOptions(**changes)).items() >= changes.items()
+
+
+def test_seeds_go_up_to_the_largest_number(pipeline):
+    for seed in (0, 2**63 - 1):
+        assert plan_request("x", 16, 16, 1, seed, pipeline.options).seeds == [seed]
+    with pytest.raises(UserError, match="seed"):
+        plan_request("x", 16, 16, 1, 2**63, pipeline.options)
 
 
 def test_a_prompt_too_long_is_cut_with_a_warning_that_shows_what(pipeline, caplog):

@@ -76,6 +76,8 @@ def test_interpolation_and_round_trip(tmp_path):
         ("precision=fp8", r"precision = 'fp8'; choose one of fp32, bf16"),
         ("optim.betas=[0.9]", r"expected 2 entries"),
         ("sizes=3", r"sizes = 3; expected a list"),
+        ("name=3", r"name = 3; expected str"),
+        ("optim.betas=[0.9,0.95,1]", r"expected 2 entries"),
         ("optim=3", r"optim must be a mapping"),
         ("name=''", r"name is empty"),
         ("justakey", r"not of the form key\.sub=value"),
@@ -86,6 +88,20 @@ def test_bad_values_name_the_field_and_the_remedy(tmp_path, override, message):
     path.write_text("name: first\n")
     with pytest.raises(ConfigError, match=message):
         load_config(Config, path, [override])
+
+
+def test_paths_are_text_and_text_is_a_path_where_that_is_asked_for():
+    @dataclass
+    class Files:
+        name: str
+        folder: Path
+
+    files = build(Files, {"name": Path("a"), "folder": "b"}, "here")
+    assert (files.name, files.folder) == ("a", Path("b"))
+    with pytest.raises(ConfigError, match="folder = 3; expected Path"):
+        build(Files, {"name": "a", "folder": 3}, "here")
+    with pytest.raises(ConfigError, match="warmup_steps = PosixPath"):
+        build(Optim, {"warmup_steps": Path("a")}, "here")
 
 
 def test_missing_key_and_broken_files(tmp_path):

@@ -56,6 +56,9 @@ def test_decode_takes_stripes_beyond_the_limit_only(monkeypatch):
     latents = torch.randn(3, 24, 4, 4)
     small = decode(decoder, latents)
     assert not calls
+    monkeypatch.setattr(striped, "PLAIN_PIXELS", 3 * 16 * 16)
+    assert torch.equal(decode(decoder, latents), small)
+    assert not calls
     monkeypatch.setattr(striped, "PLAIN_PIXELS", 3 * 16 * 16 - 1)
     torch.testing.assert_close(decode(decoder, latents), small, rtol=0, atol=1e-5)
     assert calls == [1, 1, 1]

@@ -1,11 +1,12 @@
-"""Resized position embeddings against a bicubic written from its definition, and against Pillow's antialiased one."""
+"""Rotary tables against their formula; resized position embeddings against a bicubic written from its definition,
+and against Pillow's antialiased one."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from autoencoder.encoders.positions import resize_positions
+from autoencoder.encoders.positions import Rotary, resize_positions
 
 SIDE = 7
 
@@ -57,3 +58,40 @@ def test_the_tables_own_grid_is_left_alone_in_any_precision(table):
     half = resize_positions(table.bfloat16(), (4, 4))
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, resize_positions(table.bfloat16().float(), (4, 4)).bfloat16())  # fp32 inside
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4, 1)])
+def test_rotary_angles_are_the_centres_of_patches_over_the_periods(grid):
+    rotary = Rotary(head_dim=8)  # periods 1 and 10, exact in bfloat16
+    table = rotary.get_embed(grid)
+    assert table.shape == (grid[0] * grid[1], 2 * 8)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            centres = [-1 + (2 * place + 1) / cells for place, cells in zip((row, column), grid)]
+            angles = [2 * np.pi * centre / period for centre in centres for period in (1, 10)] * 2
+            expected = torch.tensor([*np.sin(angles), *np.cos(angles)], dtype=torch.float32)
+            torch.testing.assert_close(table[row * grid[1] + column], expected, atol=2e-6, rtol=0)
+
+
+def test_rotary_periods_are_rounded_as_in_the_released_weights_and_stay_single():
+    rotary = Rotary(head_dim=64)
+    exact = torch.tensor([100 ** (i / 16) for i in range(16)])
+    assert torch.equal(rotary.periods, exact.bfloat16().float())
+    assert not torch.equal(rotary.periods, exact)
+    before = rotary.get_embed((3, 4))
+    after = rotary.to(torch.bfloat16).get_embed((3, 4))
+    assert after.dtype == torch.float32
+    assert torch.equal(before, after)
+
+
+def test_rotary_tables_follow_the_periods_and_are_kept_for_a_number_of_grids():
+    rotary = Rotary(head_dim=8)
+    before = rotary.get_embed((2, 3))
+    assert rotary.get_embed((2, 3)) is before
+    rotary.load_state_dict({"periods": torch.tensor([2.0, 20.0])})
+    after = rotary.get_embed((2, 3))
+    assert not torch.equal(after, before)
+    for width in range(1, 2 * Rotary.MAX_TABLES):
+        rotary.get_embed((1, width))
+    assert torch.equal(rotary.get_embed((2, 3)), after)
+    assert len(rotary._tables) <= Rotary.MAX_TABLES

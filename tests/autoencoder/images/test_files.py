@@ -165,6 +165,7 @@ def test_frontier_is_the_staircase_walk(num_patches, max_aspect):
 def test_buckets_are_valid_sizes(resolution):
     buckets = images.aspect_buckets(resolution)
     assert (resolution, resolution) in buckets
+    assert resolution % 128 or (2 * resolution, resolution // 2) in buckets  # the widest
     assert set(buckets) == {(h, w) for w, h in buckets}
     assert all(
         w % 16 == 0 and h % 16 == 0 and w * h <= resolution**2 and max(w, h) <= 4 * min(w, h) for w, h in buckets
@@ -266,12 +267,21 @@ def test_grid_places_images_row_by_row():
     assert grid.getpixel((19, 17)) == (255, 255, 255)
 
 
+def test_grid_centres_small_images_in_their_cells():
+    red, blue = (255, 0, 0), (0, 0, 255)
+    grid = np.array(images.image_grid([Image.new("RGB", (10, 20), red), Image.new("RGB", (30, 8), blue)], 2, gap=4))
+    for colour, box in ((red, (14, 4, 24, 24)), (blue, (38, 10, 68, 18))):  # left, top, right, bottom
+        rows, columns = np.nonzero((grid == colour).all(axis=2))
+        assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
+
+
 def test_grid_labels_are_drawn_below_and_wrapped():
     blank = Image.new("RGB", (64, 64), (255, 255, 255))
     labels = ["short", "a label of so many words that it has to go on for several lines", "x" * 60]
     grid = np.array(images.image_grid([blank] * 3, columns=3, labels=labels))
     ink = grid.min(axis=2) < 128
-    assert not ink[:68].any()
+    assert not ink[:69].any()
+    assert not ink[-4:].any()  # there is room for every line
     cells = [ink[:, 4 + i * 124 : 124 + i * 124] for i in range(3)]
     heights = [cell.any(axis=1).sum() for cell in cells]
     assert 0 < heights[0] < heights[1]

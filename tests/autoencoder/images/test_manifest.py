@@ -1,5 +1,6 @@
 """Manifests, image folders, their error budgets, and the resumable order."""
 
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images import manifest as manifest_module
-from autoencoder.images.manifest import ImageFolder, Manifest, ResumableSampler, Sample, sample_rng
+from autoencoder.images.manifest import ImageFolder, Manifest, ResumableSampler, Sample, image_size, sample_rng
 
 
 def write_lines(path, *entries):
@@ -301,6 +302,8 @@ def test_sampler_starts_anywhere_at_once():
         ({"length": 0}, "nothing to sample: 0 samples"),
         ({"global_batch_size": 0}, "global batch size 0"),
         ({"rank": 2}, "rank 2 must be one of"),
+        ({"rank": -1}, "rank -1 must be one of"),
+        ({"resume_step": -1}, "resume step -1 must lie in"),
         ({"resume_step": 11}, "resume step 11 must lie in 0 .. total steps = 10"),
     ],
 )
@@ -341,3 +344,25 @@ def test_example_images_are_what_the_script_draws(repo_root, tmp_path):
     for index in range(len(drawn)):
         pixels = [np.array(source.load(index)[0]).astype(int) for source in (drawn, committed)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 2  # Pillow releases round differently
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"width": 1, "height": 1}, (1, 1)),
+        ({"width": 0, "height": 5}, None),
+        ({"width": 5, "height": 0}, None),
+        ({"width": 5, "height": None}, None),
+        ({"width": "5", "height": 5}, None),
+        ({"height": 5}, None),
+    ],
+)
+def test_a_size_is_known_where_both_sides_are_positive_numbers(fields, size):
+    assert image_size(fields) == size
+
+
+def test_a_fingerprint_is_the_hash_of_the_count_and_the_entries(tmp_path):
+    """Caches of features are known by it."""
+    path = write_lines(tmp_path / "m.jsonl", "one", *map(item, range(3)))
+    entries = path.read_bytes().splitlines()[1:]
+    assert Manifest.open(path).fingerprint() == hashlib.sha256(b"3" + b"".join(entries)).hexdigest()[:16]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoencoder.common.config import UserError
 from autoencoder.images import order as order_module
-from autoencoder.images.order import MIXING_BLOCK, ResumableSampler, SampleOrder, keyed_permutation
+from autoencoder.images.order import MIXING_BLOCK, ResumableSampler, SampleOrder, keyed_permutation, sample_rng
 
 
 @settings(deadline=None, max_examples=60)
@@ -113,3 +113,44 @@ def test_two_sources_of_equal_length_are_visited_in_different_orders():
 def test_mistakes_are_named(lengths, weights, message):
     with pytest.raises(UserError, match=message):
         SampleOrder(lengths, weights)
+
+
+def test_orders_stay_those_of_earlier_runs():
+    """Numbers that must not change: a run goes on after an interruption only if they never change."""
+    assert keyed_permutation(11, 12345, np.arange(11)).tolist() == [1, 0, 3, 4, 9, 5, 8, 2, 6, 7, 10]
+    far = [718124179, 480347540, 181167948, 799197920]
+    assert keyed_permutation(10**9, 2**63 + 1, np.arange(4)).tolist() == far
+    assert SampleOrder([7], seed=7).locate(np.arange(14))[1].tolist() == [5, 0, 3, 1, 2, 6, 4, 1, 5, 3, 4, 0, 2, 6]
+    _, large = SampleOrder([10**9], seed=1).locate(np.array([0, 1, 10**9, 10**15]))
+    assert large.tolist() == [732351487, 737440481, 823883112, 163788942]
+    positions = np.array([0, 1, 2, 3, 4, 5, 6, 7, 70_000, 10**6])
+    sources, indices = SampleOrder([100, 300], [1, 2], seed=7).locate(positions)
+    assert sources.tolist() == [1, 1, 1, 0, 0, 1, 0, 0, 0, 1]
+    assert indices.tolist() == [229, 88, 211, 13, 46, 55, 10, 47, 67, 165]
+
+
+@pytest.mark.parametrize(
+    ("seed", "position", "expected"),
+    [
+        (0, 0, [3445585646, 4049885951]),
+        (0, 1, [2843493045, 2908538353]),
+        (1, 0, [66015038, 3002330520]),
+        (5, 10**9, [4054475906, 3876608254]),
+    ],
+)
+def test_the_generator_of_a_sample_stays_what_it_was(seed, position, expected):
+    assert sample_rng(seed, position).integers(0, 2**32, 2).tolist() == expected
+
+
+def test_a_source_may_have_one_sample():
+    assert SampleOrder([1], seed=7).locate(np.arange(3))[1].tolist() == [0, 0, 0]
+    assert set(SampleOrder([1, 1], seed=7).locate(np.arange(9))[1].tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"length": 1}, {"global_batch_size": 1}, {"rank": 1, "world_size": 2}, {"resume_step": 3}]
+)
+def test_bounds_of_a_stream_are_allowed(changes):
+    stream = {"length": 5, "rank": 0, "world_size": 1, "global_batch_size": 2, "total_steps": 3, "resume_step": 0}
+    sampler = ResumableSampler(**stream | changes, seed=0)
+    assert len(list(sampler)) == len(sampler)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from autoencoder.common.config import UserError
-from autoencoder.common.weights import replacing
+from autoencoder.common.weights import fingerprint, replacing
 from autoencoder.latents.statistics import LatentStats, StatsAccumulator
 
 D = 6
@@ -113,6 +113,25 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tiny_deviation_is_kept_from_zero():
+    stats = LatentStats(torch.tensor([1.0]), torch.tensor([1e-8]))
+    torch.testing.assert_close(stats.normalize(torch.full((1, 1, 1), 3.0)), torch.full((1, 1, 1), 1e8))  # 2 / 2e-8
+
+
+def test_a_new_file_gets_its_folders(tmp_path):
+    with replacing(tmp_path / "a" / "b" / "new.txt") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "a" / "b" / "new.txt").read_text() == "new"
+
+
+def test_fingerprints_stay_those_in_older_checkpoints():
+    """Values that must not change, or every checkpoint and cache is refused."""
+    assert LatentStats(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 2.0])).fingerprint() == "1224c087dafe31c0"
+    state = {"w": torch.tensor([[1.0, -2.5]]), "b": torch.arange(3.0)}
+    assert fingerprint({"b": 1, "a": "x"}, state) == "0444b5555b91b4de"
+    assert fingerprint({"a": "x", "b": 1}, {name: state[name].bfloat16() for name in ("b", "w")}) == "0444b5555b91b4de"
 
 
 def test_published_file_rows_and_extra_channels(tmp_path):

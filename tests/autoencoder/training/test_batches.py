@@ -177,3 +177,28 @@ def test_both_splits_have_one_size():
     params = {"batch_size": 1, "train": split("Train", 256), "validation": split("Validation", 512)}
     with pytest.raises(ConfigError, match="validation.params.size = 512 must be train.params.size = 256"):
         build(DATA["utils.data_module_allinone.DataModuleFromConfig"], params)
+
+
+def test_crops_are_cut_where_earlier_runs_cut_them(tmp_path):
+    """The left edges of a picture's crops, whose columns are numbered by their colour."""
+    Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None], (64, 1, 3))).save(tmp_path / "0.png")
+    (tmp_path / "manifest.jsonl").write_text('{"path": "0.png"}')
+    source = Manifest.open(tmp_path / "manifest.jsonl", require_captions=False)
+
+    def left_edges(seed):
+        dataset = ImageDataset(source, aspect_buckets(64, 1.0), seed)
+        return [int(dataset[position, 0][1][0, 0, 0]) for position in (0, 1, 2, 10**6)]
+
+    assert left_edges(3) == [74, 13, 7, 56]
+    assert left_edges(None) == [68] * 4
+
+
+def test_batches_stay_those_of_earlier_runs():
+    """Numbers that must not change: (position, index)."""
+    assert stream(FakeSizes(20), (1, 1, 3), steps=range(2, 7), window=9) == [
+        [(5, 5), (0, 6), (4, 1)],
+        [(14, 10), (16, 15), (17, 0)],
+        [(10, 14), (11, 11), (13, 19)],
+        [(15, 4), (9, 17), (12, 13)],
+        [(20, 10), (22, 15), (24, 5)],
+    ]

@@ -3,13 +3,15 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 from autoencoder.common.config import UserError
-from autoencoder.training.callbacks import AtomicCheckpointIO, ReconstructionGrid
+from autoencoder.training.callbacks import AtomicCheckpointIO, Checkpoints, ConsoleLogger, ReconstructionGrid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,3 +66,37 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_pictures_are_drawn_at_powers_of_two_then_regularly():
     assert [step for step in range(1, 40) if ReconstructionGrid(12).due(step)] == [1, 2, 4, 8, 12, 24, 36]
+
+
+def step_ended(callback, step, max_steps=99, rank=0, complete=True):
+    """Play the end of a training step; -> what was saved."""
+    saved = []
+    trainer = SimpleNamespace(global_step=step, max_steps=max_steps, is_global_zero=rank == 0, optimizers=[])
+    trainer.save_checkpoint = saved.append
+    module = SimpleNamespace(step_complete=complete, trainer=trainer, parameters=list)
+    callback.on_train_batch_end(trainer, module)
+    return saved
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_speaks_and_tidies_up(tmp_path, monkeypatch, capsys, rank):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    before = [".step_0000001.ckpt.7.tmp", "step_0000001.ckpt", "step_0000002.ckpt"]  # one of a run that was killed
+    for name in before:
+        (tmp_path / name).touch()
+    checkpoints = Checkpoints(tmp_path, every=[3], keep=1)
+    checkpoints.on_fit_start()
+    assert step_ended(checkpoints, 3, rank=rank) == [tmp_path / "step_0000003.ckpt"]  # all processes take part
+    ConsoleLogger(9).log_metrics({"train/rec_loss": 0.5}, step=3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == (before if rank else ["last.ckpt", "step_0000002.ckpt"])
+    assert capsys.readouterr().out == ("" if rank else "step 3/9  rec 0.5\n")
+
+
+@pytest.mark.parametrize(
+    ("step", "max_steps", "complete", "due"),
+    [(6, 99, True, True), (4, 99, True, True), (5, 99, True, False), (5, 5, True, True), (6, 99, False, False)],
+)
+def test_checkpoints_are_saved_at_multiples_of_each_number_and_at_the_end(tmp_path, step, max_steps, complete, due):
+    checkpoints = Checkpoints(tmp_path, every=[4, 6])
+    assert bool(step_ended(checkpoints, step, max_steps, rank=1, complete=complete)) is due

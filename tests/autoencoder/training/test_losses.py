@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder.common.config import ConfigError, UserError
-from autoencoder.training.losses import AutoencoderLoss, LossConfig, PatchDiscriminator, build_loss, build_lpips
+from autoencoder.training.losses import (
+    AutoencoderLoss,
+    LossConfig,
+    PatchDiscriminator,
+    build_loss,
+    build_lpips,
+    hinge_loss,
+    vanilla_loss,
+)
 
 
 class SquaredError(nn.Module):
@@ -100,6 +108,25 @@ def test_discriminator_counts_images_equally():
     assert loss.discriminator.main[0].weight.grad.abs().max() > 0
 
 
+def test_adversaries_are_cross_entropy_and_hinge():
+    real, fake = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    entropies = [F.binary_cross_entropy(x.sigmoid(), torch.full_like(x, label)) for x, label in ((real, 1), (fake, 0))]
+    torch.testing.assert_close(vanilla_loss(real, fake), sum(entropies) / 2)
+    torch.testing.assert_close(hinge_loss(real, fake), ((1 - real).clamp(min=0) + (1 + fake).clamp(min=0)).mean() / 2)
+    images, features, layer = make_groups((2, 32, 32))
+    loss, reference = make_loss(disc_loss="vanilla"), make_loss()
+    recons = [group.detach() for group in reconstruct(features, layer)]
+    expected = vanilla_loss(*(reference.discriminator(x[0]) for x in (images, recons)))
+    torch.testing.assert_close(loss.discriminator_loss(images, recons, step=0)[0], expected)
+
+
+def test_unnamed_settings_are_the_published_ones():
+    assert vars(LossConfig()) == {
+        "disc_start": 5000, "disc_weight": 0.5, "disc_factor": 1.0, "perceptual_weight": 1.0, "logvar_init": 0.0,
+        "disc_loss": "hinge", "disc_num_layers": 3, "disc_ndf": 64, "disc_in_channels": 3, "disc_per_image": False,
+    }  # fmt: skip
+
+
 def test_reconstruction_does_not_depend_on_grouping():
     images, features, layer = make_groups((3, 32, 32))
     recons = reconstruct(features, layer)
@@ -179,8 +206,33 @@ def test_lpips_is_torchmetrics_lpips(monkeypatch):
 def test_discriminator_shape_and_initialisation():
     discriminator = PatchDiscriminator()
     assert discriminator(torch.zeros(1, 3, 64, 96)).shape == (1, 1, 6, 10)
+    widths = [m.out_channels for m in PatchDiscriminator(ndf=2, n_layers=5).modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [2, 4, 8, 16, 16, 16, 1]  # eight times the first at most
     weights = torch.cat([m.weight.flatten() for m in discriminator.modules() if isinstance(m, nn.Conv2d)])
     assert abs(weights.std().item() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize(("n_layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
+def test_a_logit_of_the_discriminator_sees_a_patch_of_this_side(n_layers, pixels):
+    discriminator = PatchDiscriminator(ndf=4, n_layers=n_layers).eval()
+    images = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = discriminator(images)
+    centre = logits.shape[2] // 2
+    (grad,) = torch.autograd.grad(logits[0, 0, centre, centre], images)
+    seen = grad[0].abs().sum(dim=0) > 0  # (H, W)
+    rows, columns = seen.any(dim=1).nonzero(), seen.any(dim=0).nonzero()
+    for places in (rows, columns):
+        assert places.max() - places.min() + 1 == pixels
+    assert seen.sum() > 0.9 * pixels**2
+
+
+@pytest.mark.parametrize(("n_layers", "side"), [(1, 6), (2, 12), (3, 24)])
+def test_the_smallest_image_of_the_discriminator_gets_one_logit(n_layers, side):
+    discriminator = PatchDiscriminator(ndf=4, n_layers=n_layers).eval()
+    assert discriminator.smallest_side == side
+    assert discriminator(torch.zeros(1, 3, side, side)).shape == (1, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        discriminator(torch.zeros(1, 3, side - 1, side))
 
 
 @pytest.mark.parametrize(

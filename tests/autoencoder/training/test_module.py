@@ -16,8 +16,10 @@ from autoencoder.common.config import UserError, load_config
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_pil, to_uint8_tensor
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
+from autoencoder.training.batches import ManifestParams
+from autoencoder.training.losses import LossConfig
 from autoencoder.training.module import latent_noise
-from autoencoder.training.settings import AutoencoderTrainConfig
+from autoencoder.training.settings import AutoencoderTrainConfig, TrainerConfig, TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +38,8 @@ EVERYTHING = [
     "data.params.train_resol=128",
     "data.params.batch_size=1",
 ]
+
+TRAINING = {"trainer": TrainerConfig(max_steps=1)}
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +199,45 @@ def test_noise_is_measured_in_statistics_of_these_latents(toy):
 def test_divergence_is_reported(toy):
     with pytest.raises(UserError, match="diverged.*base_learning_rate"):
         toy.run("training.trainer.max_steps=20", "model.base_learning_rate=1e30")
+
+
+@pytest.mark.parametrize(
+    ("section", "others", "name", "allowed", "refused"),
+    [
+        *((TrainerConfig, {"max_steps": 1}, name, [1], [0]) for name in ("devices", "num_nodes", "max_epochs")),
+        (TrainerConfig, {}, "max_steps", [1], [0, None]),
+        (TrainerConfig, {"max_steps": 1}, "gradient_clip_val", [None, 0.5], [0.0]),
+        *(
+            (TrainingConfig, TRAINING, name, [1], [0])
+            for name in (
+                "accumulate_grad_batches", "save_every_n_train_steps", "save_every_n_epochs", "keep_last_k",
+                "log_every_n_steps", "log_images_every_n_steps", "validate_every_n_steps",
+            )
+        ),
+        (TrainingConfig, TRAINING, "warmup_steps", [0], [-1]),
+        (TrainingConfig, TRAINING, "ema_decay", [None, 0.5], [0.0, 1.0]),
+        (TrainingConfig, TRAINING, "latent_noise", [0.0, 0.5], [-0.5, math.inf]),
+        (TrainingConfig, TRAINING, "latent_stats", [None], ["stats.pt"]),  # it gives latent_noise its units
+        (ManifestParams, {"json_path": "x", "train_resol": 64}, "batch_size", [1], [0]),
+        (ManifestParams, {"json_path": "x", "train_resol": 64, "batch_size": 1}, "num_workers", [0], [-1]),
+        (ManifestParams, {"json_path": "x", "train_resol": 64, "batch_size": 1}, "bucket_window", [1], [0]),
+        *((LossConfig, {}, name, [0], [-1]) for name in ("disc_start", "disc_weight", "disc_factor")),
+        (LossConfig, {}, "perceptual_weight", [0], [-1]),
+    ],
+)  # fmt: skip
+def test_bounds_are_allowed_and_what_lies_beyond_is_refused(section, others, name, allowed, refused):
+    for value in allowed:
+        assert getattr(section(**others | {name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError):
+            section(**others | {name: value})
+
+
+def test_noise_stays_that_of_earlier_runs():
+    """Numbers that must not change, from (seed, position)."""
+    noise = latent_noise(torch.zeros(2, 1, 1, 3), [0, 10**6], tau=0.5, seed=3)
+    expected = [
+        [-0.43576937913894653, -0.8406950235366821, -0.6074478030204773],
+        [0.40401533246040344, -0.4164781868457794, 0.3254883885383606],
+    ]
+    torch.testing.assert_close(noise.flatten(1), torch.tensor(expected))

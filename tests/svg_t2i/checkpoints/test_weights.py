@@ -19,6 +19,7 @@ from svg_t2i.checkpoints.run import COMMITTED, META, clean, load_checkpoint, new
 from svg_t2i.checkpoints.weights import (
     check_fingerprints,
     export,
+    export_as_published,
     find_checkpoint,
     init_from,
     load_transformer,
@@ -183,6 +184,17 @@ def test_export_round_trip(tmp_path, state, meta):
         export(folder, out)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "not the config.json of an exported DiT"), ("{}", "names no model_args"), ("{", "not valid JSON")],
+)
+def test_config_of_something_else_is_no_export(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    for read in (read_meta, load_transformer):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path)
+
+
 def test_fingerprints_must_agree_and_are_named(tmp_path):
     folder = save_transformer(
         SVGDiT(SIZES), tmp_path, autoencoder_fingerprint=FINGERPRINTS["autoencoder"], text_fingerprint="t1"
@@ -214,6 +226,16 @@ def test_published_folder_loads(published, state):
     assert_equal(load_transformer(published, ema=True).state_dict(), state.ema)
     assert read_transformer(published).config == SIZES
     assert read_meta(published) == {}
+
+
+def test_a_run_is_published_with_raw_and_averaged_weights(tmp_path, state, meta, monkeypatch):
+    monkeypatch.setitem(MODELS, "published-like", SIZES)
+    save_checkpoint(tmp_path / "checkpoints", 1, state.tensors(), meta)
+    folder = export_as_published(tmp_path, tmp_path / "published")
+    assert_equal(load_transformer(folder, ema=False).state_dict(), state.transformer.state_dict())
+    assert_equal(load_transformer(folder, ema=True).state_dict(), state.ema)
+    with pytest.raises(UserError, match="not empty; nothing was overwritten"):
+        export_as_published(tmp_path, tmp_path / "published")
 
 
 def test_published_flags_and_widths_are_taken_from_the_files(tmp_path, monkeypatch):

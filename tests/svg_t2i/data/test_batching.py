@@ -36,6 +36,15 @@ def test_by_tokens(costs, world_size, budget):
     assert deal_by_tokens(costs, world_size, budget) == ranks
 
 
+def test_a_micro_batch_may_reach_its_budget():
+    assert deal_by_tokens([500, 300, 200], 1, 1000) == [[[0, 1, 2]]]
+    assert len(deal_by_tokens([500, 300, 200], 1, 999)[0]) == 2
+
+
+def test_long_and_short_micro_batches_are_dealt_back_and_forth():
+    assert deal_by_tokens([9, 8, 7, 6, 5, 4], 2, 9) == [[[0], [3], [4]], [[1], [2], [5]]]
+
+
 def test_few_micro_batches():
     """No more of them than the sum of all tokens asks for, and ranks within a hundredth of each other."""
     costs = [256 + 37 * i % 400 for i in range(384)]
@@ -48,5 +57,7 @@ def test_few_micro_batches():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="micro_batch_tokens=500 is too small: a sample has up to 600"):
         deal_by_tokens([600, 300], 1, 500)
+    with pytest.raises(UserError, match="micro_batch_tokens=500 is too small"):
+        deal_by_tokens([500, 500, 500], 2, 500)  # the second rank's second micro-batch would be empty
     with pytest.raises(UserError, match="global_batch_size=2 leaves some of 3 processes without a sample"):
         deal_by_tokens([1, 1], 3, 10)

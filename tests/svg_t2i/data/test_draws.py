@@ -51,5 +51,19 @@ def test_fixed_crops_belong_to_the_image():
 
 
 def test_bounds():
-    with pytest.raises(UserError, match=r"caption_dropout_prob=1\.5"):
-        Augmentation(1.5)
+    assert [Augmentation(prob).caption_dropout_prob for prob in (0.0, 1.0)] == [0.0, 1.0]
+    for prob in (-0.5, 1.5):
+        with pytest.raises(UserError, match=f"caption_dropout_prob={prob}"):
+            Augmentation(prob)
+
+
+def test_choices_stay_those_of_earlier_runs():
+    """Numbers that must not change: a change here changes every run, and what goes on after an interruption."""
+    augmentation = Augmentation(0.5, crops_per_image=4, seed=3)
+    drawn = [augmentation.draw(position) for position in (0, 1, 2, 3, 10**6)]
+    assert [draw.dropped for draw in drawn] == [False, True, True, True, True]
+    captions = [0.37867835260281935, 0.6325138865874828, 0.09457830442392834, 0.5006757574317242, 0.250055816557747]
+    assert [draw.caption for draw in drawn] == captions
+    assert [augmentation.choose_crop(draw) for draw in drawn] == [3, 2, 3, 3, 2]
+    places = [crop_rng(index, crop).random() for index, crop in ((0, 1), (0, 2), (1, 1), (70_000, 3))]
+    assert places == [0.6771968569751019, 0.8382711479571602, 0.2068714896111843, 0.4753001657903352]

@@ -179,6 +179,7 @@ def test_jpeg_draft_shows_the_same_picture(tmp_path):
     assert (full - draft).abs().mean() < 2
     assert T2IDataset(manifest, 64, jpeg_draft=True).load(0)[0].size == (113, 75)  # an eighth, and still large enough
     assert T2IDataset(manifest, 512, jpeg_draft=True).load(0)[0].size == (900, 600)
+    assert T2IDataset(manifest, 64).load(0)[0].size == (900, 600)  # whole unless drafts are asked for
 
 
 def test_errors_of_the_reading_ahead_worker_are_plain(datasets):
@@ -203,3 +204,24 @@ def test_errors_of_the_reading_ahead_worker_are_plain(datasets):
 def test_mistakes_in_the_settings_are_named(data, message):
     with pytest.raises(UserError, match=message):
         build(DataConfig, data)
+
+
+def test_samples_stay_those_of_earlier_runs(whole):
+    """Numbers that must not change: source, image and caption, "" where it was dropped, of the first positions."""
+    captions = [whole[position][2].rpartition(" <Prompt Start> ")[2] for position in range(12)]
+    assert [caption[:12].strip() for caption in captions] == [
+        "jsonl 1 word", "jsonl 2 shor", "", "jsonl 3 shor", "jsonl 8 word", "jsonl 8 shor",
+        "tar 2", "jsonl 7 word", "jsonl 6 word", "tar 3", "tar 1", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fixed", "expected"), [(None, [123, 72, 127, 128, 126, 13, 59, 34]), (4, [49, 114, 49, 49, 49, 68, 92, 92])]
+)
+def test_crops_are_cut_where_earlier_runs_cut_them(tmp_path, fixed, expected):
+    """The left edges of a picture's crops, whose columns are numbered by their colour."""
+    Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None], (64, 1, 3))).save(tmp_path / "0.png")
+    (tmp_path / "m.jsonl").write_text('{"path": "0.png", "prompt": "x"}')
+    augmentation = Augmentation(crops_per_image=fixed, seed=3)
+    dataset = T2IDataset(Manifest.open(tmp_path / "m.jsonl"), 64, 1.0, augmentation=augmentation)
+    assert [int(dataset[position, 0].image[0, 0, 0]) for position in range(8)] == expected

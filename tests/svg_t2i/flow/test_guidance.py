@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from svg_t2i.flow.guidance import combine, guided_velocity
+from svg_t2i.flow.solvers import SOLVERS
+from svg_t2i.sampling.options import PRESETS, SamplingOptions, dynamic_shift
 
 
 @pytest.fixture
@@ -136,3 +138,64 @@ def test_interval_decides_where_both_branches_run(branches, interval, cfg_trunc,
     for t in (0.0, 0.25, 0.5, 0.75, 1.0, 1.01):
         assert torch.equal(velocity(branches[0], t), branches[0]) == (t not in guided_at)
     assert ran == guided_at
+
+
+PUBLISHED = {
+    "height": 1024, "width": 1024, "num_inference_steps": 50, "guidance_scale": 4.0, "negative_prompt": "",
+    "renorm_cfg": 1.0, "cfg_trunc": 1.0, "guidance_interval": (0.0, 1.0), "solver": "dpm", "time_shift": None,
+    "system_prompt": "base",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (None, {}),
+        ("stage1", {"height": 256, "width": 256, "time_shift": "dynamic"}),
+        ("stage2", {"height": 512, "width": 512, "time_shift": "dynamic"}),
+        ("stage3", {}),
+        ("stage4", {}),
+        (
+            "quickstart",
+            {"height": 64, "width": 64, "num_inference_steps": 16, "guidance_scale": 2.0, "time_shift": 8.0}
+            | {"system_prompt": "empty"},
+        ),
+    ],
+)
+def test_options_are_the_published_ones_unless_a_preset_says_otherwise(name, changes):
+    assert vars(SamplingOptions() if name is None else PRESETS[name]) == PUBLISHED | changes
+
+
+def test_time_shifts_are_the_published_ones_at_1024_pixels():
+    shifts = {name: solver.default_shift for name, solver in SOLVERS.items()}
+    assert shifts == {name: 10.0 if name == "dpm" else 6.0 for name in SOLVERS}
+    assert {name: dynamic_shift(name, 4096) for name in SOLVERS} == shifts
+    assert [dynamic_shift("dpm", cells) for cells in (256, 1024)] == [5.2, 5.9]
+
+
+def test_unnamed_settings_bound_the_norm_by_the_conditional_one_and_guide_everywhere(branches):
+    v_cond, v_uncond = branches
+    bounded = combine(v_cond, v_uncond, 4.0, renorm_cfg=1.0)
+    assert torch.equal(combine(v_cond, v_uncond, 4.0), bounded)
+    velocity = guided_velocity(lambda x, t: branches, lambda x, t: v_cond, 4.0)
+    assert all(torch.equal(velocity(v_cond, t), bounded) for t in (0.0, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "guided"),
+    [
+        ({}, True),
+        ({"guidance_scale": 1.0}, False),
+        ({"guidance_scale": (1.0, 1.0)}, False),
+        ({"guidance_scale": (1.0, 3.0)}, True),
+        ({"guidance_scale": 1.0, "renorm_cfg": 0.0}, False),
+        ({"guidance_scale": 1.0, "renorm_cfg": 0.5}, True),  # the bound shortens the conditional velocity
+        ({"cfg_trunc": 0.0}, False),
+        ({"cfg_trunc": 0.1}, True),
+        ({"guidance_interval": (0.5, 0.5)}, False),
+        ({"guidance_interval": (0.5, 0.6), "cfg_trunc": 0.5}, False),
+        ({"guidance_interval": (0.5, 0.6), "cfg_trunc": 0.51}, True),
+    ],
+)
+def test_options_know_whether_a_second_branch_is_needed(changes, guided):
+    assert SamplingOptions(**changes).is_guided is guided

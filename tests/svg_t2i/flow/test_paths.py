@@ -286,3 +286,18 @@ def test_covariance_of_samples_is_white():
     edge = math.sqrt(64 / 4096)
     assert (1 - edge) ** 2 - 0.03 < spectrum[0]
     assert spectrum[-1] < (1 + edge) ** 2 + 0.03
+
+
+def test_random_numbers_stay_those_of_earlier_runs():
+    """Numbers that must not change: noise and time of a training sample are these for ever."""
+    keys = random_keys(3, torch.tensor([0, 1, 12345]))
+    assert keys.tolist() == [-2886753501206757670, -3405980900428447358, 7162037103826835885]
+    uniform = [0.9795532822608948, 0.04023104906082153, 0.04896467924118042]
+    assert random_uniform(keys).tolist() == flow.draw_timesteps(keys).tolist() == uniform
+    expected = torch.tensor([
+        [[0.505425751209259, -2.5500130653381348], [0.6076088547706604, -0.4846951365470886]],
+        [[-0.6595078110694885, 0.2125866860151291], [-0.4015534222126007, 0.6028248071670532]],
+    ])  # fmt: skip
+    torch.testing.assert_close(random_normal(keys[:2], (2, 2)), expected)
+    other = torch.tensor([[0.19220159947872162, -1.4192496538162231, -0.06615014374256134]])
+    torch.testing.assert_close(random_normal(keys[:1], (3,), stream=1), other)

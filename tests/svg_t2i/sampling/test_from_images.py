@@ -101,15 +101,17 @@ def test_inpainting_keeps_the_other_cells_exactly(toy_pipeline, image, clean, so
     assert_near(everything, latents(toy_pipeline, PROMPTS[0], seed=2, solver=solver))
 
 
-def test_known_cells_are_seen_on_their_straight_way_from_noise_to_image(toy_pipeline, image, clean):
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 5), (0.4, 2)])
+def test_known_cells_are_seen_on_their_straight_way_from_noise_to_image(toy_pipeline, image, clean, strength, steps):
     noise, seen = torch.randn(32, 2, 3, generator=torch.Generator().manual_seed(2)), []
 
     def watch(pipe, step, t, kwargs):
         seen.append((t, kwargs["latents"][0].clone()))
 
     cells = torch.tensor([[1, 0, 0], [0, 0, 0]])
-    settings = {"solver": "heun", "num_inference_steps": 6, "time_shift": 2.0}
+    settings = {"solver": "heun", "num_inference_steps": 6, "time_shift": 2.0, "strength": strength}
     toy_pipeline.inpaint(PROMPTS[0], image, cells, seed=2, callback_on_step_end=watch, **settings)
+    assert len(seen) == steps
     for t, x in seen:
         assert_near(x[:, cells == 0], (t * clean[0] + (1 - t) * noise)[:, cells == 0])
 
@@ -144,6 +146,14 @@ def test_between_images_the_latents_are_mixed(toy_pipeline, image, other, clean)
     assert ends.shape == (3, 32, 2, 3)
     variation = latents(toy_pipeline.variation, image, t=0.4, seed=5)
     assert_near(latents(toy_pipeline.interpolate, "", [image, other], weights=2, t=0.4, seed=5)[0], variation[0])
+
+
+def test_a_number_of_weights_goes_evenly_from_the_first_end_to_the_second(toy_pipeline, image, other):
+    def mixed(**weights):
+        return latents(toy_pipeline.interpolate, "", [image, other], t=1.0, **weights)
+
+    assert torch.equal(mixed(weights=4), mixed(weights=[0.0, 1 / 3, 2 / 3, 1.0]))
+    assert torch.equal(mixed(), mixed(weights=[0.0, 0.25, 0.5, 0.75, 1.0]))
 
 
 def test_slerp_walks_the_circle_at_even_speed():
@@ -198,7 +208,7 @@ def test_wrong_arguments(toy_pipeline, image, name, arguments, message):
 
 def test_image_tensors_are_checked(toy_pipeline):
     wrong_ones = [torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.uint8)]
-    for wrong in [*wrong_ones, torch.full((3, 32, 48), -1.0)]:
+    for wrong in [*wrong_ones, torch.full((3, 32, 48), -1e-3), torch.full((3, 32, 48), 1.001)]:
         with pytest.raises(UserError, match="image"):
             toy_pipeline.variation(wrong)
     picture = Image.new("RGB", (48, 32), (255, 255, 255))

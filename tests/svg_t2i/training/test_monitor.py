@@ -12,12 +12,28 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, load_config
 from svg_t2i.train import main
-from svg_t2i.training.monitor import Phases, loss_scalars
+from svg_t2i.training.monitor import Phases, ProgressLogger, loss_scalars, profiling
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.training.sharding import World
 from svg_t2i.transformer.flops import peak_tflops, training_flops
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_writes_scalars_and_a_trace(toy_parts, tmp_path, rank):
+    overrides = [f"results_dir={tmp_path}", "monitor.profile_steps=1"]
+    config = load_config(TrainConfig, toy_parts / "train.yaml", overrides)
+    world = World(rank, rank, 2, torch.device("cpu"))
+    logger = ProgressLogger(config, 0, world)
+    assert (logger.board is not None) == (rank == 0)
+    with profiling(config, world) as after_step:
+        for _ in range(12):
+            after_step()
+    names = sorted(path.name for path in tmp_path.rglob("*") if path.name in ("tensorboard", "trace.json"))
+    assert names == (["tensorboard", "trace.json"] if rank == 0 else [])
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -3,6 +3,7 @@
 import math
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,24 @@ from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
-from svg_t2i.features.frozen import CaptionCache
+from svg_t2i.features.frozen import CaptionCache, MicroBatch
+from svg_t2i.flow.paths import draw_timesteps, flux_shift_factor, random_keys, random_normal, shift_time
 from svg_t2i.train import main
-from svg_t2i.training.settings import FlowConfig, LoopConfig, OptimConfig, TrainConfig, changed_settings
-from svg_t2i.training.step import FlowObjective
+from svg_t2i.training.settings import (
+    CaptionMix,
+    DataConfig,
+    FlowConfig,
+    LoopConfig,
+    MonitorConfig,
+    OptimConfig,
+    ParallelConfig,
+    SamplesConfig,
+    TrainConfig,
+    changed_settings,
+)
+from svg_t2i.training.sharding import World
+from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 
@@ -376,3 +391,113 @@ def test_shift_rules():
     for settings in ({"shift_rule": "constant"}, {"shift_factor": 3.0}):
         with pytest.raises(UserError, match="shift_factor"):
             FlowConfig(**settings)
+
+
+LOOP = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+MIX = {"short": 1.0, "middle": 1.0, "long": 1.0}
+WSD = {"schedule": "wsd", "lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("section", "others", "name", "allowed", "refused"),
+    [
+        (LoopConfig, LOOP, "max_steps", [1], [0]),
+        (LoopConfig, LOOP, "global_batch_size", [1], [0]),
+        (LoopConfig, LOOP, "micro_batch_size", [1], [0]),
+        (LoopConfig, LOOP, "log_every", [1], [0]),
+        (LoopConfig, LOOP, "ckpt_every", [1], [0]),
+        (LoopConfig, LOOP, "keep_last", [1], [0]),
+        (LoopConfig, LOOP, "keep_every", [None, 1], [0]),
+        (LoopConfig, LOOP, "grad_clip", [0.5, math.inf], [0.0, math.nan]),
+        (LoopConfig, LOOP, "ema_decay", [0.0, 0.5, (0.5, 0.0)], [1.0, -0.1, (0.5, 0.5), (), (0.5, 1.0)]),
+        (LoopConfig, LOOP, "spike_factor", [None, 1.5], [1.0]),
+        (DataConfig, {"path": "x"}, "crops_per_image", [None, 1], [0]),
+        (DataConfig, {"path": "x"}, "micro_batch_tokens", [None, 1], [0]),
+        (DataConfig, {"path": "x"}, "prefetch", [1], [0]),
+        (CaptionMix, MIX, "short", [0.0, 0.5], [-0.1]),
+        (CaptionMix, MIX, "long", [0.0, 0.5], [-0.1]),
+        (CaptionMix, {"middle": 0, "long": 0}, "short", [0.5], [0.0]),
+        (OptimConfig, {}, "lr", [0.5], [0.0]),
+        (OptimConfig, {"lr": 0.5}, "final_lr", [0.0, 0.5], [-0.1, 0.6]),
+        (OptimConfig, {}, "warmup_steps", [0], [-1]),
+        (OptimConfig, WSD, "decay_steps", [1], [0]),
+        (OptimConfig, {}, "decay_steps", [0], [1]),
+        (FlowConfig, {"shift_rule": "constant"}, "shift_factor", [0.5], [0.0, None]),
+        (ParallelConfig, {"data_parallel": "hsdp"}, "shard_size", [None, 1], [0]),
+        (MonitorConfig, {}, "loss_bins", [1], [0]),
+        (MonitorConfig, {}, "profile_steps", [0], [-1]),
+        (SamplesConfig, {"prompts": ("x",)}, "every", [0, 1], [-1]),
+        (SamplesConfig, {}, "every", [0], [1]),  # without prompts
+    ],
+)
+def test_bounds_are_allowed_and_what_lies_beyond_is_refused(section, others, name, allowed, refused):
+    for value in allowed:
+        assert getattr(section(**others | {name: value}), name) == value
+    for value in refused:
+        with pytest.raises(UserError):
+            section(**others | {name: value})
+
+
+def test_unnamed_settings_are_the_published_ones():
+    """But for the decay of the averaged weights, which the published stage configs set."""
+    loop, optim, flow, data = LoopConfig(**LOOP), OptimConfig(), FlowConfig(), DataConfig("x")
+    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (2e-4, (0.9, 0.95), 1e-15, 0.0)
+    assert (optim.warmup_steps, optim.schedule, optim.decay_steps, optim.final_lr) == (0, "constant", 0, 0.0)
+    assert (loop.precision, loop.grad_clip, loop.ema_decay, loop.ema_warmup) == ("bf16", 2.0, 0.9999, False)
+    assert (loop.seed, loop.spike_factor, loop.max_nonfinite) == (0, None, 100)
+    assert (loop.log_every, loop.ckpt_every, loop.keep_last, loop.keep_every) == (10, 1000, 5, None)
+    assert (flow.snr_type, flow.mu, flow.shift, flow.shift_rule) == ("uniform", 0.0, True, "flux")
+    assert (data.resolution, data.max_aspect, data.widest, data.caption_dropout_prob) == (256, 4.0, 4.0, 0.1)
+    assert (data.caption_mix, data.crops_per_image, data.jpeg_draft, data.max_errors) == (None, None, False, 16)
+    assert DataConfig("x", single_shape=True).widest == 1.0
+
+
+def test_loss_of_patches_is_that_of_their_samples(toy_parts):
+    """A fresh model predicts 0, so the loss is the mean square of clean − noise, with the noise of each position."""
+    config = load_config(TrainConfig, toy_parts / "train.yaml", ["train.seed=5"])
+    sizes = DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=3, cap_feat_dim=8, patch_size=2)
+    objective = FlowObjective(SVGDiT(sizes), config)
+    latents, positions = [torch.randn(3, 4, 6), torch.randn(3, 2, 4)], torch.tensor([7, 10**6])
+    tokens, grids = objective.transformer.pack(latents)
+    text = TextFeatures(torch.randn(5, 8), (2, 3))
+    resolutions = torch.tensor([64, 64])
+    losses, timesteps = objective(MicroBatch(tokens, grids, positions, resolutions, text))
+    keys = random_keys(5, positions)
+    for i, clean in enumerate(tokens.split([6, 2])):
+        noise = random_normal(keys[i : i + 1], clean.shape)[0]
+        torch.testing.assert_close(losses[i], (clean - noise).square().mean())
+    torch.testing.assert_close(timesteps, shift_time(draw_timesteps(keys), flux_shift_factor(16)))
+
+
+def test_a_step_takes_the_gradient_of_the_mean_loss_over_all_micro_batches(toy_parts):
+    """AdamW hardly notices the scale of a gradient, but its clipping, the guard and the log do."""
+    overrides = ["train.global_batch_size=3", "train.micro_batch_size=1", "train.ema_decay=[0.5,0.0]"]
+    config = load_config(TrainConfig, toy_parts / "train.yaml", overrides)
+    sizes = DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), in_channels=3, cap_feat_dim=8)
+    transformer = SVGDiT(sizes)
+    for weight in transformer.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    objective, state, updates = FlowObjective(transformer, config), TrainState.start(transformer, config), []
+    latents, lengths = [torch.randn(3, 2, 3), torch.randn(3, 4, 2), torch.randn(3, 2, 2)], (2, 4, 1)
+    text = TextFeatures(torch.randn(7, 8), lengths)
+
+    def micro_batch(*rows):
+        tokens, grids = transformer.pack([latents[row] for row in rows])
+        return MicroBatch(tokens, grids, torch.tensor(rows), torch.full((len(rows),), 64), text.select(rows))
+
+    losses, _ = objective(micro_batch(0, 1, 2))
+    gradients = torch.autograd.grad(losses.mean(), transformer.parameters())
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    before = [weight.detach().clone() for weight in state.weights]
+    frozen = SimpleNamespace(prepare=lambda *_: [micro_batch(0, 1), micro_batch(2)])
+    meter = SimpleNamespace(
+        phase=lambda name: None, add_losses=lambda *_: None, add_update=lambda *values: updates.append(values)
+    )
+    train_step(state, objective, [], frozen, config, World(0, 0, 1, torch.device("cpu")), meter)
+    torch.testing.assert_close(updates, [(norm, torch.tensor(0.0))])
+    assert state.step == 1
+    assert state.optimizer.param_groups[0]["lr"] == config.optim.lr / 2  # the first of two steps of warm-up
+    for half, newest, old, new in zip(*(ema.values() for ema in state.emas.values()), before, state.weights):
+        torch.testing.assert_close(half, (old + new) / 2)
+        assert torch.equal(newest, new)
+    assert all(weight.grad is None for weight in state.weights)

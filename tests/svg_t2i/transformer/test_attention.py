@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from svg_t2i.transformer import attention as attention_module
 from svg_t2i.transformer.attention import Segments, attention, attention_by_runs
 
 
@@ -88,3 +90,47 @@ def test_variable_length_kernel_matches_plain_attention(dtype, heads, kv_heads):
         strict=True,
     ):
         torch.testing.assert_close(grad, reference.to(dtype), atol=5 * tolerance, rtol=5 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cuda", torch.bfloat16, 8, True),
+        ("cuda", torch.float16, 64, True),
+        ("cuda", torch.float32, 64, False),
+        ("cuda", torch.float64, 64, False),
+        ("cuda", torch.bfloat16, 12, False),  # the kernel wants multiples of 8
+        ("cpu", torch.bfloat16, 64, False),
+    ],
+)
+def test_half_precision_on_cuda_takes_the_variable_length_kernel(monkeypatch, device, dtype, head_dim, expected):
+    """Fake tensors have a device and no values, so no GPU is needed."""
+    calls = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k):
+        calls.append((cu_q is cu_k is segments.cu_seqlens, longest_q, longest_k))
+        return q
+
+    monkeypatch.setattr(attention_module, "varlen_attn", varlen_attn)
+    segments = make_segments([2, 5, 3])
+    with FakeTensorMode():
+        q = torch.empty(10, 4, head_dim, device=device, dtype=dtype)
+        assert attention(q, q, q, segments).shape == q.shape
+    assert calls == ([(True, 5, 5)] if expected else [])
+
+
+@pytest.mark.parametrize("knows_gqa", [True, False])
+def test_key_heads_are_shared_by_the_kernel_or_repeated_for_it(monkeypatch, knows_gqa):
+    given = []
+    monkeypatch.setattr(attention_module, "VARLEN_KNOWS_GQA", knows_gqa)
+    monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(attention_module, "varlen_attn", lambda *tensors, **options: given.append((tensors, options)))
+    q, k, v = (x.detach() for x in random_qkv(5, 6, 2))
+    attention(q, k, v, make_segments([5]))
+    attention(q, q, q, make_segments([5]))
+    (tensors, options), (_, plain) = given
+    assert options == ({"enable_gqa": True} if knows_gqa else {})
+    assert plain == {}  # equally many heads need no sharing
+    kept = k if knows_gqa else k[:, [0, 0, 0, 1, 1, 1]]
+    assert torch.equal(tensors[1], kept)
+    assert torch.equal(tensors[2], v if knows_gqa else v[:, [0, 0, 0, 1, 1, 1]])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from svg_t2i.transformer import cpu_kernels as fused
 from svg_t2i.transformer.attention import Segments, attention
@@ -116,3 +117,33 @@ def test_rotate_turns_neighbouring_channels(compiling, monkeypatch):
         matrix = torch.stack([rope[..., i, 0], -rope[..., i, 1], rope[..., i, 1], rope[..., i, 0]], -1).view(5, 2, 2)
         expected = torch.einsum("tij,thj->thi", matrix, x[..., 2 * i : 2 * i + 2])
         torch.testing.assert_close(turned[..., 2 * i : 2 * i + 2], expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fast"),
+    [
+        ("cpu", torch.float32, True),
+        ("cpu", torch.bfloat16, True),
+        ("cpu", torch.float16, False),
+        ("cpu", torch.float64, False),
+        ("cuda", torch.float32, False),
+        ("cuda", torch.bfloat16, False),
+    ],
+)
+def test_fast_forms_are_for_single_and_bfloat16_on_the_cpu(device, dtype, fast, monkeypatch):
+    """Fake tensors have a device and no values, so no GPU is needed."""
+    with FakeTensorMode():
+        x, single = torch.empty(3, 4, device=device, dtype=dtype), torch.empty(4)
+    assert fused.works_fast(x) is fused.works_fast(single, x) is fused.works_fast(x, None, single) is fast
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fused.works_fast(x)
+
+
+def test_on_cuda_the_formulas_are_taken():
+    with FakeTensorMode():
+        x = torch.empty(9, 12, device="cuda", requires_grad=True)
+        assert type(rms_norm(x, torch.empty(12, device="cuda"), 1e-5).grad_fn).__name__ != "_RMSNormBackward"
+        assert type(gated_product(x, x).grad_fn).__name__ == "MulBackward0"
+    x = torch.ones(9, 12, requires_grad=True)
+    assert type(rms_norm(x, torch.ones(12), 1e-5).grad_fn).__name__ == "_RMSNormBackward"
+    assert type(gated_product(x, x).grad_fn).__name__ == "_GatedProductBackward"

@@ -213,6 +213,30 @@ def test_published_sizes(name, parameters):
     assert sum(value.numel() for value in published_state_dict(model).values()) == parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "dim", "layers", "heads"),
+    [
+        ("08B", 1152, 28, 16),
+        ("2B", 2304, 26, 24),
+        ("3B", 2592, 30, 24),
+        ("4B", 2880, 32, 24),
+        ("7B", 3840, 32, 32),
+    ],
+)
+def test_published_models_have_these_sizes(name, dim, layers, heads):
+    assert vars(MODELS[f"NextDiT_{name}_GQA_patch1_Adaln_Refiner"]) == {
+        "dim": dim, "n_layers": layers, "n_heads": heads, "axes_dims": (dim // heads // 3,) * 3, "n_kv_heads": 8,
+        "n_refiner_layers": 2, "patch_size": 1, "in_channels": 384, "cap_feat_dim": 2304, "multiple_of": 256,
+        "ffn_dim_multiplier": None, "norm_eps": 1e-5, "qk_norm": True, "axes_lens": (600, 512, 512),
+    }  # fmt: skip
+
+
+def test_smallest_sizes_are_allowed():
+    ones = dict.fromkeys(("n_layers", "n_heads", "n_kv_heads", "patch_size", "in_channels", "cap_feat_dim"), 1)
+    config = DiTConfig(**ones, dim=6, axes_dims=(2, 2, 2), n_refiner_layers=0, multiple_of=1)
+    assert not SVGDiT(config)([torch.randn(1, 2, 3)], torch.rand(1), random_text((1,), width=1))[0].any()
+
+
 def test_every_listed_size_builds():
     for name, config in MODELS.items():
         with torch.device("meta"):
