@@ -92,24 +92,27 @@ def lumina2_peer(model: SVGDiT) -> Lumina2Transformer2DModel:
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Random weights everywhere, so that no zero-initialised gate hides a difference."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device=device)
             is_norm = parameter.ndim == 1 and "norm" in name and "adaLN" not in name
             parameter.copy_(1 + 0.1 * noise if is_norm else noise / max(parameter.shape[-1], 64) ** 0.5)
 
 
-def timings(cases: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each case; the cases alternate."""
+def timings(
+    cases: dict[str, Callable[[], None]], repeats: int, device: torch.device, warm_up: int = 2
+) -> dict[str, float]:
+    """Median seconds of each case; the cases alternate, and the first `warm_up` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for repeat in range(repeats + 2):
+    for repeat in range(warm_up + repeats):
         for name, case in cases.items():
             start = time.perf_counter()
             case()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if repeat >= 2:  # the first two warm up
+            if repeat >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -150,17 +150,23 @@ def live_batch(options: argparse.Namespace, lengths: tuple[int, ...]) -> TrainBa
     return TrainBatch((images,), captions, positions, torch.full_like(positions, options.pixels))
 
 
-def without_waiting(step: Callable[[], None]) -> Callable[[], None]:
-    """The step, failing where it waits for a GPU."""
+def checked(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step, failing where it compiles once more or waits for a GPU."""
 
-    def checked() -> None:
+    def run() -> None:
+        graphs = compiled_graphs()
+        step()
+        if compiled_graphs() != graphs:
+            raise RuntimeError(f"{compiled_graphs() - graphs} graphs were compiled after the first step")
+
+    def run_on_gpu() -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step()
+            run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    return checked
+    return run_on_gpu if device.type == "cuda" else run
 
 
 def model_sizes(options: argparse.Namespace) -> DiTConfig:
@@ -173,41 +179,47 @@ def model_sizes(options: argparse.Namespace) -> DiTConfig:
     )  # fmt: skip
 
 
+def our_cases(
+    model: SVGDiT, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
+) -> dict[str, Callable[[], None]]:
+    """Steps of a copy of the model, by the name of the case."""
+    trainer = Ours(copy.deepcopy(model).to(device), options, World(device=device), compile)
+    trainer.step(batch.packed)  # compiles, which waits for the device
+    cases = {"ours, compiled" if compile else "ours": lambda: trainer.step(batch.packed)}
+    if not compile and len(set(batch.lengths)) > 1:
+        cases["ours, padded"] = lambda: trainer.step(batch.padded)
+    if options.live and compile == options.compile:
+        frozen, live = frozen_networks(options, model.config.in_channels, device), live_batch(options, batch.lengths)
+        cases["ours, encoding live"] = lambda: trainer.step(live, frozen)
+    return {name: checked(step, device) for name, step in cases.items()}
+
+
+def peer_cases(
+    model: SVGDiT, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
+) -> dict[str, Callable[[], None]]:
+    """Steps of the peer with the weights of the model."""
+    peer = Peer(lumina2_peer(model).to(device), options, compile)
+    name = "diffusers, compiled" if compile else "diffusers"
+    return {name: lambda: peer.step(batch.clean, batch.captions, batch.mask)}
+
+
 def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], device: torch.device) -> None:
     """Print a table for one distribution of caption lengths."""
     torch._dynamo.reset()  # what earlier tables compiled counts against a limit
-    sizes, world = model_sizes(options), World(device=device)
+    sizes, gpu = model_sizes(options), device.type == "cuda"
     with device:
         model = SVGDiT(sizes)
+        batch = Batch(model, options, lengths, device)
     randomise(model)
-    batch = Batch(model, options, lengths, device)
-    gpu = device.type == "cuda"
-    check = without_waiting if gpu else lambda step: step
-
-    cases: dict[str, Callable[[], None]] = {}
-    eager = Ours(copy.deepcopy(model), options, world)
-    cases["ours"] = check(lambda: eager.step(batch.packed))
-    if len(set(lengths)) > 1:
-        cases["ours, padded"] = check(lambda: eager.step(batch.padded))
-    if options.compile:
-        compiled = Ours(copy.deepcopy(model), options, world, compile=True)
-        compiled.step(batch.packed)  # compiles, which waits for the device
-        graphs = compiled_graphs()
-        cases["ours, compiled"] = check(lambda: compiled.step(batch.packed))
-    if options.live:
-        frozen, live = frozen_networks(options, sizes.in_channels, device), live_batch(options, lengths)
-        stepper = compiled if options.compile else eager
-        cases["ours, encoding live"] = check(lambda: stepper.step(live, frozen))
-    if options.peer == "diffusers":
-        peer = Peer(lumina2_peer(model).to(device), options)
-        cases["diffusers"] = lambda: peer.step(batch.clean, batch.captions, batch.mask)
-        if options.compile:
-            fast = Peer(lumina2_peer(model).to(device), options, compile=True)
-            cases["diffusers, compiled"] = lambda: fast.step(batch.clean, batch.captions, batch.mask)
-
-    seconds = timings(cases, options.repeats, device)
-    if options.compile and compiled_graphs() != graphs and options.peer == "none":
-        raise RuntimeError(f"{compiled_graphs() - graphs} graphs were compiled after warm-up")
+    model.cpu()  # every case trains a copy of its own
+    kinds = [our_cases] if options.peer == "none" else [our_cases, peer_cases]
+    made = (make(model, batch, options, device, compile) for make in kinds for compile in {False, options.compile})
+    seconds: dict[str, float] = {}
+    if options.peer == "none":
+        for cases in made:  # one after the other: two models of full size do not fit one GPU
+            seconds |= timings(cases, options.repeats, device)
+    else:
+        seconds = timings({case: step for cases in made for case, step in cases.items()}, options.repeats, device)
     peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if gpu else None)
     tokens = sum(lengths) + sum(batch.image_tokens)
     print(f"\n{options.precision}, {name} captions: {min(lengths)} to {max(lengths)} tokens; {tokens} tokens a step")

@@ -13,12 +13,11 @@ from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
+from svg_t2i.data.settings import CaptionMix, DataConfig
 from svg_t2i.features.frozen import CaptionCache, MicroBatch
 from svg_t2i.flow.paths import draw_timesteps, flux_shift_factor, random_keys, random_normal, shift_time
 from svg_t2i.train import main
 from svg_t2i.training.settings import (
-    CaptionMix,
-    DataConfig,
     FlowConfig,
     LoopConfig,
     MonitorConfig,
