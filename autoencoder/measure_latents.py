@@ -36,6 +36,7 @@ from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
 
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
     parser = argparse.ArgumentParser(prog="python -m autoencoder.measure_latents", description=__doc__.split("\n")[0])

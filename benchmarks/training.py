@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -218,6 +219,8 @@ def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], de
     if options.peer == "none":
         for cases in made:  # one after the other: two models of full size do not fit one GPU
             seconds |= timings(cases, options.repeats, device)
+            cases.clear()  # the generator holds the mapping as well
+            gc.collect()
     else:
         seconds = timings({case: step for cases in made for case, step in cases.items()}, options.repeats, device)
     peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if gpu else None)

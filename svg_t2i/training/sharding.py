@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
 def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world: World) -> nn.Module:
     """`module` with checkpointed, compiled and sharded blocks, or as DDP. Call it before making an optimiser.
 
