@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import start_world
 from autoencoder.common.weights import replacing
 from autoencoder.evaluation.crops import (
@@ -53,16 +54,13 @@ KEY = 3  # columns that name a row of a table
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        prog="python -m autoencoder.evaluate_reconstruction", description=__doc__.split("\n")[0]
-    )
+    parser = Parser("autoencoder.evaluate_reconstruction", __doc__)
     add_model_arguments(parser)
-    parser.add_argument("overrides", nargs="*", help="changes of the config, key.sub=value")
     add_image_arguments(parser, max_aspect=1.0)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", help="of the autoencoder in the table; default: the config's file name")
-    parser.add_argument("--table", type=Path, help="Markdown table to put the rows into as well")
-    parser.add_argument("--stats", help="latent statistics; tells whether they fit these images")
+    parser.add_argument("--table", type=Path, help="Markdown table to put the rows into as well (default: none)")
+    parser.add_argument("--stats", help="latent statistics to compare with (default: the autoencoder's own)")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that has results")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.output / "metrics.json").exists() and not arguments.overwrite:
@@ -70,8 +68,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+@command
 def main(argv: list[str]) -> None:
-    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the same numbers on every GPU
@@ -179,4 +177,4 @@ def _line(cells: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

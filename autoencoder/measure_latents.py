@@ -19,7 +19,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import start_world
 from autoencoder.evaluation.crops import (
     Crops,
@@ -39,12 +40,11 @@ logger = logging.getLogger(__name__)
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="python -m autoencoder.measure_latents", description=__doc__.split("\n")[0])
+    parser = Parser("autoencoder.measure_latents", __doc__)
     add_model_arguments(parser)
-    parser.add_argument("overrides", nargs="*", help="changes of the config, key.sub=value")
     add_image_arguments(parser, max_aspect=4.0)
     parser.add_argument("--output", type=Path, required=True, help="file to write, .safetensors")
-    parser.add_argument("--compare", nargs="+", default=[], help="statistics files to compare the measured ones with")
+    parser.add_argument("--compare", nargs="+", default=[], help="statistics files to compare with (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.output.suffix != ".safetensors":
@@ -54,8 +54,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
+@command
 def main(argv: list[str]) -> None:
-    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     partial = arguments.output.with_suffix(".partial.safetensors")
@@ -106,4 +106,4 @@ def _published_or_own(path: str, autoencoder: SVGAutoencoder) -> LatentStats:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command, require_positive
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import start_world
 from autoencoder.decoders.striped import PLAIN_PIXELS, decode
 from autoencoder.evaluation.crops import (
@@ -150,25 +151,19 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="python -m autoencoder.reconstruct", description=__doc__.split("\n")[0])
-    add_model_arguments(parser)
-    parser.add_argument(
-        "images", nargs="+", help="images, folders, manifests; and changes of the config, key.sub=value"
-    )
-    parser.add_argument("--resolution", nargs="+", default=["native"], help="numbers, or native (default)")
-    parser.add_argument("--max-aspect", type=float, default=4.0, help="longest crop, default 4; 1: squares only")
-    parser.add_argument("--max-images", type=int, help="only the first so many")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time, fewer if they are large")
+    parser = Parser("autoencoder.reconstruct", __doc__)
+    add_model_arguments(parser, words="image|folder|manifest|key.sub=value")
+    parser.add_argument("--resolution", nargs="+", default=["native"], help="numbers, or native")
+    parser.add_argument("--max_aspect", type=float, default=4.0, help="longest crop; 1: squares only")
+    parser.add_argument("--max_images", type=int, help="only the first so many (default: all)")
+    parser.add_argument("--batch_size", type=int, default=8, help="images at a time, fewer if they are large")
     parser.add_argument("--output", type=Path, default=Path("outputs/reconstructions"), help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     arguments = parser.parse_intermixed_args(argv)
-    arguments.images, arguments.overrides = split_overrides(arguments.images)
+    arguments.images, arguments.overrides = split_overrides(arguments.overrides)
     if not arguments.images:
         raise UserError("no images: name image files, folders or manifests after the config")
-    for name in ("batch_size", "max_images"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_positive(arguments, "batch_size", "max_images")
     arguments.sizes = {value: _sizes(value, arguments.max_aspect) for value in arguments.resolution}
     if arguments.output.is_dir() and any(arguments.output.iterdir()) and not arguments.overwrite:
         raise UserError(f"--output {arguments.output} is not empty; choose another folder or add --overwrite")
@@ -192,8 +187,8 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     return paths
 
 
+@command
 def main(argv: list[str]) -> None:
-    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     paths = find_images(arguments.images)[: arguments.max_images]
     jobs = prepare(paths, arguments.sizes)
@@ -215,4 +210,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

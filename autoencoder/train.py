@@ -1,4 +1,6 @@
-"""Train the SVG autoencoder:  python -m autoencoder.train --config FILE [--devices N] [key.sub=value ...]
+"""Train the SVG autoencoder.
+
+    python -m autoencoder.train --config configs/autoencoder/demo/FILE.yaml [--devices N] [key.sub=value ...]
 
 Everything is in the config file (`training.settings` has its schema, `training.module` draws the folder that a run
 writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
@@ -6,286 +8,28 @@ writes); further arguments override it. A run that finds `checkpoints/last.ckpt`
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
-import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor, nn
-
-from autoencoder.common.config import UserError, find_config, load_config, locate, run_entry, save_config, to_dict
-from autoencoder.common.processes import peak_memory
-from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
-from autoencoder.encoders.encoder import build_encoder
-from autoencoder.latents.statistics import LatentStats
-from autoencoder.model import SVGAutoencoder
-from autoencoder.training.callbacks import (
-    AtomicCheckpointIO,
-    AveragedWeights,
-    Checkpoints,
-    ConsoleLogger,
-    LearningRates,
-    ReconstructionGrid,
-)
-from autoencoder.training.losses import AutoencoderLoss, SyncedBatchNorm, build_loss
-from autoencoder.training.module import AutoencoderModule, ImageDataModule
-from autoencoder.training.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
-
-logger = logging.getLogger("autoencoder")
-
-# What Lightning remarks on that is meant to be so: few workers, a frozen encoder, no validation data.
-LIGHTNING_REMARKS = ("does not have many workers", "in eval mode at the start", "Total length of `list`", "treespec")
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import find_config, load_config
 
 
+@command
 def main(argv: list[str]) -> None:
-    """The entry; `argv` without the program's name."""
-    parser = argparse.ArgumentParser(prog="python -m autoencoder.train", description="Train the SVG autoencoder.")
-    parser.add_argument("--config", required=True, help="YAML file, with or without .yaml, also from the repo root")
-    parser.add_argument("--devices", type=int, help="processes on this machine, one per GPU (training.trainer.devices)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override entries of the config")
+    parser = Parser("autoencoder.train", __doc__)
+    parser.add_config("YAML file, with or without .yaml, also from the root of the repository")
+    parser.add_argument("--devices", type=int, help="processes on this machine; default: training.trainer.devices")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.devices is not None:
         arguments.overrides.append(f"training.trainer.devices={arguments.devices}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for remark in LIGHTNING_REMARKS:
-        warnings.filterwarnings("ignore", message=f".*{remark}.*")
+    from autoencoder.training.run import train  # Lightning takes seconds to import
+    from autoencoder.training.settings import AutoencoderTrainConfig
+
     config = load_config(AutoencoderTrainConfig, arguments.config, arguments.overrides)
     train(config, Path(config.training.logdir) / find_config(arguments.config).stem)
 
 
-def train(config: AutoencoderTrainConfig, folder: Path) -> None:
-    """Train in `folder` from its last checkpoint, or from the start."""
-    last = find_last_checkpoint(folder, config.resume)
-    seed_everything(config.training.seed, verbose=False)
-    devices = process_count(config.training.trainer)
-    world_size = devices * config.training.trainer.num_nodes
-    data = ImageDataModule(config.data, config.training)
-    total_steps = data.total_steps(world_size)
-    module, first_step = build_module(config, data, last, world_size)
-    if first_step >= total_steps:
-        print(f"{folder}: trained for {first_step} steps already; raise training.trainer.max_steps to go on")
-        return
-    two_players = module.loss.discriminator is not None
-    trainer = build_trainer(config, folder, devices, data, first_step, two_players)
-    if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        print(f"{'resuming at step ' + str(first_step) if last else 'training'}: {folder}", flush=True)
-    started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=last)
-    if trainer.is_global_zero:
-        minutes = (time.perf_counter() - started) / 60
-        memory = peak_memory(trainer.strategy.root_device)
-        steps = total_steps - first_step
-        print(f"{steps} steps in {minutes:.1f} minutes, at most {memory:.2f} GiB: {folder}", flush=True)
-
-
-def find_last_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. UserError for `resume` false on a folder in use."""
-    if resume:
-        last = folder / "checkpoints" / "last.ckpt"
-        return last if last.is_symlink() or last.exists() else None
-    if rank_zero_only.rank == 0 and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} is not empty and resume is false: nothing is overwritten. Leave out resume=false to go on with "
-            "that run, or choose another training.logdir"
-        )
-    return None
-
-
-# -- networks ---------------------------------------------------------------------------------------------------------
-
-
-def build_module(
-    config: AutoencoderTrainConfig, data: ImageDataModule, last: Path | None, world_size: int
-) -> tuple[AutoencoderModule, int]:
-    """The networks, with the weights of `last` (a run to resume) or else `model.init_weight`; and the step reached."""
-    model, training = config.model, config.training
-    checkpoint, state = {"global_step": 0}, {}
-    if last:
-        checkpoint = read_file(last, "checkpoint to resume from")
-        state = checkpoint["state_dict"]
-    elif model.init_weight:
-        state = read_state_dict(locate(model.init_weight), "model.init_weight")
-    autoencoder = build_autoencoder(model, state, resumed=last is not None)
-    norm = SyncedBatchNorm if training.trainer.sync_batchnorm else None
-    loss = build_loss(model.params.lossconfig, norm=norm)
-    check_discriminator(loss, data, training.trainer.sync_batchnorm)
-    rate = learning_rate(config, data, world_size)
-    module = AutoencoderModule(autoencoder, loss, rate, data.total_steps(world_size), training)
-    if last:
-        check_resumable(module, checkpoint, last)
-        module.load_state_dict(state)
-        if EMA_KEY in checkpoint and training.ema_decay is None:
-            logger.warning("%s has averaged weights; they end here, as training.ema_decay is not set", last)
-    elif state:
-        load_initial_weights(module, state, model.init_weight)
-    autoencoder.encoder.fingerprint()  # UserError if nothing brought its weights
-    if training.latent_stats is not None:
-        module.noise_scale = noise_scale(autoencoder, training.latent_stats)
-    return module, checkpoint["global_step"]
-
-
-def build_autoencoder(model: ModelSection, state: Mapping[str, Tensor], resumed: bool) -> SVGAutoencoder:
-    """The configured autoencoder, without the weights of its encoder if those in `state` will take their place."""
-    params = model.params
-    brought = any(name.startswith("encoder.") for name in state)
-    if brought:
-        params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
-    autoencoder = SVGAutoencoder.from_config({"model": {"params": to_dict(params)}})
-    if brought and not resumed and not autoencoder.encoder.loaded and not has_encoder(autoencoder, state):
-        autoencoder.encoder = build_encoder(model.params.dinoconfig)
-    return autoencoder
-
-
-def has_encoder(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Whether `state` holds all of the module's encoder."""
-    own = {name: tensor.shape for name, tensor in module.state_dict().items() if name.startswith("encoder.")}
-    return all(name in state and state[name].shape == shape for name, shape in own.items())
-
-
-def check_discriminator(loss: AutoencoderLoss, data: ImageDataModule, synchronised: bool) -> None:
-    """UserError for images too small for the discriminator, and where its statistics cannot be synchronised."""
-    if loss.discriminator is None:
-        return
-    smallest, side = loss.discriminator.smallest_side, min(map(min, data.buckets))
-    if side < smallest:
-        raise UserError(
-            f"the discriminator needs images of {smallest} px or more, data.params asks for {side}: raise the "
-            "resolution, lower disc_num_layers, or train without (model.params.lossconfig.params.disc_weight=0)"
-        )
-    if synchronised and loss.config.disc_per_image:
-        raise UserError(
-            "training.trainer.sync_batchnorm: the discriminator takes its statistics of every image alone, there is "
-            "nothing to synchronise; leave it out, or set model.params.lossconfig.params.disc_per_image=false"
-        )
-    if synchronised and len(data.buckets) > 1:
-        raise UserError(
-            "training.trainer.sync_batchnorm: processes have images of different sizes at the same time, which have no "
-            "common statistics; leave it out, or train on squares (data.params.max_aspect=1)"
-        )
-
-
-def noise_scale(autoencoder: SVGAutoencoder, path: str) -> Tensor:
-    """Deviations (D,) of the latents from a file of statistics; UserError if they are another encoder's."""
-    config, residual = autoencoder.config, autoencoder.config.extra_vit_config
-    made_up = residual.output_dim if residual is not None and residual.published_stats else 0
-    stats = LatentStats.load(path, autoencoder.channels, config.num_layer, made_up)
-    if residual is None or residual.frozen:  # else training changes the latents that they were measured on
-        autoencoder.set_stats(stats)
-    return stats.std
-
-
-def check_resumable(module: AutoencoderModule, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """UserError unless a checkpoint has the weights of the configured networks, and trains the same of them."""
-    shapes = [{(name, x.shape) for name, x in s.items()} for s in (module.state_dict(), checkpoint["state_dict"])]
-    differing = sorted({name for name, _ in shapes[0] ^ shapes[1]})
-    trained = [len(optimizer["param_groups"][0]["params"]) for optimizer in checkpoint["optimizer_states"]]
-    if not differing and trained[0] != len(module.trainable_parameters()):
-        differing = ["the number of trained weights (extra_vit_config.frozen)"]
-    if differing:
-        raise UserError(
-            f"{path} does not fit the configured model ({len(differing)} entries differ, such as {differing[0]}): "
-            "restore the model section it was started with, or start a new run in another training.logdir "
-            "(model.init_weight takes over what fits)"
-        )
-
-
-def load_initial_weights(module: AutoencoderModule, state: Mapping[str, Tensor], source: str) -> None:
-    """Take over the entries whose name and shape fit, and name the others; the encoder all or nothing.
-
-    Raises:
-        UserError: no weight matrix of the decoder fits.
-    """
-    own, whole_encoder = module.state_dict(), has_encoder(module, state)
-    fitting = {
-        name: value
-        for name, value in state.items()
-        if name in own and own[name].shape == value.shape and (whole_encoder or not name.startswith("encoder."))
-    }
-    if not any(name.startswith("decoder.") and value.ndim > 1 for name, value in fitting.items()):
-        raise UserError(f"model.init_weight {source}: no decoder weight in it fits model.params")
-    module.load_state_dict(fitting, strict=False)
-    for what, names in (("not used", state.keys() - fitting.keys()), ("not in it", own.keys() - fitting.keys())):
-        if names and rank_zero_only.rank == 0:
-            logger.warning("init_weight %s: %d entries %s: %s", source, len(names), what, ", ".join(sorted(names)))
-
-
-# -- trainer ----------------------------------------------------------------------------------------------------------
-
-
-def build_trainer(
-    config: AutoencoderTrainConfig,
-    folder: Path,
-    devices: int,
-    data: ImageDataModule,
-    first_step: int,
-    two_players: bool,
-) -> Trainer:
-    """Lightning's Trainer, told to leave steps, sampling and checkpoints to us."""
-    training, trainer = config.training, config.training.trainer
-    world_size = devices * trainer.num_nodes
-    total_steps, epoch = data.total_steps(world_size), data.steps_per_epoch(world_size)
-    saves = [training.save_every_n_train_steps, training.save_every_n_epochs and training.save_every_n_epochs * epoch]
-    boards = training.image_logger_type == "tensorboard"
-    tty = sys.stderr.isatty()
-    return Trainer(
-        accelerator=trainer.accelerator,
-        devices=devices,
-        num_nodes=trainer.num_nodes,
-        # A backward pass reaches one of two players: the other's parameters are unused. Buffers differ between
-        # processes only in the discriminator's running statistics, which nothing reads.
-        strategy=DDPStrategy(find_unused_parameters=two_players, broadcast_buffers=False) if world_size > 1 else "auto",
-        precision=trainer.precision,
-        max_steps=total_steps,
-        max_epochs=-1,
-        callbacks=[
-            LearningRates(training.log_every_n_steps),
-            *([AveragedWeights(training.ema_decay)] if training.ema_decay is not None else []),
-            *([ReconstructionGrid(training.log_images_every_n_steps)] if boards else []),
-            Checkpoints(folder / "checkpoints", [every for every in saves if every] or [epoch], training.keep_last_k),
-        ],
-        logger=[
-            TensorBoardLogger(folder, name="", version="", purge_step=first_step + 1),
-            *([] if tty else [ConsoleLogger(total_steps)]),
-        ],
-        enable_progress_bar=tty,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        val_check_interval=training.validate_every_n_steps * training.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        plugins=[AtomicCheckpointIO()],
-    )
-
-
-def learning_rate(config: AutoencoderTrainConfig, data: ImageDataModule, world_size: int) -> float:
-    """`base_learning_rate`, times the images per step where `scale_lr` asks for it."""
-    return config.model.base_learning_rate * (data.images_per_step(world_size) if config.training.scale_lr else 1)
-
-
-def process_count(trainer: TrainerConfig) -> int:
-    """Processes on this machine: one per GPU, one on the CPU unless the config says otherwise."""
-    gpus = 0 if trainer.accelerator == "cpu" else torch.cuda.device_count()
-    if trainer.devices == "auto":
-        return gpus or 1
-    if gpus and trainer.devices > gpus:
-        raise UserError(f"{trainer.devices} devices asked for, this machine has {gpus} GPUs; lower --devices")
-    return trainer.devices
-
-
 if __name__ == "__main__":
-    run_entry(main)
+    main()

@@ -10,129 +10,18 @@ One request runs at a time; up to --queue more wait. The page loads nothing from
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from autoencoder.common.config import REPO_ROOT, UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import REPO_ROOT, UserError
 from autoencoder.common.processes import choose_device
-from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.options import PRESETS
-from svg_t2i.web.requests import MAX_SEED, GalleryItems, Limits, Stopped, Studio, parameters_of, random_seed
-
-try:
-    import gradio as gr
-except ImportError:  # the rest of the package does without
-    gr = None
+from svg_t2i.web.requests import Limits, Studio
 
 QUICKSTART = Path("outputs/quickstart/transformer")
-MAX_UPLOAD = "20mb"
-FONTS = ("system-ui", "sans-serif")
-
-
-def build_page(studio: Studio) -> Any:
-    """The Gradio page of a studio: two tabs, text to image and image to image, that share no state."""
-    with gr.Blocks(title="SVG-T2I", analytics_enabled=False) as page:
-        gr.Markdown("# SVG-T2I\nImages from text, made of the features of a vision foundation model.")
-        with gr.Tab("Text to image"):
-            _text_tab(studio)
-        with gr.Tab("Image to image"):
-            _image_tab(studio)
-    return page
-
-
-def _text_tab(studio: Studio) -> None:
-    limits, defaults = studio.limits, studio.pipeline.options
-    with gr.Row():
-        with gr.Column(scale=3):
-            prompt = gr.Textbox(label="Prompt", lines=3, max_length=limits.prompt_characters, elem_id="prompt")
-            negative = gr.Textbox(label="Negative prompt", max_length=limits.prompt_characters, elem_id="negative")
-            with gr.Row():
-                width = gr.Slider(16, limits.side, defaults.width, step=16, label="Width")
-                height = gr.Slider(16, limits.side, defaults.height, step=16, label="Height")
-            with gr.Row():
-                steps = gr.Slider(2, limits.steps, defaults.num_inference_steps, step=1, label="Steps")
-                scale = gr.Slider(0, 20, defaults.guidance_scales(None)[0], step=0.1, label="Guidance")
-            with gr.Row():
-                seed, images = _seed_and_count(limits)
-                solver = gr.Dropdown(list(SOLVERS), value=defaults.solver, label="Solver")
-        inputs = [prompt, negative, width, height, steps, scale, seed, images, solver]
-        _output_column(studio.draw, inputs, "draw", "Draw")
-
-
-def _image_tab(studio: Studio) -> None:
-    limits, defaults = studio.limits, studio.pipeline.options
-    with gr.Row():
-        with gr.Column(scale=3):
-            image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], elem_id="image")
-            prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.prompt_characters, elem_id="image_prompt")
-            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="how much changes")
-            with gr.Row():
-                steps = gr.Slider(2, limits.steps, defaults.num_inference_steps, step=1, label="Steps")
-                scale = gr.Slider(0, 20, defaults.guidance_scales(None)[0], step=0.1, label="Guidance")
-            with gr.Row():
-                seed, images = _seed_and_count(limits)
-        _output_column(studio.redraw, [image, prompt, strength, steps, scale, seed, images], "redraw", "Redraw")
-
-
-def _seed_and_count(limits: Limits) -> tuple[Any, Any]:
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-    gr.Button("Random seed", size="sm").click(random_seed, None, seed, queue=False, api_visibility="private")
-    return seed, gr.Slider(1, limits.images, 1, step=1, label="Images")
-
-
-def _output_column(method: Callable[..., Iterator[GalleryItems]], inputs: list[Any], name: str, label: str) -> None:
-    """Button, gallery, and the parameters of the image that is chosen in it."""
-    with gr.Column(scale=3):
-        with gr.Row():
-            go = gr.Button(label, variant="primary", elem_id=name)
-            stop = gr.Button("Stop", elem_id=f"{name}_stop")
-        gallery = gr.Gallery(label="Images", columns=2, format="png", elem_id=f"{name}_gallery", object_fit="contain")
-        parameters = gr.JSON(label="Parameters (also inside the PNG file)", elem_id=f"{name}_parameters")
-        files = gr.State([])
-    running = go.click(_reporting(method), inputs, [gallery, files, parameters], api_name=name)
-    stop.click(None, cancels=[running])
-
-    def chosen(paths: list[str], event: gr.SelectData) -> dict[str, Any] | None:
-        return parameters_of(paths[event.index]) if event.index < len(paths) else None
-
-    gallery.select(chosen, files, parameters, queue=False, api_visibility="private")
-
-
-def _reporting(method: Callable[..., Iterator[GalleryItems]]) -> Callable[..., Iterator[tuple]]:
-    """Gallery items → what the page shows; a user's mistake becomes a message on the page."""
-
-    def run(*values: Any) -> Iterator[tuple]:
-        try:
-            for items in method(*values):
-                paths = [item for item, _ in items if isinstance(item, str)]
-                yield items, paths, parameters_of(paths[0]) if paths else None
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Stopped:
-            return
-
-    return run
-
-
-def launch(studio: Studio, *, max_waiting: int = 16, **options: Any) -> Any:
-    """Start the page; returns the Gradio app. `options` go to Blocks.launch."""
-    page = build_page(studio)
-    page.queue(max_size=max_waiting, default_concurrency_limit=1)
-    page.launch(
-        theme=gr.themes.Soft(font=FONTS, font_mono=("ui-monospace", "monospace")),
-        allowed_paths=[str(studio.folder)],
-        max_file_size=MAX_UPLOAD,
-        footer_links=[],
-        ssr_mode=False,
-        show_error=True,
-        **options,
-    )
-    return page
 
 
 def find_quickstart() -> Path:
@@ -148,10 +37,10 @@ def find_quickstart() -> Path:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="svg_t2i.app", description=__doc__.split("\n")[0])
+    parser = Parser("svg_t2i.app", __doc__)
     parser.add_argument("--checkpoint", help="as for svg_t2i.sample (default: the quickstart's toy model)")
-    parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings that the page starts with")
+    parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
+    parser.add_argument("--preset", choices=list(PRESETS), help="settings to start with (default: the model's own)")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
@@ -179,10 +68,13 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     return Studio(pipeline, Limits(side=arguments.max_side))
 
 
+@command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    if gr is None:
-        raise UserError("the page needs Gradio: pip install 'gradio>=6,<7'")
+    try:
+        from svg_t2i.web.page import launch
+    except ImportError as error:
+        raise UserError(f"the page needs Gradio ({error}): pip install 'gradio>=6,<7'") from error
     if arguments.queue < 1:
         raise UserError(f"--queue {arguments.queue}: must be at least 1")
     studio = load_studio(arguments)
@@ -191,4 +83,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, sys.argv[1:])
+    main()

@@ -7,11 +7,12 @@
     python -m svg_t2i.benchmark shapes  --checkpoint outputs/quickstart/transformer
     python -m svg_t2i.benchmark sweep   --checkpoint results/run --over guidance_scale=1,2,4,8 --manifest val.jsonl
 
-Results are in outputs/benchmark/VERB, or `--output`. Started by `torchrun --nproc_per_node N -m svg_t2i.benchmark …`, N
-processes share the work and make the same images as one. A run that was interrupted goes on when started again.
+Results are in outputs/benchmark/SUB-COMMAND, or `--output`. Started by `torchrun --nproc_per_node N -m
+svg_t2i.benchmark …`, N processes share the work and make the same images as one. A run that was interrupted goes on
+when started again.
 
     OUTPUT/settings.json    everything that the images depend on; a folder with other settings is refused
-    OUTPUT/images/          as drawn in svg_t2i/suites.py
+    OUTPUT/images/          as drawn in svg_t2i/evaluation/suites.py
     OUTPUT/metrics.json     folder and shapes: numbers, or the reasons why there are none
     OUTPUT/sweep.csv, .png  sweep
 """
@@ -25,7 +26,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.evaluation.crops import open_images
@@ -53,28 +55,29 @@ from svg_t2i.text.files import read_prompts
 MAX_GRID_IMAGES = 96
 
 
+@command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if arguments.verb == "summarise":
+    if arguments.command == "summarise":
         print(summarise(arguments))
-    elif arguments.verb == "shapes" and arguments.draw is not None:
+    elif arguments.command == "shapes" and arguments.draw is not None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
     else:
         with start_world(arguments.device) as world:
             arguments.run(arguments, world)
 
 
-# --- verbs ------------------------------------------------------------------------------------------------------
+# --- sub-commands ----------------------------------------------------------------------------------------------
 
 
 def run_suite(arguments: argparse.Namespace, world: World) -> None:
     """geneval, dpg: images in the tool's layout."""
-    reader = suites.read_geneval if arguments.verb == "geneval" else suites.read_dpg
+    reader = suites.read_geneval if arguments.command == "geneval" else suites.read_dpg
     prompts, sampling = reader(arguments.prompts), sampling_of(arguments, world)
-    if arguments.verb == "dpg" and sampling.width != sampling.height:
+    if arguments.command == "dpg" and sampling.width != sampling.height:
         raise UserError(f"--resolution {sampling.width}x{sampling.height}: DPG-Bench's tool takes squares")
-    make_images(arguments, arguments.verb, prompts, sampling, world)
+    make_images(arguments, arguments.command, prompts, sampling, world)
     if world.is_main:
         print(f"{arguments.output / 'images'} is ready for the official tool; then: benchmark summarise")
 
@@ -178,7 +181,7 @@ def make_images(
 ) -> tuple[SVGT2IPipeline, list[Path]]:
     """The pipeline, and the images of all prompts, which are made where they are not there yet."""
     settings = {
-        "benchmark": arguments.verb,
+        "benchmark": arguments.command,
         "prompts": {"count": len(prompts), "sha256": digest_prompts(prompts)},
         "num_images_per_prompt": arguments.num_images_per_prompt,
         "seed": arguments.seed,
@@ -252,63 +255,66 @@ def sampling_of(arguments: argparse.Namespace, world: World) -> SamplingOptions:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        prog="svg_t2i.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser = Parser("svg_t2i.benchmark", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUB-COMMAND")
     for name, run, what in (("geneval", run_suite, "GenEval"), ("dpg", run_suite, "DPG-Bench")):
-        suite = add_verb(verbs, name, run, f"make images for {what}'s tool", images=4)
-        suite.add_argument("--prompts", type=Path, required=True, help="the official prompts; see svg_t2i/suites.py")
+        suite = add_sampler(commands, name, run, f"make images for {what}'s tool", images=4)
+        suite.add_argument("--prompts", type=Path, required=True, help="the official prompts; see docs/evaluation.md")
 
-    folder = add_verb(verbs, "folder", run_folder, "make images of any prompts, or take some, and measure them", 1)
-    folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl), also a manifest")
-    folder.add_argument("--images", type=Path, help="measure these images, in the size of the first, and make none")
-    folder.add_argument("--reference", type=Path, help="real images: a folder or a manifest")
-    folder.add_argument("--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="none: only make images")
-    folder.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id (%(default)s)")
+    folder = add_sampler(commands, "folder", run_folder, "measure images of any prompts, or images that exist", 1)
+    folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl) or manifest (default: none)")
+    folder.add_argument("--images", type=Path, help="measure these, in the size of the first (default: make images)")
+    folder.add_argument("--reference", type=Path, help="real images: a folder or a manifest (default: none)")
+    folder.add_argument(
+        "--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="what to measure; no name: nothing"
+    )
+    folder.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id of the CLIP")
 
-    shapes = add_verb(verbs, "shapes", run_shapes, "colour, place, shape, two objects, counting", images=2)
-    shapes.add_argument("--draw", type=Path, metavar="FOLDER", help="only draw a data set to train on")
+    shapes = add_sampler(commands, "shapes", run_shapes, "colour, place, shape, two objects, counting", images=2)
+    shapes.add_argument(
+        "--draw", type=Path, metavar="FOLDER", help="only draw a data set to train on (default: do not)"
+    )
     shapes.set_defaults(prompts="unseen scenes", preset="quickstart", batch_size=40)
 
-    swept = add_verb(verbs, "sweep", run_sweep, "metrics against sampling settings", images=None)
+    swept = add_sampler(commands, "sweep", run_sweep, "metrics against sampling settings", images=None)
     swept.add_argument("--over", action="append", required=True, metavar="NAME=VALUE,VALUE", help="once or twice")
-    swept.add_argument("--manifest", help="captions to sample from, images to compare with")
-    swept.add_argument("--metrics", nargs="+", choices=METRICS, default=["mmd"])
-    swept.add_argument("--num_images", type=int, default=EvaluationConfig.num_images)
+    swept.add_argument("--manifest", help="captions to sample from, images to compare with (default: none)")
+    swept.add_argument("--metrics", nargs="+", choices=METRICS, default=["mmd"], help="what to measure")
+    swept.add_argument("--num_images", type=int, default=EvaluationConfig.num_images, help="of every setting")
     swept.add_argument("--images_per_scene", type=int, default=1, help="for the metric shapes")
-    swept.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id (%(default)s)")
+    swept.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id of the CLIP")
 
-    table = verbs.add_parser("summarise", help="Markdown row of the official tools' results, next to the published")
-    table.add_argument("--geneval", type=Path, help="results.jsonl of GenEval's evaluate_images.py")
-    table.add_argument("--dpg", type=Path, help="results file of DPG-Bench's compute_dpg_bench.py")
+    table = commands.add_parser("summarise", help="Markdown row of the official tools' results, next to the published")
+    table.add_argument("--geneval", type=Path, help="results.jsonl of GenEval's evaluate_images.py (default: none)")
+    table.add_argument("--dpg", type=Path, help="results of DPG-Bench's compute_dpg_bench.py (default: none)")
     table.add_argument("--name", default="this model", help="first cell of the row")
     arguments = parser.parse_args(argv)
-    if arguments.verb != "summarise":
+    if arguments.command != "summarise":
         check(arguments)
     return arguments
 
 
-def add_verb(
-    verbs: argparse._SubParsersAction, name: str, run: Callable, summary: str, images: int | None
+def add_sampler(
+    commands: argparse._SubParsersAction, name: str, run: Callable, summary: str, images: int | None
 ) -> argparse.ArgumentParser:
-    """A verb that samples: arguments as those of svg_t2i.sample."""
-    verb = verbs.add_parser(name, help=summary, description=summary)
-    verb.set_defaults(run=run)
-    verb.add_argument("--output", type=Path, default=Path("outputs/benchmark") / name, help="%(default)s")
-    model = verb.add_argument_group("model")
-    model.add_argument("--checkpoint", help="results folder, checkpoint folder, or saved pipeline")
+    """A sub-command that samples: arguments as those of svg_t2i.sample."""
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark") / name, help="folder to write")
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", help="results folder, checkpoint or saved pipeline; has no default")
     add_parts(model)
-    model.add_argument("--device", default=None, help="default: cuda when there is one")
-    what = verb.add_argument_group("what to make")
-    what.add_argument("--resolution", type=parse_resolution, metavar="WxH", help="default: as --preset or the model")
+    model.add_argument("--device", help="default: cuda when there is one")
+    what = parser.add_argument_group("what to make")
+    size = "width and height in pixels (default: those of --preset or the model)"
+    what.add_argument("--resolution", type=parse_resolution, metavar="WxH", help=size)
     what.add_argument("--seed", type=int, default=0, help="image i of the run has seed + i")
-    what.add_argument("--batch_size", type=int, default=4)
+    what.add_argument("--batch_size", type=int, default=4, help="images in one packed batch")
     if images is not None:
-        what.add_argument("--num_images_per_prompt", type=int, default=images, help="%(default)s")
-        what.add_argument("--limit", type=int, help="only the first prompts; may be raised later")
-    add_sampling_arguments(verb)
-    return verb
+        what.add_argument("--num_images_per_prompt", type=int, default=images, help="images of each prompt")
+        what.add_argument("--limit", type=int, help="only the first prompts; may be raised later (default: all)")
+    add_sampling_arguments(parser)
+    return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -318,10 +324,10 @@ def check(arguments: argparse.Namespace) -> None:
     makes_none = (getattr(arguments, name, None) is not None for name in ("images", "draw"))
     if arguments.checkpoint is None and not any(makes_none):
         raise UserError("--checkpoint is missing: a results folder, a checkpoint folder or a saved pipeline")
-    if arguments.verb == "dpg" and arguments.num_images_per_prompt > DPG_IMAGES:
+    if arguments.command == "dpg" and arguments.num_images_per_prompt > DPG_IMAGES:
         number = arguments.num_images_per_prompt
         raise UserError(f"--num_images_per_prompt {number}: DPG-Bench's tool reads {DPG_IMAGES} at most")
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

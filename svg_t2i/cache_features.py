@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autoencoder.common.config import UserError, load_config, locate, run_entry
+from autoencoder.common.commands import Parser, command, require_positive
+from autoencoder.common.config import UserError, load_config, locate
 from autoencoder.common.processes import World, start_world
 from autoencoder.images.files import LATENT_PIXELS, to_float
 from autoencoder.images.manifest import JoinedSources
@@ -47,31 +48,23 @@ LATENT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        prog="python -m svg_t2i.cache_features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the training that will read the cache")
-    parser.add_argument("--batch-size", type=int, default=32, help="images, and captions, encoded at once")
-    parser.add_argument("--shard-size", type=int, help="samples per file; by default as many as make 1 GiB")
+    parser = Parser("svg_t2i.cache_features", __doc__)
+    parser.add_config("YAML file of the training that will read the cache")
+    parser.add_argument("--batch_size", type=int, default=32, help="images, and captions, encoded at once")
+    parser.add_argument("--shard_size", type=int, help="samples per file (default: as many as make 1 GiB)")
     parser.add_argument(
-        "--latent-dtype",
+        "--latent_dtype",
         choices=LATENT_TYPES,
         default="float32",
         help="float32 is exact, float16 half as large (error 0.05%%); text keeps the text encoder's own type",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes of the config")
     arguments = parser.parse_intermixed_args(argv)
-    for name in ("batch_size", "shard_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_positive(arguments, "batch_size", "shard_size")
     return arguments
 
 
+@command
 def main(argv: list[str]) -> None:
-    """The entry; `argv` without the program's name."""
     arguments = parse_arguments(argv)
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     if config.data.all_sources[0].feature_cache is None:
@@ -238,7 +231,7 @@ class CacheWriter:
         if needed > free:
             raise UserError(
                 f"data.feature_cache={self.folder}: {needed / gib:.1f} GiB needed, {free / gib:.1f} GiB free; choose "
-                "another disk, --latent-dtype float16, or fewer data.crops_per_image"
+                "another disk, --latent_dtype float16, or fewer data.crops_per_image"
             )
 
 
@@ -257,4 +250,4 @@ class _Samples(Dataset):
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import argparse
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.weights import export, export_as_published
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m svg_t2i.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("svg_t2i.export", __doc__)
     parser.add_argument("folder", help="results folder (its newest checkpoint), one checkpoint, or a published folder")
     parser.add_argument("out", help="a folder that does not exist yet")
     parser.add_argument("--published", action="store_true", help="the release's file names: raw and averaged weights")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
-    weights.add_argument("--ema_decay", type=float, help="the average with this decay, where the run keeps several")
+    weights.add_argument("--ema_decay", type=float, help="the average with this decay (default: the run's first)")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     if arguments.published and arguments.raw:
@@ -35,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

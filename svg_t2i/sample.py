@@ -1,4 +1,4 @@
-"""Prompts and images → PNG files, from the command line. The first word says what to do; without one, `generate`.
+"""Images from prompts and from images, as PNG files. Without a sub-command it is `generate`.
 
     python -m svg_t2i.sample --checkpoint results/run --prompt "a red fox in snow" --resolution 1024x768
     python -m svg_t2i.sample --checkpoint pre-trained --prompts prompts.jsonl --num_images_per_prompt 4 --preset stage4
@@ -11,7 +11,7 @@
     python -m svg_t2i.sample retrieve       --checkpoint ... --image fox.png --folder photos --top_k 12
     python -m svg_t2i.sample enhance        --checkpoint ... --prompt "a red fox"
 
-The output folder is drawn in `rendering`; the same command again goes on with a half-done one.
+The output folder is drawn in `sampling.folder`; the same command again goes on with a half-done one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -29,13 +28,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from autoencoder.common.config import UserError, run_entry, to_dict
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from autoencoder.images.manifest import list_images
 from svg_t2i.flow.solvers import SOLVERS
-from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.pipeline import DECODE_PIXELS, SVGT2IPipeline
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
 from svg_t2i.sampling.from_images import crop_image, prepare_mask
 from svg_t2i.sampling.loading import fetch, find_sources
@@ -43,8 +43,17 @@ from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.text.files import Prompt, read_prompts
 
-VERBS = ("generate", "image_to_image", "variation", "inpaint", "interpolate", "retrieve", "enhance")
+SUB_COMMANDS = {
+    "generate": "images of prompts; what is done without a sub-command",
+    "image_to_image": "redraw images to fit a prompt",
+    "variation": "images that share the composition of a given one",
+    "inpaint": "repaint the masked part of an image",
+    "interpolate": "images between two prompts, or between two images",
+    "retrieve": "the images of a folder that are nearest to a given one",
+    "enhance": "rewrite prompts in more detail, and print them",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN = "the model's"
 DAY = 24 * 60  # minutes that a process may wait for the slowest one
 
 
@@ -67,12 +76,13 @@ def _time_shift(text: str) -> float | str:
 
 def add_parts(model: argparse._ArgumentGroup) -> None:
     """The arguments that say which networks `from_parts` loads."""
-    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several")
-    model.add_argument("--autoencoder", help="autoencoder YAML or saved folder (default: the one trained with)")
-    model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder when its YAML names none")
-    model.add_argument("--latent_stats", help="latent statistics, .safetensors or the published .pt")
-    model.add_argument("--text_encoder", help="Hugging Face folder or id (default: the one trained with)")
-    model.add_argument("--guide", help="a weaker DiT for autoguidance, instead of the unconditional branch")
+    own = "(default: the one trained with)"
+    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
+    model.add_argument("--autoencoder", help=f"autoencoder YAML or saved folder {own}")
+    model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder (default: those its YAML names)")
+    model.add_argument("--latent_stats", help=f"latent statistics, .safetensors or the published .pt {own}")
+    model.add_argument("--text_encoder", help=f"Hugging Face folder or id {own}")
+    model.add_argument("--guide", help="a weaker DiT for autoguidance (default: the unconditional branch guides)")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
     model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 without")
 
@@ -111,63 +121,75 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="default: cuda when there is one")
     model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
-    model.add_argument("--decode_pixels", type=int, help="pixels decoded at once")
+    model.add_argument("--decode_pixels", type=int, default=DECODE_PIXELS, help="pixels decoded at once")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of `SamplingOptions` but for the size; `chosen_options` reads them."""
-    how = parser.add_argument_group("how (defaults: the model's own, or those of --preset)")
-    how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage")
-    how.add_argument("--negative_prompt")
-    how.add_argument("--system_prompt", choices=sorted(SYSTEM_PROMPTS))
-    how.add_argument("--solver", choices=sorted(SOLVERS))
-    how.add_argument("--num_inference_steps", type=int)
-    how.add_argument("--guidance_scale", type=float)
-    how.add_argument("--guidance_interval", type=float, nargs=2, metavar=("LO", "HI"), help="in [0, 1], noise to image")
-    how.add_argument("--time_shift", type=_time_shift, help='a number, or "dynamic" for one that suits the image size')
-    how.add_argument("--renorm_cfg", type=float, help="0 switches renormalisation off")
-    how.add_argument("--cfg_trunc", type=float, help="no guidance for t >= this, 1: never")
+    how = parser.add_argument_group("how (default: the model's own settings, or those of --preset)")
+
+    def add(name: str, help: str, **options: Any) -> None:
+        how.add_argument(f"--{name}", help=f"{help} (default: {OWN})", **options)
+
+    how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage (default: the model's own)")
+    add("negative_prompt", "what to guide away from")
+    add("system_prompt", "instruction put before the prompts", choices=sorted(SYSTEM_PROMPTS))
+    add("solver", "of the differential equation", choices=sorted(SOLVERS))
+    add("num_inference_steps", "points of the time grid", type=int)
+    add("guidance_scale", "strength of guidance; 1 is none", type=float)
+    interval = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
+    add("guidance_interval", "times with guidance, in [0, 1] from noise to image", **interval)
+    add("time_shift", 'a number, or "dynamic" for one that suits the image size', type=_time_shift)
+    add("renorm_cfg", "bound of the guided velocity's norm; 0: none", type=float)
+    add("cfg_trunc", "no guidance for t >= this; 1: never", type=float)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
-    verb = argv[0] if argv and argv[0] in VERBS else "generate"
-    parser = argparse.ArgumentParser(
-        prog=f"svg_t2i.sample {verb}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("svg_t2i.sample", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUB-COMMAND")
+    for name, summary in SUB_COMMANDS.items():
+        _add_arguments(commands.add_parser(name, help=summary, description=summary), name)
+    without = not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))
+    arguments = parser.parse_args(["generate", *argv] if without else argv)
+    check_arguments(arguments)
+    return arguments
+
+
+def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     _add_model_arguments(parser)
     what = parser.add_argument_group("what to make")
-    if verb not in ("variation", "retrieve"):
+    if command not in ("variation", "retrieve"):
         what.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    if verb in ("generate", "enhance", "image_to_image"):
-        what.add_argument("--prompts", help="prompt file: .txt, .json or .jsonl")
-        what.add_argument("--limit", type=int, help="only the first prompts of the list")
-    if verb in ("generate", "image_to_image"):
+    if command in ("generate", "enhance", "image_to_image"):
+        what.add_argument("--prompts", help="prompt file: .txt, .json or .jsonl (default: none)")
+        what.add_argument("--limit", type=int, help="only the first prompts of the list (default: all)")
+    if command in ("generate", "image_to_image"):
         what.add_argument("--enhance", action="store_true", help="let the text encoder rewrite the prompts first")
-    if verb not in ("generate", "enhance"):
-        what.add_argument("--image", action="append", default=[], help="an image file", required=verb != "interpolate")
-    if verb == "inpaint":
+    if command not in ("generate", "enhance"):
+        required = command != "interpolate"
+        what.add_argument("--image", action="append", default=[], help="an image file", required=required)
+    if command == "inpaint":
         what.add_argument("--mask", required=True, help="white where to repaint, in cells of 16×16 pixels")
-    if verb in ("image_to_image", "inpaint"):
-        what.add_argument("--strength", type=float, default=0.6 if verb == "image_to_image" else 1.0)
-    if verb in ("variation", "interpolate"):
+    if command in ("image_to_image", "inpaint"):
+        strength = 0.6 if command == "image_to_image" else 1.0
+        what.add_argument("--strength", type=float, default=strength, help="how much changes: 0 nothing, 1 all")
+    if command in ("variation", "interpolate"):
         what.add_argument("--t", type=float, default=0.3, help="how much of the image stays: 0 nothing, 1 all")
-    if verb == "interpolate":
+    if command == "interpolate":
         what.add_argument("--weights", type=int, default=5, help="number of images")
-    if verb == "retrieve":
+    if command == "retrieve":
         what.add_argument("--folder", required=True, help="where to look, subfolders included")
-        what.add_argument("--top_k", type=int, default=10)
-    if verb not in ("retrieve", "enhance"):
-        several = {"nargs": "+"} if verb == "generate" else {"nargs": 1}
-        what.add_argument("--resolution", metavar="[CATEGORY:]WxH", **several)
-        what.add_argument("--num_images_per_prompt", type=int, default=1)
+        what.add_argument("--top_k", type=int, default=10, help="number of images to show")
+    if command not in ("retrieve", "enhance"):
+        size = "width and height in pixels, multiples of 16 (default: the model's own)"
+        several = "+" if command == "generate" else 1
+        what.add_argument("--resolution", metavar="[CATEGORY:]WxH", nargs=several, help=size)
+        what.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt and resolution")
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
         what.add_argument("--batch_size", type=int, default=4, help="images in one packed batch")
         add_sampling_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("samples"))
-    arguments = parser.parse_args(argv[1:] if argv and argv[0] in VERBS else argv, argparse.Namespace(verb=verb))
-    check_arguments(arguments)
-    return arguments
+    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder to write")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -177,7 +199,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ranges["seed"] = (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1")
     ranges["strength"] = (lambda strength: 0 < strength <= 1, "above 0 and at most 1")
     ranges["weights"] = (lambda number: number >= 2, "at least 2, to make a way between two ends")
-    last = 1 if arguments.verb == "interpolate" else math.nextafter(1, 0)
+    last = 1 if arguments.command == "interpolate" else math.nextafter(1, 0)
     ranges["t"] = (lambda t: 0 <= t <= last, f"in [0, 1{']' if last == 1 else ')'}; 0 is noise, 1 the image itself")
     for name, (fits, rule) in ranges.items():
         value = getattr(arguments, name, None)
@@ -217,23 +239,23 @@ def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2I
         pipeline.to(device)
     if arguments.compile:
         pipeline.compile()
-    if arguments.decode_pixels:
-        pipeline.decode_pixels = arguments.decode_pixels
+    pipeline.decode_pixels = arguments.decode_pixels
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-# -------------------------------------------------------------------------------------------------------------- verbs
+# ------------------------------------------------------------------------------------------------------ sub-commands
 
 
+@command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    if arguments.verb == "enhance":
+    if arguments.command == "enhance":
         prompts = given_prompts(arguments)
         pipeline = load_pipeline(arguments, choose_device(arguments.device))
         for prompt in prompts:
             print(pipeline.enhance(prompt.text))
-    elif arguments.verb == "retrieve":
+    elif arguments.command == "retrieve":
         retrieve(arguments)
     else:
         with start_world(arguments.device, timeout_minutes=DAY) as world:
@@ -241,13 +263,13 @@ def main(argv: list[str]) -> None:
 
 
 def draw(arguments: argparse.Namespace, world: World) -> None:
-    """The verbs that make images: plan them all, make this process's share, then record and report together."""
+    """The sub-commands that make images: plan them all, make this process's share, then record and report together."""
     sizes = [parse_resolution(text) for text in arguments.resolution or ()]
     sampling_changes(arguments)
     prompts, sources = plan_sources(arguments, sizes)
     options = chosen_options(arguments, world)
     shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
-    settings = {**shared, "verb": arguments.verb}
+    settings = {**shared, "verb": arguments.command}
     _by_main(lambda: check_folder(arguments.output, settings), world)
     with world.main_first():
         pipeline = load_pipeline(arguments, world.device)
@@ -309,17 +331,17 @@ def plan_sources(
     Raises:
         UserError: an image or mask that cannot be used; found here, before any weight is loaded.
     """
-    verb = arguments.verb
-    if verb == "generate":
+    chosen = arguments.command
+    if chosen == "generate":
         return given_prompts(arguments), []
     for path in arguments.image:
         width, height = sizes[0] if sizes else (None, None)
         width, height = crop_image(path, height, width).size
-        if verb == "inpaint":
+        if chosen == "inpaint":
             prepare_mask(arguments.mask, (height // LATENT_PIXELS, width // LATENT_PIXELS))
-    if verb == "variation":
+    if chosen == "variation":
         return [Prompt("")], [{"image": path, "t": arguments.t} for path in arguments.image]
-    if verb == "interpolate":
+    if chosen == "interpolate":
         if len(arguments.prompt) > 2 or len(arguments.image) not in (0, 2):
             raise UserError("interpolate takes up to two --prompt and none or two --image")
         if len(arguments.prompt) < 2 and not arguments.image:
@@ -327,7 +349,7 @@ def plan_sources(
         shares = [i / (arguments.weights - 1) for i in range(arguments.weights)]
         ends = {"prompts": arguments.prompt, "images": arguments.image, "t": arguments.t}
         return [Prompt(" → ".join(arguments.prompt))], [{**ends, "weight": share} for share in shares]
-    extra = {"mask": arguments.mask} if verb == "inpaint" else {}
+    extra = {"mask": arguments.mask} if chosen == "inpaint" else {}
     sources = [{"image": path, "strength": arguments.strength, **extra} for path in arguments.image]
     return given_prompts(arguments), sources
 
@@ -335,7 +357,7 @@ def plan_sources(
 def make_images(
     pipeline: SVGT2IPipeline, arguments: argparse.Namespace, options: SamplingOptions, jobs: Sequence[Job]
 ) -> list[Image.Image]:
-    """The images of one batch, by the verb's method."""
+    """The images of one batch, by the sub-command's method."""
     own = {
         name: tuple(job.own.get(name, getattr(options, name)) for job in jobs)
         for name in ("guidance_scale", "negative_prompt")
@@ -343,18 +365,18 @@ def make_images(
     settings = to_dict(options) | own
     settings |= {"width": [job.size[0] for job in jobs], "height": [job.size[1] for job in jobs]}
     seeds, prompts = [job.seed for job in jobs], [job.prompt for job in jobs]
-    if arguments.verb == "generate":
+    if arguments.command == "generate":
         return pipeline(prompts, seed=seeds, **settings).images
     width, height = settings.pop("width"), settings.pop("height")
-    if arguments.verb == "interpolate":
+    if arguments.command == "interpolate":
         prompt = arguments.prompt if len(arguments.prompt) == 2 else "".join(arguments.prompt)
         between = {"weights": [job.own["weight"] for job in jobs], "t": arguments.t, "seed": seeds}
         size = {"width": width[0], "height": height[0]}
         return pipeline.interpolate(prompt, arguments.image or None, **between, **size, **settings).images
     images = [crop_image(job.own["image"], h, w) for job, h, w in zip(jobs, height, width)]
-    if arguments.verb == "variation":
+    if arguments.command == "variation":
         return pipeline.variation(images, t=arguments.t, seed=seeds, **settings).images
-    if arguments.verb == "inpaint":
+    if arguments.command == "inpaint":
         mask = {"mask_image": arguments.mask, "strength": arguments.strength}
         return pipeline.inpaint(prompts, images, seed=seeds, **mask, **settings).images
     return pipeline.image_to_image(prompts, images, strength=arguments.strength, seed=seeds, **settings).images
@@ -380,4 +402,4 @@ def retrieve(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main, sys.argv[1:])
+    main()

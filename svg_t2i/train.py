@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from autoencoder.common import stopping
-from autoencoder.common.config import REPO_ROOT, UserError, load_config, run_entry, save_config, to_dict
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import REPO_ROOT, UserError, load_config, save_config, to_dict
 from autoencoder.common.processes import AnyRank, World, start_world
 from autoencoder.common.stopping import StopRequest
 from autoencoder.images.manifest import ImageSource, JoinedSources
@@ -42,17 +43,13 @@ log = logging.getLogger("svg_t2i")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m svg_t2i.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", required=True, help="YAML file, as given or below the repository")
-    parser.add_argument("--init_from", help="take first weights from this checkpoint, run or published folder")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes of the config")
+    parser = Parser("svg_t2i.train", __doc__)
+    parser.add_config("YAML file, as given or below the repository")
+    parser.add_argument("--init_from", help="checkpoint, run or published folder with first weights (default: random)")
     return parser.parse_intermixed_args(argv)
 
 
+@command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     overrides = arguments.overrides + ([f"init_from={arguments.init_from}"] if arguments.init_from else [])
@@ -284,4 +281,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

@@ -1,6 +1,6 @@
 """Commands in the README and docs/ name what exists, and those that need no download run, at toy size.
 
-Of the rest `ELSEWHERE` says which test runs the same script or verb, or what they need.
+Of the rest `ELSEWHERE` says which test runs the same script or sub-command, or what they need.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from PIL import Image
 
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.model import DiTConfig
+from tests.test_commands import parsers
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
@@ -51,21 +52,18 @@ def check(folder: str, command: str) -> None:
         assert script.is_file(), f"{command}: no {words[1]} in {folder}"
         text = script.read_text()
         module = re.search(r"-m (autoencoder|svg_t2i)\.(\w+)", text)
-        source = "/".join(module.groups()) if module else None
-        if "quickstart/recipe.py" in text:
-            source = "scripts/quickstart/recipe.py"
+        module = ".".join(module.groups()) if module else None
         rest = words[2:]
     elif "-m" in words:
-        source = words[words.index("-m") + 1].replace(".", "/")
+        module, text = words[words.index("-m") + 1], ""
         rest = words[words.index("-m") + 2 :]
     else:
         pytest.fail(f"{command}: neither a script nor a module of ours")
-    if source:
-        path = REPO_ROOT / (source if source.endswith(".py") else f"{source}.py")
-        assert path.is_file(), f"{command}: no module {source}"
-        known = "".join(p.read_text() for p in path.parent.glob("*.py"))
-        for option in (word for word in rest if word.startswith("--")):
-            assert f'"{option}"' in known, f"{command}: {source} knows no {option}"
+    known = set(re.findall(r"--\w+", text))  # a script names its own at its top
+    if module:
+        known |= {name for parser in parsers(module).values() for name in parser._option_string_actions}
+    for option in (word for word in rest if word.startswith("--")):
+        assert option in known, f"{command}: there is no {option}"
     for word in rest:
         if word.startswith("configs/") and "*" not in word:
             assert any((base / (word + end)).exists() for base in (start, REPO_ROOT) for end in ("", ".yaml")), (
@@ -126,7 +124,7 @@ AT_TOY_SIZE = {
     "python -m autoencoder.reconstruct": ["--resolution", "64"],
     "python -m autoencoder.evaluate_reconstruction": ["--resolution", "64"],
     "python -m autoencoder.measure_latents": ["--resolution", "64"],
-    "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch-size", "64"],
+    "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch_size", "64"],
     "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
     "python -m svg_t2i.sample --checkpoint": ["--num_inference_steps", "2"],
     **{f"python -m svg_t2i.sample {verb}": ["--num_inference_steps", "2"] for verb in EDITS[:-1]},
@@ -190,7 +188,7 @@ def place(tmp_path_factory, recipe, tiny_for_test):
 
     It passes for the repository's root: what the README's commands once left in the real one is not found.
     """
-    for module in ("shapes", "train"):
+    for module in ("evaluation.shapes", "train"):
         importlib.import_module(f"svg_t2i.{module}")  # with the real root, however few tests are run
     folder = tmp_path_factory.mktemp("root")
     (folder / "configs").symlink_to(REPO_ROOT / "configs")

@@ -156,7 +156,7 @@ def test_a_feature_cache_is_continued():
     """A shard made today, beside old ones, holds what the old one held."""
     shard = Path("cache/00000.safetensors")
     shard.rename("before.safetensors")
-    run("svg_t2i.cache_features", "--config", "dit.yaml", "data.feature_cache=cache", "--shard-size", "3")
+    run("svg_t2i.cache_features", "--config", "dit.yaml", "data.feature_cache=cache", "--shard_size", "3")
     torch.testing.assert_close(load_file(shard), load_file("before.safetensors"), rtol=1e-5, atol=1e-5)
 
 

@@ -11,10 +11,9 @@ import dataclasses
 import difflib
 import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -244,15 +243,6 @@ def resolve_target(name: str, field: str, table: Mapping[str, T]) -> T:
     if name in table:
         return table[name]
     raise ConfigError(f"{field}: unknown target {name!r}{_nearest(name, table)}; known: {', '.join(sorted(table))}")
-
-
-def run_entry(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command-line entry. A `UserError` becomes one line on stderr and exit code 2, without a traceback."""
-    try:
-        main(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def _join(prefix: str, key: object) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
@@ -80,7 +79,7 @@ class HyDecoderConfig:
 
 def pixel_shuffle(x: Tensor) -> Tensor:
     """(B, 4C, h, w) → (B, C, 2h, 2w); channels are ordered (row offset, column offset, C), unlike torch's."""
-    return rearrange(x, "b (row col c) h w -> b c (h row) (w col)", row=2, col=2)
+    return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
 class ShuffleUpsample(nn.Module):

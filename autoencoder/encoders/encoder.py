@@ -21,9 +21,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import timm
 import torch
-from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,6 +166,8 @@ class FrozenEncoder(Float32Buffers):
 
 def _build_backbone(config: EncoderConfig, family: Family, initialize: bool) -> nn.Module:
     """timm's network; without `initialize` its weights are only allocated, which for L takes 0.1 s instead of 2.4 s."""
+    import timm
+
     device = torch.get_default_device()
     try:
         with nullcontext() if initialize else torch.device("meta"):
@@ -224,10 +224,12 @@ def build_encoder(config: EncoderConfig) -> FrozenEncoder:
 def _read_weights(config: EncoderConfig) -> Mapping[str, Tensor]:
     """Weights from a file or the Hub, under whatever names they have there; without `encoder.` of an autoencoder."""
     if config.weights == "hub" or config.weights.startswith("hf-hub:"):
+        import timm
+
         hub_id = timm.get_pretrained_cfg(config.architecture).hf_hub_id
         source = hub_id if config.weights == "hub" else config.weights.removeprefix("hf-hub:")
         try:
-            return load_state_dict_from_hf(source)
+            return timm.models.load_state_dict_from_hf(source)
         except Exception as error:  # the Hub's client raises many unrelated types
             raise UserError(
                 f"dinoconfig.weights: {source} could not be downloaded from the Hugging Face Hub "

@@ -12,15 +12,12 @@ Shapes: B batch, D features, R residual channels, H×W pixels, h×w latent cells
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.layers import RotaryEmbeddingMixed
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from autoencoder.common.config import ConfigError, UserError
 
@@ -103,33 +100,6 @@ def match_distribution(
     return matched.to(features.dtype)
 
 
-class MixedRotary(RotaryEmbeddingMixed):
-    """timm's learned rotary frequencies (2, depth, heads, head_dim/2), with angles in fp32 under any precision."""
-
-    def __init__(self, *args: Any, square: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.square = square  # side of the published grid in patches
-
-    def get_embed(self, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
-        """sin and cos side by side for a grid of (h, w) patches: (depth, heads, N, 2·head_dim), fp32."""
-        h, w = shape
-        if self.square is not None and h * w == self.square**2:
-            h = w = self.square
-        rows, columns = (torch.arange(n, device=self.freqs.device, dtype=torch.float32) for n in (h, w))
-        y, x = (axis.flatten()[:, None] for axis in torch.meshgrid(rows, columns, indexing="ij"))  # (N, 1)
-        f_x, f_y = self.freqs.unsqueeze(-2)  # (depth, heads, 1, head_dim/2)
-        angles = x * f_x + y * f_y  # (depth, heads, N, head_dim/2); products, not matmuls: autocast leaves them alone
-        return torch.cat([table.repeat_interleave(2, dim=-1) for table in (angles.sin(), angles.cos())], dim=-1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> MixedRotary:
-        """Follow the model's device, not its precision."""
-        before = self.freqs.data
-        super()._apply(fn, *args, **kwargs)
-        if self.freqs.dtype != torch.float32:
-            self.freqs.data = before.to(self.freqs.device)
-        return self
-
-
 class ResidualViT(nn.Module):
     """Normalised images (B, 3, H, W) and encoder features (B, D, h, w) → residual channels (B, R, h, w).
 
@@ -196,6 +166,10 @@ class ResidualViT(nn.Module):
 
 def _rope_vit(config: ResidualConfig) -> tuple[nn.Module, int]:
     """ViT-S/16 with mixed RoPE, 12 layers, for any image size; and its width."""
+    import timm
+
+    from autoencoder.encoders.mixed_rotary import MixedRotary
+
     arguments = {**ROPE_VIT, **config.overrides}
     trunk = timm.create_model("vit_small_patch16_rope_mixed_224", num_classes=0, dynamic_img_size=True, **arguments)
     timms, square = trunk.rope, None
@@ -207,6 +181,8 @@ def _rope_vit(config: ResidualConfig) -> tuple[nn.Module, int]:
 
 def _plain_vit(config: ResidualConfig) -> tuple[nn.Module, int]:
     """The older ViT with 6 layers, for squares of 256 px; and its width."""
+    from torchvision.models import VisionTransformer
+
     trunk = VisionTransformer(**{**PLAIN_VIT, **config.overrides})
     trunk.heads = nn.Identity()
     return trunk, trunk.hidden_dim

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
-
 from autoencoder.common.config import ConfigError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -92,6 +90,8 @@ class EncoderConfig:
     @property
     def architecture(self) -> str:
         """The timm name; ConfigError for a model of no known family."""
+        import timm  # takes seconds, which --help need not wait for
+
         name = MODELS.get(self.model_name, self.model_name)
         if not timm.is_model(name) or not any(re.match(family.pattern, name) for family in FAMILIES.values()):
             raise ConfigError(

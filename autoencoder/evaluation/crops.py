@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from autoencoder.common.commands import Parser, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size, aspect_buckets, crop_to_size, load_image, nearest_bucket, to_uint8_tensor
 from autoencoder.images.manifest import MAX_ERRORS, ImageFolder, ImageSource, Manifest
@@ -123,10 +124,10 @@ def sweep(
 # ---- command lines -------------------------------------------------------------------------------------------------
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `load_autoencoder` reads."""
-    parser.add_argument("config", help="autoencoder YAML file, or a folder of save_pretrained")
-    parser.add_argument("--checkpoint", help="autoencoder checkpoint, instead of the config's ckpt_path")
+def add_model_arguments(parser: Parser, words: str = "key.sub=value") -> None:
+    """What `load_autoencoder` reads. words: what else may stand on the command line without an option's name."""
+    parser.add_config("autoencoder YAML file, or a folder of save_pretrained", positional=True, words=words)
+    parser.add_argument("--checkpoint", help="autoencoder checkpoint (default: the config's ckpt_path)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
     parser.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU per process if there is one")
 
@@ -144,13 +145,13 @@ def warn_of_batch_statistics(autoencoder: SVGAutoencoder, batch_size: int) -> No
     if residual is not None and residual.use_outnorm and residual.outnorm == "batch" and batch_size > 1:
         logger.warning(
             "extra_vit_config.outnorm is batch, as published: the residual latents of an image depend on the %d images "
-            "it is encoded with, and so do the results on --batch-size. Add the override "
-            "model.params.extra_vit_config.outnorm=per_image, or --batch-size 1",
+            "it is encoded with, and so do the results on --batch_size. Add the override "
+            "model.params.extra_vit_config.outnorm=per_image, or --batch_size 1",
             batch_size,
         )
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, max_aspect: float) -> None:
+def add_image_arguments(parser: Parser, max_aspect: float) -> None:
     """What `open_crops` and `sweep` read."""
     parser.add_argument(
         "--data", "--manifest", dest="data", required=True, help="folder of images, or manifest (.jsonl, .json)"
@@ -158,20 +159,15 @@ def add_image_arguments(parser: argparse.ArgumentParser, max_aspect: float) -> N
     parser.add_argument(
         "--resolution", type=int, nargs="+", required=True, help="one or several; crops have about this squared pixels"
     )
-    parser.add_argument(
-        "--max-aspect", type=float, default=max_aspect, help=f"longest crop, default {max_aspect:g}; 1: squares only"
-    )
-    parser.add_argument("--max-images", type=int, help="only this many, spread evenly over the data")
-    parser.add_argument("--batch-size", type=int, default=16, help="images at a time per process")
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images, per process")
+    parser.add_argument("--max_aspect", type=float, default=max_aspect, help="longest crop; 1: squares only")
+    parser.add_argument("--max_images", type=int, help="only this many, spread evenly over the data (default: all)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at a time per process")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images, per process")
 
 
 def open_crops(arguments: argparse.Namespace) -> Crops:
     """The images that the arguments ask for; UserError for values out of range and data without images."""
-    for name in ("batch_size", "max_images"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_positive(arguments, "batch_size", "max_images")
     if len(set(arguments.resolution)) < len(arguments.resolution):
         raise UserError(f"--resolution {' '.join(map(str, arguments.resolution))} names a resolution twice")
     return Crops(open_images(arguments.data), arguments.resolution, arguments.max_aspect, arguments.max_images)

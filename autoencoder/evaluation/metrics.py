@@ -15,8 +15,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import to_float
@@ -38,12 +36,16 @@ def to_8bit(images: Tensor) -> Tensor:
 
 def psnr(images: Tensor, recons: Tensor) -> Tensor:
     """uint8 (n, 3, H, W) each → (n,) dB in fp64; infinite for identical images."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     pair = recons.double(), images.double()
     return peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3)).reshape(-1)
 
 
 def ssim(images: Tensor, recons: Tensor) -> Tensor:
     """uint8 (n, 3, H, W) each → (n,), mean over channels and all positions; images are mirrored beyond their edges."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     pair = recons.float(), images.float()
     return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1)
 
@@ -81,6 +83,8 @@ class FrechetDistance:
     """
 
     def __init__(self, extractor: nn.Module) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         self.metric = FrechetInceptionDistance(_OnGrid(extractor), sync_on_compute=False)
         self.metric.orig_dtype = torch.float64  # of the result; else known after the first update only
 
@@ -125,6 +129,8 @@ def build_inception() -> nn.Module:
     Raises:
         Unavailable: torch-fidelity is not installed, or the weights are neither cached nor downloadable.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     try:
         inception = FrechetInceptionDistance(feature=2048, antialias=False).inception  # the original resizing
     except (ImportError, OSError, RuntimeError) as error:

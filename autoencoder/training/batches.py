@@ -115,7 +115,9 @@ IMAGENET_SPLITS = {"ldm.data.imagenet.ImageNetTrain": "train", "ldm.data.imagene
 DATA: dict[str, type[ManifestParams] | type[FolderParams]] = {
     "utils.data_module_allinone.DataModuleFromConfig": FolderParams,
     "utils.data_module_allinone.DataModuleFromConfigJson": ManifestParams,
-    "autoencoder.data.FolderParams": FolderParams,
+    "autoencoder.training.batches.FolderParams": FolderParams,
+    "autoencoder.training.batches.ManifestParams": ManifestParams,
+    "autoencoder.data.FolderParams": FolderParams,  # where they were
     "autoencoder.data.ManifestParams": ManifestParams,
 }
 

@@ -59,7 +59,8 @@ class LossConfig:
 
 # Targets a config may name, and what each changes in the defaults of `LossConfig`.
 LOSSES: dict[str, dict[str, Any]] = {
-    "autoencoder.losses.AutoencoderLoss": {},
+    "autoencoder.training.losses.AutoencoderLoss": {},
+    "autoencoder.losses.AutoencoderLoss": {},  # where it was
     "ldm.modules.losses.LPIPSWithDiscriminatorDecoder": {"disc_per_image": True},  # native-aspect images
     "ldm.modules.losses.LPIPSWithDiscriminatorDecoderIN": {},  # square batches
 }
@@ -74,7 +75,7 @@ def build_loss(
         ConfigError: unknown target or parameter.
         UserError: LPIPS is asked for and its weights cannot be had.
     """
-    target = lossconfig.get("target", "autoencoder.losses.AutoencoderLoss")
+    target = lossconfig.get("target", "autoencoder.training.losses.AutoencoderLoss")
     defaults = resolve_target(target, f"{source}: model.params.lossconfig.target", LOSSES)
     params = {**defaults, **(lossconfig.get("params") or {})}
     return AutoencoderLoss(build(LossConfig, params, f"{source}: model.params.lossconfig.params"), norm=norm)

@@ -36,7 +36,8 @@ from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
 
-from autoencoder.common.config import UserError, run_entry
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from autoencoder.images.files import (
     aspect_buckets,
     crop_square,
@@ -137,7 +138,7 @@ class Recipe:
     def measure_latents(self) -> None:
         self.run(
             *("autoencoder.measure_latents", self.autoencoder, "--checkpoint", self.checkpoint),
-            *("--manifest", self.manifest, "--resolution", self.resolution, "--max-aspect", 1),
+            *("--manifest", self.manifest, "--resolution", self.resolution, "--max_aspect", 1),
             *("--output", self.stats),
         )
 
@@ -312,22 +313,18 @@ def divide_cores() -> tuple[int, int]:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The options of scripts/quickstart.sh."""
-    parser = argparse.ArgumentParser(
-        prog="bash scripts/quickstart.sh",
-        description="Autoencoder, DiT and pictures at toy size, with no download.",
-    )
+    description = "Autoencoder, DiT and pictures at toy size, with no download."
+    parser = Parser(description=description, prog="bash scripts/quickstart.sh")
     parser.add_argument("--short", action="store_true", help="a few steps of everything: it runs, and learns nothing")
     parser.add_argument("--data", type=Path, help='your images and captions: JSONL of {"path": ..., "prompt": ...}')
-    parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares (default: 128)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
-    parser.add_argument(
-        "--pictures", action="store_true", help="train nothing: draw the README's pictures of the verbs"
-    )
+    parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares")
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder to write")
+    parser.add_argument("--pictures", action="store_true", help="train nothing: draw the README's pictures")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> None:
-    """The entry; `argv` without the program's name."""
+@command
+def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     output, own_data = args.output.resolve(), args.data is not None
     if own_data and not args.data.is_file():
@@ -357,4 +354,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    main()

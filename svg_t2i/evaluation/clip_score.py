@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from autoencoder.evaluation.metrics import Unavailable
 
@@ -24,6 +23,8 @@ class CLIPScorer:
     """
 
     def __init__(self, path_or_id: str | os.PathLike, device: torch.device | str = "cpu"):
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
         source = str(path_or_id)
         try:
             self.model = AutoModel.from_pretrained(source).eval().requires_grad_(False).to(device)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from autoencoder.common.config import UserError, build, find_config, locate, to_dict
 from autoencoder.common.weights import write_json
@@ -76,6 +74,9 @@ def fetch(name: str | os.PathLike, revision: str | None = None, token: str | Non
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
         raise UserError(f"{name}: no such folder, and no Hugging Face id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -254,6 +255,9 @@ def save_pipeline(networks: Networks, options: SamplingOptions, folder: str | os
 
 def push_pipeline(networks: Networks, options: SamplingOptions, repo_id: str, **where: Any) -> str:
     """Save to a temporary folder and upload it; returns the commit's address. See `SVGT2IPipeline.push_to_hub`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     api = HfApi(token=where["token"])
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(networks, options, folder)

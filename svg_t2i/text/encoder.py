@@ -16,26 +16,17 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma2Model,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from autoencoder.common.config import UserError, locate
 from svg_t2i.transformer.packing import TextFeatures
+
+if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +112,14 @@ class TextEncoder:
             UserError: if the folder does not exist, a part of it is missing or unreadable, the Hub refuses, or
                 `max_length` exceeds the positions the model knows.
         """
+        from transformers import (
+            MODEL_FOR_TEXT_ENCODING_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForTextEncoding,
+            AutoTokenizer,
+        )
+
         source = checked_source(path_or_id)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
         try:
@@ -324,6 +323,8 @@ def make_toy_text_encoder(
         layers: number of layers of which the last is never run; ≥ 2 lets a word's features see the words before it.
         seed: fixes all weights.
     """
+    from transformers import Gemma2Config, Gemma2Model
+
     if hidden_size < 32 or hidden_size % 32 or layers < 1:
         raise UserError(f"toy text encoder: hidden_size={hidden_size} must be a multiple of 32, layers={layers} ≥ 1")
     tokenizer = _word_tokenizer([*SYSTEM_PROMPTS.values(), *captions])
@@ -354,6 +355,9 @@ def make_toy_text_encoder(
 
 def _word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per lower-case word or punctuation mark (or Chinese character); `<bos>` starts every text."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from autoencoder.common.config import UserError
 from svg_t2i.text.encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS, MAX_CLAUSES, MAX_CHARACTERS = 196, 4, 256
 INSTRUCTION = """\
@@ -79,6 +82,8 @@ def causal_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: the model is no causal one, or has an output layer of its own, which a text encoder does not load.
     """
+    from transformers import AutoModelForCausalLM
+
     kind = model.config.model_type
     try:
         with torch.device("meta"):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.processes import World, peak_memory
@@ -141,6 +140,8 @@ class ProgressLogger:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
         self._peak = config.monitor.peak_tflops or peak_tflops(name)
         if world.is_main and config.monitor.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(Path(config.results_dir) / "tensorboard"), purge_step=step + 1)
         if world.is_main and config.monitor.wandb_project is not None:
             self.wandb = start_wandb(config)

@@ -72,7 +72,7 @@ def evaluated(folder, *more):
 
 
 def test_the_numbers_are_those_of_the_images(folder):
-    report = evaluated(folder, "--batch-size", "3")
+    report = evaluated(folder, "--batch_size", "3")
     model = SVGAutoencoder.from_config(folder / "ae.yaml", folder / "ae.ckpt")
     expected, shifts = [], []
     for index in range(COUNT):
@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_images(folder):
 
 
 def test_nothing_depends_on_the_batch_size(folder):
-    whole, *others = (evaluated(folder, "--batch-size", str(n))["results"] for n in (COUNT, 1, 3))
+    whole, *others = (evaluated(folder, "--batch_size", str(n))["results"] for n in (COUNT, 1, 3))
     for other in others:
         for one, two in zip(whole, other):
             assert two["images"] == COUNT
@@ -119,7 +119,7 @@ def test_rows_are_added_to_a_table_and_replaced_in_it(folder, tmp_path):
     table = tmp_path / "table.md"
     evaluated(folder, "--table", str(table), "--name", "a|b")
     evaluated(folder, "--table", str(table), "--name", "second")
-    evaluated(folder, "--table", str(table), "--name", "a|b", "--resolution", "32", "--max-images", "3")
+    evaluated(folder, "--table", str(table), "--name", "a|b", "--resolution", "32", "--max_images", "3")
     cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.read_text().splitlines()]
     data = f"{tmp_path.name}/photos"
     assert cells[2:] == [
@@ -181,8 +181,8 @@ def test_refusals(folder, tmp_path):
         main(arguments(folder, "--data", str(tmp_path / "empty")))
     with pytest.raises(UserError, match="multiple of 16"):
         main(arguments(folder, "--resolution", "40"))
-    with pytest.raises(UserError, match="--batch-size 0"):
-        main(arguments(folder, "--batch-size", "0"))
+    with pytest.raises(UserError, match="--batch_size 0"):
+        main(arguments(folder, "--batch_size", "0"))
     with pytest.raises(UserError, match="no such device"):
         main(arguments(folder, "--device", "abacus"))
     main(arguments(folder))

@@ -56,7 +56,7 @@ def expected_latents(folder, model, indices, max_aspect):
 
 @pytest.mark.parametrize(
     ("more", "indices", "max_aspect"),
-    [(["--batch-size", "2"], range(5), 4.0), (["--max-images", "3", "--max-aspect", "1"], (0, 2, 4), 1.0)],
+    [(["--batch_size", "2"], range(5), 4.0), (["--max_images", "3", "--max_aspect", "1"], (0, 2, 4), 1.0)],
 )
 def test_equals_direct_computation(folder, more, indices, max_aspect, capsys):
     main(arguments(folder, *more))
@@ -102,7 +102,7 @@ def test_overrides_reach_the_config(folder):
 
 
 def test_several_resolutions_are_measured_alone_and_pooled(folder, capsys):
-    main(arguments(folder, "--resolution", "64", "128", "--max-aspect", "1", "--batch-size", "2"))
+    main(arguments(folder, "--resolution", "64", "128", "--max_aspect", "1", "--batch_size", "2"))
     model = SVGAutoencoder.from_config(folder / "ae.yaml")
     values = {}
     for side in (64, 128):
@@ -150,12 +150,12 @@ def interrupted(monkeypatch, folder, after, *more):
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(folder, monkeypatch, capsys):
     monkeypatch.setattr(latent_statistics, "CHUNKS_PER_ROUND", 1)
-    more = ["--batch-size", "2", "--resolution", "64", "128"]
+    more = ["--batch_size", "2", "--resolution", "64", "128"]
     main(arguments(folder, *more, "--output", str(folder / "whole.safetensors")))
     interrupted(monkeypatch, folder, 3, *more)
     assert (folder / "s.partial.safetensors").exists()
     with pytest.raises(UserError, match="batch_size: 2 ≠ 1.*delete it"):
-        main(arguments(folder, *more, "--batch-size", "1"))
+        main(arguments(folder, *more, "--batch_size", "1"))
     main(arguments(folder, *more))
     assert "going on after 2 of 5 images" in capsys.readouterr().out
     assert not (folder / "s.partial.safetensors").exists()
@@ -185,8 +185,8 @@ def test_a_folder_is_measured_and_broken_images_count_nothing(folder, caplog):
 def test_refusals_come_before_the_work(folder):
     with pytest.raises(UserError, match="multiple of 16"):
         main(arguments(folder, "--resolution", "100"))
-    with pytest.raises(UserError, match="--max-images 0"):
-        main(arguments(folder, "--max-images", "0"))
+    with pytest.raises(UserError, match="--max_images 0"):
+        main(arguments(folder, "--max_images", "0"))
     with pytest.raises(UserError, match="--device nowhere"):
         main(arguments(folder, "--device", "nowhere"))
     with pytest.raises(UserError, match="ending .safetensors"):

@@ -135,7 +135,7 @@ def test_refusals(folder):
         (["a.b=1"], "no images: name"),
         ([folder / "photos", "--resolution", "wide"], "--resolution wide"),
         ([folder / "photos", "--resolution", "100"], "multiple of 16"),
-        ([folder / "photos", "--batch-size", "0"], "--batch-size 0"),
+        ([folder / "photos", "--batch_size", "0"], "--batch_size 0"),
         ([folder / "photos", "model.params.num_layer=1"], "saved autoencoder and takes no overrides"),
     ):
         with pytest.raises(UserError, match=message):

@@ -49,7 +49,7 @@ def two(toy_parts, tmp_path_factory, repo_root):
 
 def test_cache_and_weights_are_those_of_one_process(two, toy_parts, tmp_path):
     arguments = settings(toy_parts, tmp_path)
-    cache_features.main([*arguments, "--shard-size", "2"])
+    cache_features.main([*arguments, "--shard_size", "2"])
     names = sorted(path.name for path in (two / "features").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "features").iterdir())
     assert len(names) == 4 + 2

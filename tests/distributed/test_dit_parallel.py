@@ -5,6 +5,7 @@ All runs of the same number of processes share one start: each rank plays throug
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -15,7 +16,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
-from autoencoder.common.config import run_entry
 from svg_t2i import train
 from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, stored_tensors
 from svg_t2i.train import main
@@ -173,7 +173,8 @@ def unlucky(*arguments):
         step(state, *others)
 
     train.train_step = unlucky_step
-    run_entry(main, arguments)
+    sys.argv = ["train", *arguments]
+    main()
 
 
 def launch(arguments):

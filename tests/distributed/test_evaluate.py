@@ -48,8 +48,8 @@ if sys.argv[2] == "small":
     evaluate_reconstruction.Networks.build = lambda device: networks
 latent_statistics.CHUNKS_PER_ROUND = 2
 folder = sys.argv[1]
-shared = [f"{folder}/ae", "--data", f"{folder}/photos", "--device", "cpu", "--batch-size", "2", "--resolution", "64"]
-shared += ["32"] if sys.argv[2] == "small" else ["--max-images", "6"]
+shared = [f"{folder}/ae", "--data", f"{folder}/photos", "--device", "cpu", "--batch_size", "2", "--resolution", "64"]
+shared += ["32"] if sys.argv[2] == "small" else ["--max_images", "6"]
 
 
 def evaluate(name):
@@ -57,11 +57,11 @@ def evaluate(name):
 
 
 def evaluate_one_chunk(name):
-    evaluate_reconstruction.main([*shared, "--batch-size", "16", "--output", f"{folder}/one_chunk_{name}"])
+    evaluate_reconstruction.main([*shared, "--batch_size", "16", "--output", f"{folder}/one_chunk_{name}"])
 
 
 def measure(name):
-    measure_latents.main([*shared, "--output", f"{folder}/{name}.safetensors", "--max-aspect", "4"])
+    measure_latents.main([*shared, "--output", f"{folder}/{name}.safetensors", "--max_aspect", "4"])
 
 
 def in_two_processes(entry):

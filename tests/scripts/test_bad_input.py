@@ -15,7 +15,7 @@ from PIL import Image
 
 from autoencoder import evaluate_reconstruction, measure_latents, reconstruct
 from autoencoder import train as autoencoder_train
-from autoencoder.common.config import run_entry, save_config
+from autoencoder.common.config import save_config
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import cache_features, sample
@@ -24,7 +24,10 @@ from svg_t2i import train as transformer_train
 ENCODER = {"model_name": "dinov3_vits16plus", "weights": "random"}
 ENCODER["overrides"] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 DECODER = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 0, "z_channels": 32}
-LOSS = {"target": "autoencoder.losses.AutoencoderLoss", "params": {"disc_weight": 0.0, "perceptual_weight": 0.0}}
+LOSS = {
+    "target": "autoencoder.training.losses.AutoencoderLoss",
+    "params": {"disc_weight": 0.0, "perceptual_weight": 0.0},
+}
 
 
 def broken_png(width: int, height: int) -> bytes:
@@ -48,7 +51,7 @@ def place(tmp_path_factory, toy_parts):
             "params": {"embed_dim": 32, "ddconfig": DECODER, "dinoconfig": ENCODER, "lossconfig": LOSS},
         },
         "data": {
-            "target": "autoencoder.data.ManifestParams",
+            "target": "autoencoder.training.batches.ManifestParams",
             "params": {"batch_size": 2, "train_resol": 64, "json_path": str(toy_parts / "manifest.jsonl")},
         },
     }
@@ -147,9 +150,10 @@ def test_bad_input_is_one_message(name, place, toy_parts, saved_pipeline, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of the last entry write where nobody reads
     names = {"place": place, "toy": toy_parts, "pipeline": saved_pipeline, "out": tmp_path / "out"}
+    monkeypatch.setattr("sys.argv", ["command", *(word.format(**names) for word in arguments + bad)])
     before = files(place) | files(toy_parts) | files(saved_pipeline)
     with pytest.raises(SystemExit) as exit_info:
-        run_entry(module.main, [word.format(**names) for word in arguments + bad])
+        module.main()
     assert exit_info.value.code == 2
     printed = capfd.readouterr().err
     assert printed.count("error: ") == 1

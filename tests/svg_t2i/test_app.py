@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -33,7 +34,8 @@ def test_without_weights_it_says_how_to_make_some(tmp_path, monkeypatch):
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(app, "gr", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "svg_t2i.web.page", raising=False)
     with pytest.raises(UserError, match="pip install 'gradio"):
         app.main([])
 
@@ -62,7 +64,9 @@ def studio(toy_pipeline):
 def address(studio):
     """The page, served on a free port."""
     pytest.importorskip("gradio", reason="gradio is not installed (pip install 'svg-t2i[app]')")
-    page = app.launch(studio, max_waiting=4, prevent_thread_lock=True, quiet=True)
+    from svg_t2i.web.page import launch
+
+    page = launch(studio, max_waiting=4, prevent_thread_lock=True, quiet=True)
     yield page.local_url
     page.close()
 

@@ -9,13 +9,11 @@ import pytest
 from autoencoder.common import config
 from autoencoder.common.config import (
     ConfigError,
-    UserError,
     build,
     find_config,
     load_config,
     read_config,
     resolve_target,
-    run_entry,
     save_config,
     to_dict,
 )
@@ -128,16 +126,6 @@ def test_targets_are_looked_up_never_imported():
     assert resolve_target("ldm.Decoder", "model.target", table) == 1
     with pytest.raises(ConfigError, match=r"model\.target: unknown target 'os\.system'"):
         resolve_target("os.system", "model.target", table)
-
-
-def test_run_entry_prints_one_line(capsys):
-    def main(argv):
-        raise UserError(f"bad {argv[0]}")
-
-    with pytest.raises(SystemExit) as exit_info:
-        run_entry(main, ["thing"])
-    assert exit_info.value.code == 2
-    assert capsys.readouterr().err == "error: bad thing\n"
 
 
 def test_paths_are_found_from_every_folder(tmp_path, monkeypatch):

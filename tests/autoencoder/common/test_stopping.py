@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import Dataset
 
 from autoencoder.common import stopping
-from autoencoder.common.config import run_entry
 from autoencoder.common.stopping import StopRequest
 from svg_t2i import train
 from svg_t2i.checkpoints.run import load_checkpoint, newest_checkpoint, stored_tensors
@@ -88,7 +87,8 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(toy_parts, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", step_with_signal)
-        status = forked(lambda: run_entry(train.main, [*settings, f"results_dir={tmp_path / 'stopped'}"]))
+        patch.setattr("sys.argv", ["train", *settings, f"results_dir={tmp_path / 'stopped'}"])
+        status = forked(train.main)
     assert os.waitstatus_to_exitcode(status) == stopping.EXIT_CODE == 75
     assert "stopped after step 3 as asked" in capfd.readouterr().out
     assert newest_checkpoint(tmp_path / "stopped" / "checkpoints", verify=True).name == "0000003"

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from autoencoder.common.config import ConfigError, UserError
-from autoencoder.encoders import encoder as encoders
 from autoencoder.encoders.encoder import EncoderConfig, FrozenEncoder, build_encoder
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -216,7 +215,7 @@ def test_hub_weights_are_asked_for_by_name(name, monkeypatch, images):
     original, asked = FrozenEncoder(config, initialize=True), []
     state = original.backbone.state_dict()  # timm's names, and without what timm computes
     state = {key: value for key, value in state.items() if key not in ("rope.periods", "mask_token")}
-    monkeypatch.setattr(encoders, "load_state_dict_from_hf", lambda source: asked.append(source) or dict(state))
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", lambda source: asked.append(source) or dict(state))
     for weights in ("hub", "hf-hub:someone/copy"):
         loaded = build_encoder(EncoderConfig(name, weights, overrides=TINY))
         assert torch.equal(loaded(images), original(images))
@@ -228,7 +227,7 @@ def test_failed_download_says_what_to_do(monkeypatch):
     def offline(source):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(encoders, "load_state_dict_from_hf", offline)
+    monkeypatch.setattr("timm.models.load_state_dict_from_hf", offline)
     with pytest.raises(UserError, match="timm/some could not be downloaded.*no route.*official file"):
         build_encoder(EncoderConfig(weights="hf-hub:timm/some", overrides=TINY))
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from autoencoder import train as entry
 from autoencoder.common.config import UserError, load_config
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_pil, to_uint8_tensor
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
+from autoencoder.training import run as entry
 from autoencoder.training.batches import ManifestParams
 from autoencoder.training.losses import LossConfig
 from autoencoder.training.module import latent_noise

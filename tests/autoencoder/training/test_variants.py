@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from autoencoder import train as entry
 from autoencoder.common.config import UserError, build, read_config
 from autoencoder.latents.statistics import LatentStats, StatsAccumulator
 from autoencoder.model import DROPPED, SVGAutoencoder
+from autoencoder.training import run as entry
 from autoencoder.training.settings import AutoencoderTrainConfig
 
 D, R = 48, 8

@@ -50,7 +50,7 @@ def settings(toy_parts, parts, cache, *overrides):
 
 
 def make(toy_parts, parts, cache, *arguments):
-    cache_features.main([*settings(toy_parts, parts, cache), "--shard-size", "3", "--batch-size", "4", *arguments])
+    cache_features.main([*settings(toy_parts, parts, cache), "--shard_size", "3", "--batch_size", "4", *arguments])
     return cache
 
 
@@ -154,7 +154,7 @@ def test_an_interrupted_cache_goes_on(toy_parts, parts, cache, tmp_path, capsys,
 
 
 def test_half_precision_latents(toy_parts, parts, cache, tmp_path):
-    half = make(toy_parts, parts, tmp_path / "half", "--latent-dtype", "float16")
+    half = make(toy_parts, parts, tmp_path / "half", "--latent_dtype", "float16")
     a, b = (load_file(folder / "00001.safetensors")["latents"] for folder in (cache, half))
     assert b.dtype == torch.float16
     torch.testing.assert_close(b.float(), a, atol=1e-3, rtol=1e-3)

@@ -124,8 +124,8 @@ def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
                 commit_url=address, commit_message=commit_message, commit_description="", oid="0"
             )
 
-    monkeypatch.setattr(loading, "HfApi", Api)
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, token: hub / name)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, token: hub / name)
     assert toy_pipeline.push_to_hub("me/foxes", private=True, token="secret").endswith("me/foxes/commit/0")
     pulled = SVGT2IPipeline.from_pretrained("me/foxes")
     assert pulled.options == toy_pipeline.options

@@ -249,7 +249,7 @@ def test_hub_refusal_names_the_licence(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to ...")
 
-    monkeypatch.setattr("svg_t2i.text.encoder.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(UserError, match="gated repo.*accept it at https://huggingface.co/google/gemma-2-2b"):
         TextEncoder.from_pretrained("google/gemma-2-2b")
 

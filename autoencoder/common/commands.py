@@ -1,0 +1,108 @@
+"""Command lines: one style of options, and one way from a command line into `main`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from autoencoder.common.config import UserError
+
+CONSOLE_SCRIPTS = "svg-"  # how the names of those in pyproject.toml begin
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written; every default behind its option, unless the text names it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        if text is None or "default" in text or default in (None, False, argparse.SUPPRESS) or default == []:
+            return text
+        if not action.option_strings:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown})".replace("()", "")
+
+
+class Parser(argparse.ArgumentParser):
+    """Options with underscores, as published: `--batch_size`. With dashes they are the same options.
+
+    Args:
+        module: for `python -m MODULE`, how the usage line begins, but for an installed console script.
+        description: shown as it is.
+    """
+
+    def __init__(self, module: str | None = None, description: str | None = None, **options: Any) -> None:
+        script = os.path.basename(sys.argv[0])
+        if module is not None:
+            options["prog"] = script if script.startswith(CONSOLE_SCRIPTS) else f"python -m {module}"
+        super().__init__(description=description, formatter_class=_Help, **options)
+        self._positional_config = False
+
+    def add_config(self, help: str, positional: bool = False, words: str = "key.sub=value") -> None:
+        """`--config FILE`, and `overrides`: the words that follow.
+
+        positional: the file may also be the first word, without `--config`. words: what the others are.
+        """
+        by_place = " (default: the first word that belongs to no option)" if positional else ""
+        self.add_argument("--config", required=not positional, help=help + by_place)
+        metavar = f"config|{words}" if positional else words
+        meaning = "first the config, where --config does not name it; then " if positional else ""
+        self.add_argument("overrides", nargs="*", metavar=metavar, help=f"{meaning}changes of its entries")
+        self._positional_config = positional
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # noqa: D102
+        return super().parse_known_args(with_underscores(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's; where `add_config` allows it, the first positional argument is the config."""
+        arguments = super().parse_intermixed_args(args, namespace)
+        if self._positional_config and arguments.config is None:
+            if not arguments.overrides:
+                self.error("the following arguments are required: --config")
+            arguments.config = arguments.overrides.pop(0)
+        return arguments
+
+
+def with_underscores(argv: Iterable[str]) -> list[str]:
+    """`--batch-size=8` → `--batch_size=8`. Values, and everything behind a bare `--`, stay."""
+    result, options = [], True
+    for word in argv:
+        options = options and word != "--"
+        name, equals, value = word.partition("=")
+        if options and name.startswith("--"):
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        result.append(word)
+    return result
+
+
+def require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """UserError for an option that was given a number below 1."""
+    for name in names:
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+
+
+def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
+    """`main(argv)` of a command, as `python -m`, a console script and tests call it.
+
+    Without `argv` it takes the command line, and a `UserError` becomes one line on stderr and exit code 2, without a
+    traceback. With `argv` the error is the caller's.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> None:
+        if argv is not None:
+            main(list(argv))
+            return
+        try:
+            main(sys.argv[1:])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    return run
