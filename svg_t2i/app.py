@@ -1,4 +1,4 @@
-"""A page to draw with, in the browser.
+"""Page in the browser for text to image and image to image.
 
     pip install 'svg-t2i[app]'
     python -m svg_t2i.app                                     the quickstart's toy model

@@ -1,4 +1,4 @@
-"""This process among those that torchrun started, and what they do together.
+"""Processes of torchrun: rank and device of this one (`World`), and its collectives.
 
     with start_world() as world:                  # torchrun's processes, or this one alone
         with world.main_first():                  # rank 0 downloads, the others find the files

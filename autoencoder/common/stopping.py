@@ -1,4 +1,4 @@
-"""A run that is asked to stop: it finishes its step, saves, and exits with a code that says so.
+"""Stop requests by signal: a run finishes its step, saves, and exits with code 75.
 
 Clusters announce with SIGTERM that they are about to take a machine away; SIGUSR1 does the same by hand or by schedule
 (Slurm: `--signal=USR1@120`). Inside `StopRequest` the first of them is noted, for the training loop to ask; one more,
@@ -50,7 +50,7 @@ class StopRequest:
 
 
 def survive_request(_: int = 0) -> None:
-    """In a worker that reads data: outlive the first signal, its process needs samples to finish its step.
+    """In a worker that reads data: ignore the first signal, as its process needs samples to finish its step.
 
     torchrun and Slurm signal workers too. A second one ends it, as `DataLoader` does with workers that hang.
     """

@@ -61,7 +61,7 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
 
 
 class Inert:
-    """Stands in for an object of a class that is not imported: it takes what the pickle gives it, and forgets it."""
+    """Placeholder for a pickled object whose class is not imported; the pickled content is discarded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

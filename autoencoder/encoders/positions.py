@@ -1,4 +1,4 @@
-"""Where patches are: DINOv3's rotary tables, and learned position embeddings resized to any grid.
+"""Position embeddings of patches: DINOv3's rotary tables, and learned positions resized to any grid.
 
 Both are taken over exactly as the networks were trained; timm's own versions differ in the third decimal.
 Shapes: h×w grid of patches, N = h·w, D channels.
@@ -17,7 +17,7 @@ from autoencoder.common.weights import Float32Buffers
 
 
 class Rotary(Float32Buffers):
-    """Axial rotary tables from stored periods, in fp32 whatever the precision of the model; stands in for timm's.
+    """Axial rotary tables from stored periods, in fp32 whatever the precision of the model; replaces timm's.
 
     Angles are 2π·c/period with patch centres c mapped to [-1, 1] separately for rows and columns (Siméoni et al. 2025,
     arXiv:2508.10104). The periods are rounded to bfloat16, as in the released weights.

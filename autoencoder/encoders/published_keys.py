@@ -1,9 +1,9 @@
-"""Names of weights: every published naming of the encoders → the one that our files use; pure functions of dicts.
+"""Key mapping of encoder weights: every published naming → the names that our files use; pure functions of dicts.
 
 Our files name a DINOv3 as its authors do (`storage_tokens`, `blocks.0.ls1.gamma`, `blocks.0.attn.qkv.bias_mask`, …),
 because the published autoencoder checkpoints do, and every other encoder as timm does. `canonical` brings a file to
-these names, whether it comes from the authors, from timm or from transformers; `from_official` and `to_official` stand
-between a DINOv3's names and timm's.
+these names, whether it comes from the authors, from timm or from transformers; `from_official` and `to_official`
+map a DINOv3's names to timm's and back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The residual branch of the "R" autoencoders: images → a few channels of detail beside the frozen encoder's features.
+"""The residual branch of the "R" autoencoders: images → a few channels of detail, added to the frozen encoder's.
 
 A small trained ViT (timm or torchvision) and a projection to 8 channels, which are brought to the distribution of the
 encoder's features. State dicts speak the published names through `from_published` and `to_published`. Surprises:

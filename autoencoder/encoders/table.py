@@ -1,4 +1,4 @@
-"""Which encoders there are: families, names, and the configuration that chooses one. `docs/encoders.md` lists them."""
+"""Table of encoders: families, names, and the configuration that chooses one. `docs/encoders.md` lists them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Family:
-    """What the encoders of a family share.
+    """Properties that the encoders of a family share.
 
     pattern: of their timm names. normalization: mean and deviation of RGB in [0, 1]. resizing: of learned positions,
     arguments of `resize_positions`. arguments: of the timm architecture.

@@ -1,4 +1,4 @@
-"""One pass over many images, shared by processes: what measuring and evaluating an autoencoder have in common.
+"""One pass over many images, split over processes: for measuring latents and for evaluating reconstructions.
 
 The images are cut into chunks of `batch_size` in their order, and chunk c goes to process c mod N. A chunk is made of
 the same images and computed in the same batches however many processes there are, so results that are merged in the
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
-    """Images of one size: their places in the sweep, and uint8 (n, 3, H, W)."""
+    """Images of one size: their positions in the pass, and uint8 (n, 3, H, W)."""
 
     places: tuple[int, ...]
     images: Tensor

@@ -1,4 +1,4 @@
-"""Statistics of an autoencoder's latents over many images, in one pass that processes share and that can be resumed."""
+"""Statistics of an autoencoder's latents over many images, in one resumable pass, split over processes."""
 
 from __future__ import annotations
 

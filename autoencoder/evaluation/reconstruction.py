@@ -1,4 +1,4 @@
-"""Reconstruct many images and measure the result, in one pass that processes share and merge exactly.
+"""Reconstruct many images and measure the result, in one pass that is split over processes and merged exactly.
 
 Single images are measured where they are reconstructed; their values are put together in the order of the images and
 averaged then. What rFID needs are sums that do not depend on their order (see `metrics.FrechetDistance`).

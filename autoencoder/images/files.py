@@ -1,4 +1,4 @@
-"""Images on their way in and out: safe decoding, RGB rules, aspect buckets, crops, tensors, grids, PNG files.
+"""Image files: safe decoding, RGB rules, aspect buckets, crops, tensors, grids, PNG files.
 
 Sizes are (width, height) as in Pillow; tensors are (3, H, W). Three representations occur:
 
@@ -31,7 +31,7 @@ MAX_IMAGE_PIXELS = 2**27  # 134 megapixels; Pillow itself refuses more than 179
 MAX_ASPECT_RATIO = 64.0  # a thinner image would become gigantic when it is scaled to cover a crop
 LATENT_PIXELS = 16  # pixels of image per latent cell
 
-# Pillow can decode much more, among it formats that start an interpreter (EPS); nobody trains on those.
+# Pillow can decode much more, among it formats that start an interpreter (EPS); these are refused.
 Image.init()  # registers all decoders; AVIF came with Pillow 11.3
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN)
 # What Pillow's decoders raise on missing, foreign, truncated or malicious data.

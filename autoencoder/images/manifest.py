@@ -1,4 +1,4 @@
-"""Where images and captions come from: manifests and ImageNet-style folders.
+"""Sources of images and captions: manifests and ImageNet-style folders.
 
 A manifest is a JSONL file, or a JSON list, of entries in one of the two published conventions:
 

@@ -1,4 +1,4 @@
-"""The order in which samples are visited, computed from (seed, position) alone: nothing is drawn, nothing remembered.
+"""Order of training samples: a function of (seed, position) alone, without state.
 
 A position counts the samples of a run from its beginning, over all ranks. Small sources follow the published order (one
 `torch.randperm` per epoch); large ones a keyed permutation that is evaluated where it is needed, so that the 10¹²-th

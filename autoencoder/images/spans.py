@@ -1,4 +1,4 @@
-"""Where the entries of a large file begin and end, found once and kept in a memory-mapped index.
+"""Index of a large file: where its entries begin and end, found once and memory-mapped.
 
 An index is a `.npy` of int64. Its name carries the size and the modification time of the file it describes, so that an
 index of an older version is never read; writing one removes its predecessors:

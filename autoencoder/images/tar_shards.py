@@ -90,7 +90,7 @@ class TarShards(ImageSource):
         max_errors: int = MAX_ERRORS,
         index_folder: Path | None = None,
     ) -> TarShards:
-        """Find the shards and what lies where in them, several at a time; indexes are made where they are missing.
+        """Find the shards and the positions of their members, several at a time; missing indexes are made.
 
         A shard that is damaged at some byte serves the samples before it, with a warning; each counts as an error.
 

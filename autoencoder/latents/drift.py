@@ -1,4 +1,4 @@
-"""How far latent statistics lie apart: between resolutions, or between a file and the images at hand.
+"""Drift: distance of two latent statistics, between resolutions or between a file and the images at hand.
 
 Seen through reference statistics, latents with other statistics have, per channel,
 

@@ -1,4 +1,4 @@
-"""Training data of the autoencoder: what a config may name as `data.target`, crops, batches of equal size.
+"""Training data of the autoencoder: the choices for `data.target`, crops, batches of equal size.
 
 Samples are addressed by (position in the training stream, index): the crop is a function of (seed, position), whatever
 worker or process cuts it. Which samples make a batch is a function of the seed, the image sizes and the number of
@@ -202,7 +202,7 @@ class CropSizes:
 class BatchStream:
     """One process's batches of keys for the given steps, such that nearly all batches have one image size.
 
-    The stream of all processes is cut into windows. The samples of a window are sorted by size, dealt out to its
+    The stream of all processes is cut into windows. The samples of a window are sorted by size, split into its
     steps, and within a step to micro-batches and processes; then the steps are shuffled. So in a window at most
     (sizes − 1) micro-batches of all processes are mixed, every sample is used once, and a step is made of the same
     samples however many processes share it. A run goes on at any step: what remains of the window is found anew.

@@ -1,4 +1,4 @@
-"""What stands around the training step: console, learning rates, grids, averaged weights, checkpoints."""
+"""Lightning callbacks: console, learning rate, image grids, exponential moving average, checkpoints."""
 
 from __future__ import annotations
 

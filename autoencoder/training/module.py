@@ -91,7 +91,7 @@ class ImageDataModule(LightningDataModule):
         trainer = self.trainer
         self.first_step = trainer.global_step
         # Exact as long as the number of images per step is the same; if it has changed, what remains of the current
-        # window of images is dealt out anew, and some of it may come twice or not at all.
+        # window of images is split anew, and some of it may come twice or not at all.
         first = math.ceil(self.position / self.images_per_step(trainer.world_size))
         stream = BatchStream(
             CropSizes(self.train_source, self.buckets),

@@ -1,4 +1,4 @@
-"""A run's checkpoints: writing them in the background, finding the newest whole one, filling a state from it.
+"""Checkpoints of a training run: written in the background; the newest complete one fills a state.
 
     results_dir/
       config.yaml                     the run's configuration
@@ -161,7 +161,7 @@ class Saver:
         for step in steps[: -self.keep_last]:
             if self.keep_every is None or step % self.keep_every:
                 doomed = self.root / f".tmp-pruned-{step:07d}"
-                _folders(self.root)[step].rename(doomed)  # first out of sight: nobody finds half a checkpoint
+                _folders(self.root)[step].rename(doomed)  # renamed first, so that a half-deleted one is not found
                 shutil.rmtree(doomed, ignore_errors=True)
 
 

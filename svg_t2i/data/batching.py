@@ -1,7 +1,7 @@
-"""Which samples of a step go to which process, and to which of its micro-batches.
+"""Splitting the samples of a step over processes and micro-batches.
 
 A step is a fixed set of samples, the positions step·G … step·G + G − 1 of the training stream, and its gradient that of
-their mean loss: how they are dealt changes the speed, never the result. All ranks get equally many micro-batches.
+their mean loss: how they are split changes the speed, never the result. All ranks get equally many micro-batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from autoencoder.common.config import UserError
 
 
-def deal_evenly(count: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
+def split_evenly(count: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
     """The published way: sample i goes to rank i mod world_size, in micro-batches of equal size.
 
     Returns:
@@ -30,11 +30,11 @@ def deal_evenly(count: int, world_size: int, micro_batch_size: int) -> list[list
     return [[list(share[i : i + micro_batch_size]) for i in range(0, len(share), micro_batch_size)] for share in shares]
 
 
-def deal_by_tokens(costs: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:
+def split_by_tokens(costs: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:
     """As few micro-batches of at most `budget` tokens as possible, all about equally long, on every rank equally many.
 
     The longest sample goes first, each to the micro-batch that is shortest so far (LPT; Graham 1969: at most 4/3 of the
-    best makespan). Long and short micro-batches are then dealt back and forth, so that the ranks' sums agree too.
+    best makespan). Long and short micro-batches are then assigned back and forth, so that the ranks' sums agree too.
 
     Args:
         costs: tokens of each sample, image and caption.

@@ -1,4 +1,4 @@
-"""What is drawn anew whenever training visits a sample: whether its caption is dropped, which caption, which crop.
+"""Randomness of one visit to a sample: caption dropout, caption choice, crop.
 
 All of it is a function of (seed, position in the training stream): not of workers, ranks, micro-batches, interruptions,
 nor of whether the sample is read as an image or as cached features.
@@ -19,7 +19,7 @@ CROP_SEED = 0  # fixed crops belong to the data, not to the run
 
 @dataclass(frozen=True)
 class Draw:
-    """The choices for one visit of a sample."""
+    """The random choices for one visit to a sample."""
 
     dropped: bool  # the caption, and its system prompt
     caption: float  # uniform on [0, 1)
@@ -42,7 +42,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How samples vary from visit to visit.
+    """Augmentation settings: caption dropout, caption choice, crops.
 
     Attributes:
         caption_dropout_prob: how often the whole text is replaced by "", in [0, 1].

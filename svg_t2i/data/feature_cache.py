@@ -1,4 +1,4 @@
-"""Features computed once and read instead of images: latents of fixed crops, text features of all captions.
+"""Feature cache, read instead of images: latents of fixed crops, text features of all captions.
 
     FOLDER/
       cache.json                     what the features depend on, how many samples and shards there are

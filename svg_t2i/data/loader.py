@@ -1,4 +1,4 @@
-"""Which samples each step holds, how they are dealt to processes and micro-batches, and the workers that read them.
+"""Data loader: the samples of each step, split over processes and micro-batches, and the workers that read them.
 
 The samples of a step are a function of (seed, step) alone. The parent process looks up the order and deals; workers
 decode. Where dealing has to know how long samples are (`micro_batch_tokens`), one more worker reads ahead in the
@@ -19,7 +19,7 @@ from autoencoder.common.config import UserError
 from autoencoder.common.stopping import survive_request
 from autoencoder.images.order import SampleOrder
 from autoencoder.training.batches import PlainLoader
-from svg_t2i.data.batching import deal_by_tokens, deal_evenly
+from svg_t2i.data.batching import split_by_tokens, split_evenly
 from svg_t2i.data.feature_cache import CachedDataset, FeatureBatch
 from svg_t2i.data.sources import T2IDataset, TrainBatch
 
@@ -29,7 +29,7 @@ Keys = np.ndarray  # (n, 3) int64: position, source, index
 
 @dataclass(frozen=True)
 class TrainStream(Dataset):
-    """Steps: which samples they hold, and how those are dealt. Item s: this rank's micro-batches in step s.
+    """The samples of each step, split over ranks. Item s: this rank's micro-batches in step s.
 
     Attributes:
         micro_batch_tokens: fill micro-batches up to this many tokens; None for `micro_batch_size` samples each.
@@ -47,11 +47,13 @@ class TrainStream(Dataset):
         count = self.global_batch_size
         positions = np.arange(step * count, (step + 1) * count)
         if self.micro_batch_tokens is None:
-            dealt = deal_evenly(count, self.world_size, self.micro_batch_size)[self.rank]
-            return [self._keys(positions[numbers]) for numbers in dealt]
+            shares = split_evenly(count, self.world_size, self.micro_batch_size)[self.rank]
+            return [self._keys(positions[numbers]) for numbers in shares]
         keys = self._keys(positions)
         costs = [self.datasets[source].tokens(position, index) for position, source, index in keys.tolist()]
-        return [keys[numbers] for numbers in deal_by_tokens(costs, self.world_size, self.micro_batch_tokens)[self.rank]]
+        return [
+            keys[numbers] for numbers in split_by_tokens(costs, self.world_size, self.micro_batch_tokens)[self.rank]
+        ]
 
     def _keys(self, positions: np.ndarray) -> Keys:
         return np.stack([positions, *self.order.locate(positions)], axis=1)
@@ -77,10 +79,10 @@ class _Work(Sampler):
         self.stream, self.steps, self.ahead = stream, steps, ahead
 
     def __iter__(self) -> Iterator[tuple[Keys, bool]]:
-        for step in read_ahead(self.stream, self.steps, int(self.ahead), prefetch=4) if self.ahead else self._dealt():
+        for step in read_ahead(self.stream, self.steps, int(self.ahead), prefetch=4) if self.ahead else self._split():
             yield from ((keys, number == len(step)) for number, keys in enumerate(step, start=1))
 
-    def _dealt(self) -> Iterator[list[Keys]]:
+    def _split(self) -> Iterator[list[Keys]]:
         return (self.stream[step] for step in self.steps)
 
 
@@ -156,5 +158,5 @@ def build_loader(
     order = SampleOrder([len(dataset) for dataset in datasets], weights, datasets[0].augmentation.seed)
     stream = TrainStream(datasets, order, global_batch_size, micro_batch_size, micro_batch_tokens, rank, world_size)
     if micro_batch_tokens is None:
-        deal_evenly(global_batch_size, world_size, micro_batch_size)  # complains now
+        split_evenly(global_batch_size, world_size, micro_batch_size)  # complains now
     return TrainLoader(stream, range(resume_step, total_steps), num_workers, prefetch)

@@ -1,4 +1,4 @@
-"""How well an image fits its caption, according to a CLIP model of Hugging Face."""
+"""CLIP score: how well an image fits its caption, by a CLIP model of Hugging Face."""
 
 from __future__ import annotations
 

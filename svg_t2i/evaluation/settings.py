@@ -1,4 +1,4 @@
-"""What an evaluation samples and measures, as a YAML section or a command line spells it."""
+"""Settings of an evaluation: a section of the YAML file, or options of a command."""
 
 from __future__ import annotations
 

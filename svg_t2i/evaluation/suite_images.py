@@ -1,4 +1,4 @@
-"""Making the images of a benchmark: shared by processes, resumable, in a folder that knows its settings."""
+"""Images of a benchmark: split over processes, resumable, in a folder that records its settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def generate(
     """Make `count` images of every prompt in the suite's layout, but for those that are there.
 
     Image i of the run has seed + i. A batch that lacks an image is made again as a whole: what an image looks like to
-    the last bit depends on its batch. The batches are dealt to the processes.
+    the last bit depends on its batch. The batches are split over the processes.
 
     Returns:
         The paths of all images, prompt by prompt; on every process, and once they are all there.

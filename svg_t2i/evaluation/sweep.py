@@ -1,4 +1,4 @@
-"""Metrics against sampling settings: the points, a CSV that grows by a row a point, and a plot of it."""
+"""Sweep: metrics against sampling settings, as a CSV with a row for each point, and a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the frozen networks lack before a run: latent statistics measured on its images, a random text encoder.
+"""Preparation of the frozen networks: latent statistics measured on the run's images, a random text encoder.
 
 Also the warning about statistics that do not fit the images.
 """

@@ -1,4 +1,4 @@
-"""Where the frozen networks come from: the `autoencoder` and `text_encoder` sections of a run's YAML file."""
+"""Sources of the frozen networks: the `autoencoder` and `text_encoder` sections of a run's YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharding of frozen networks: every rank keeps a share of each weight and gathers the rest while it is used."""
+"""Sharding of frozen networks: each rank keeps a share of each weight; the whole is gathered for its use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance. A guided model is again a velocity, so solvers know nothing of it.
+"""Classifier-free guidance. A guided model is again a velocity, so solvers take it as it is.
 
     v = v_u + s (v_c - v_u)                    standard (Ho & Salimans, arXiv:2207.12598)
     v <- v min(1, r |v_c| / |v|)               renormalised: bounds the guided velocity by the conditional one

@@ -1,4 +1,4 @@
-"""Many images into a folder, by one process or several: split, resume, survive, record.
+"""Rendering many images into a folder: split over processes, resumable, with a record of every image.
 
     OUTPUT/settings.json                                what all images of the folder have in common, weights included
     OUTPUT/images/{solver}_{steps}_{index}_{WxH}.png    the parameters of each image are in its PNG text chunk
@@ -6,7 +6,7 @@
     OUTPUT/failed.json                                  only if images failed: which, and why
     OUTPUT/grid.png                                     the first images, a row a prompt
 
-The images are cut into batches before they are dealt to the processes, and a half-done batch is made again as a whole:
+The images are cut into batches before they are split over the processes, and a half-done batch is made again as a whole:
 pixels depend neither on the number of processes nor on interruptions. Every file appears by one rename.
 """
 

@@ -1,4 +1,4 @@
-"""Where a pipeline's parts are: folders and Hub names → transformer, autoencoder, text encoder.
+"""Loading a pipeline: folders and Hub names → transformer, autoencoder, text encoder.
 
 `find_sources` knows four layouts:
 
@@ -96,7 +96,7 @@ def find_sources(
     """The sources of all parts, those given by the caller first, then what the folder says.
 
     Raises:
-        UserError: nothing there, several DiTs of which none was named, or a part that nobody names.
+        UserError: nothing there, several DiTs of which none was named, or a part that is not named.
     """
     folder = folder / subfolder if subfolder else folder
     given = {"config": autoencoder, "checkpoint": autoencoder_checkpoint, "stats": latent_stats}

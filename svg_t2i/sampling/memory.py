@@ -1,4 +1,4 @@
-"""Running out of memory, said in words: which stage it was and which option makes it smaller."""
+"""Errors of memory that name the stage of sampling and the option that makes it smaller."""
 
 from __future__ import annotations
 

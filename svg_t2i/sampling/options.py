@@ -1,4 +1,4 @@
-"""How to sample: every setting between the prompt and the image, checked before any weight is loaded.
+"""Sampling options: every setting between the prompt and the image, checked before any weight is loaded.
 
     SamplingOptions(num_inference_steps=30, guidance_interval=(0.05, 0.9))
     preset_options("stage1")                               the settings that suit a published training stage

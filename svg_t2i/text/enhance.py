@@ -1,4 +1,4 @@
-"""Prompt rewriting: the causal text encoder itself writes the longer prompt that it will later encode.
+"""Prompt rewriting by the causal text encoder, before it encodes the result.
 
 The encoder's own weights generate: its embedding is also its output layer (Gemma ties the two), so nothing more is
 loaded. Greedy, at most 196 new tokens; the answer is cut to 4 clauses and 256 characters, and the subject, count and

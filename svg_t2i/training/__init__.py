@@ -1,6 +1,6 @@
 """Training of the DiT.
 
 settings: the YAML schema. step: one training step. optimizer: AdamW, learning rate, exponential moving average.
-sharding: DDP, FSDP, activation checkpointing, compilation. monitor: console line, TensorBoard, Weights & Biases.
-pictures: samples and metrics during training.
+networks: the frozen networks and the first weights. sharding: DDP, FSDP, activation checkpointing, compilation.
+monitor: console line, TensorBoard, Weights & Biases. pictures: samples and metrics during training.
 """

@@ -1,4 +1,4 @@
-"""What a run tells about itself: sums on the device, phase times, the console line, TensorBoard, Weights & Biases.
+"""Monitoring: sums on the device, phase times, the console line, TensorBoard, Weights & Biases.
 
 Nothing here makes the device wait but `Meter.read`, once per logging interval. Phases are timed by events that the
 device itself records in passing.
@@ -203,7 +203,7 @@ class ProgressLogger:
 
 
 def console_line(scalars: Mapping[str, float]) -> str:
-    """What matters most, in one line."""
+    """The console line of an interval."""
     line = "loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {images_per_second:.1f} images/s".format(**scalars)
     for name, label in (("share_of_data", "data"), ("flop_utilisation", "MFU")):
         if name in scalars:

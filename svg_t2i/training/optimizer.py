@@ -1,4 +1,4 @@
-"""The update: AdamW, learning-rate schedules, averages of the weights, and what keeps bad gradients out.
+"""AdamW, learning-rate schedules, exponential moving average, and the guard against bad gradients.
 
 Everything here works on whole weights and on this rank's share of sharded ones alike, and never waits for the device.
 """

@@ -47,7 +47,7 @@ def evaluate_averaged(state: TrainState, frozen: FrozenNetworks, config: TrainCo
 
 
 def sample_grid(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> Image.Image | None:
-    """The pictures of `samples.prompts`, dealt to all ranks; written to results_dir/samples/{step:07d}.png by rank 0.
+    """The pictures of `samples.prompts`, split over the ranks; written to results_dir/samples/{step:07d}.png by rank 0.
 
     Returns:
         The grid on rank 0, None elsewhere.

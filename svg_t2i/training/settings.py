@@ -1,4 +1,4 @@
-"""The settings of a DiT training run, as its YAML file spells them.
+"""The settings of a DiT training run, as in its YAML file.
 
 Paths may be relative to the working directory or to the repository (`locate`). What can be checked before any weight is
 loaded is checked here; the messages name the field, its value and the rule.
@@ -119,7 +119,7 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over processes and memory: see `svg_t2i.training.sharding`."""
+    """Parallelism and memory: see `svg_t2i.training.sharding`."""
 
     data_parallel: Literal["ddp", "fsdp", "sdp", "hsdp"] = "ddp"
     shard_size: int | None = None  # hsdp: processes that share one copy of the weights; null: those of a machine

@@ -1,4 +1,4 @@
-"""How a model is spread over processes and memory: DDP, FSDP, activation checkpointing, compilation.
+"""Parallelism of the model: DDP, FSDP, activation checkpointing, compilation.
 
 A model is single-device code. Everything that depends on how many processes there are is applied here, from outside:
 

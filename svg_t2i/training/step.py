@@ -8,7 +8,7 @@ Unusual here:
 - Nothing in a step waits for the device: losses gather in a `Meter` that is read once per logging interval, and whether
   a non-finite gradient skips its update is decided by the fused optimiser on the device.
 
-The gradient of a step is that of the mean loss over its G samples, however they are dealt to ranks and micro-batches.
+The gradient of a step is that of the mean loss over its G samples, however they are split over ranks and micro-batches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: the one place in svg_t2i where tokens meet.
+"""Attention over packed sequences: the only attention function of svg_t2i.
 
 All samples of a batch lie one behind the other in a single (T, heads, head_dim) tensor, without padding; `Segments`
 says where each one begins. Shapes: T tokens of all samples, Hq query heads, Hkv key/value heads, D head_dim.
@@ -21,7 +21,7 @@ VARLEN_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where each sample's tokens lie in a packed sequence.
+    """Positions of each sample's tokens in a packed sequence.
 
     Lengths are host integers, so that nothing has to be read back from the device. The CPU path works on runs of
     neighbours of equal length: sort the samples by length, and there are as many runs as distinct lengths.

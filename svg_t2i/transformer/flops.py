@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step needs, for the model FLOP utilisation.
+"""Floating-point operations of a training step, for the model FLOP utilisation.
 
 Counted as is customary (PaLM, arXiv:2204.02311, app. B): matrix products only, two operations a multiply-add, backward
 twice forward, nothing for what is recomputed.

@@ -1,7 +1,7 @@
-"""Who lies where: packed caption features, and the index tables of a packed batch of captions and latents.
+"""Packed caption features, and index tables of a packed batch: where each caption's and each latent's tokens are.
 
 Everything is computed on the host from sizes and lengths, which travel with the batch as integers; the device is never
-asked. Inside a packed batch the samples are sorted by length; callers never see that order.
+read. Inside a packed batch the samples are sorted by length; callers never see that order.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What stands behind the page: requests, their limits, the gallery."""
+"""The page in the browser. page: its layout in Gradio. requests: limits, execution and files of a request."""

@@ -1,6 +1,6 @@
-"""What stands behind the page of `app`: requests with limits → previews while they form, then finished files.
+"""Requests of the page: checked against limits; previews during sampling, then finished files.
 
-Knows nothing of Gradio: `Studio.draw` and `Studio.redraw` are generators of gallery items, (image or file, caption).
+Independent of Gradio: `Studio.draw` and `Studio.redraw` are generators of gallery items, (image or file, caption).
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoencoder.common.config import UserError
-from svg_t2i.data.batching import deal_by_tokens, deal_evenly
+from svg_t2i.data.batching import split_by_tokens, split_evenly
 
 
 def test_dealt_evenly_as_published():
-    assert deal_evenly(8, 2, 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    assert split_evenly(8, 2, 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
     for count, world_size, micro in ((6, 1, 4), (6, 2, 6), (6, 1, 0)):
         with pytest.raises(UserError, match=f"global_batch_size=6 must be a multiple .*={micro} times {world_size}"):
-            deal_evenly(count, world_size, micro)
+            split_evenly(count, world_size, micro)
 
 
 @settings(deadline=None, max_examples=80)
@@ -24,7 +24,7 @@ def test_dealt_evenly_as_published():
     budget=st.integers(2048, 9000),
 )
 def test_by_tokens(costs, world_size, budget):
-    ranks = deal_by_tokens(costs, world_size, budget)
+    ranks = split_by_tokens(costs, world_size, budget)
     assert sorted(sample for rank in ranks for batch in rank for sample in batch) == list(range(len(costs)))
     assert len(ranks) == world_size
     assert len({len(rank) for rank in ranks}) == 1  # collectives of the backward passes must match
@@ -33,22 +33,22 @@ def test_by_tokens(costs, world_size, budget):
     assert max(map(max, loads)) <= budget
     assert max(map(max, loads)) - min(map(min, loads)) <= max(costs)  # LPT: nobody waits for more than one sample
     assert max(map(sum, loads)) - min(map(sum, loads)) <= max(costs)
-    assert deal_by_tokens(costs, world_size, budget) == ranks
+    assert split_by_tokens(costs, world_size, budget) == ranks
 
 
 def test_a_micro_batch_may_reach_its_budget():
-    assert deal_by_tokens([500, 300, 200], 1, 1000) == [[[0, 1, 2]]]
-    assert len(deal_by_tokens([500, 300, 200], 1, 999)[0]) == 2
+    assert split_by_tokens([500, 300, 200], 1, 1000) == [[[0, 1, 2]]]
+    assert len(split_by_tokens([500, 300, 200], 1, 999)[0]) == 2
 
 
 def test_long_and_short_micro_batches_are_dealt_back_and_forth():
-    assert deal_by_tokens([9, 8, 7, 6, 5, 4], 2, 9) == [[[0], [3], [4]], [[1], [2], [5]]]
+    assert split_by_tokens([9, 8, 7, 6, 5, 4], 2, 9) == [[[0], [3], [4]], [[1], [2], [5]]]
 
 
 def test_few_micro_batches():
     """No more of them than the sum of all tokens asks for, and ranks within a hundredth of each other."""
     costs = [256 + 37 * i % 400 for i in range(384)]
-    ranks = deal_by_tokens(costs, 4, 16384)
+    ranks = split_by_tokens(costs, 4, 16384)
     assert len(ranks[0]) == ceil(sum(costs) / (4 * 16384)) == 3
     sums = [sum(costs[sample] for batch in rank for sample in batch) for rank in ranks]
     assert max(sums) / min(sums) < 1.01
@@ -56,8 +56,8 @@ def test_few_micro_batches():
 
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="micro_batch_tokens=500 is too small: a sample has up to 600"):
-        deal_by_tokens([600, 300], 1, 500)
+        split_by_tokens([600, 300], 1, 500)
     with pytest.raises(UserError, match="micro_batch_tokens=500 is too small"):
-        deal_by_tokens([500, 500, 500], 2, 500)  # the second rank's second micro-batch would be empty
+        split_by_tokens([500, 500, 500], 2, 500)  # the second rank's second micro-batch would be empty
     with pytest.raises(UserError, match="global_batch_size=2 leaves some of 3 processes without a sample"):
-        deal_by_tokens([1, 1], 3, 10)
+        split_by_tokens([1, 1], 3, 10)
