@@ -2,7 +2,7 @@
 
     values = evaluate(pipeline, EvaluationConfig(manifest="val.jsonl", metrics=("mmd", "clip_score")))
 
-Everything is made of `rows`: a network maps a batch of items to a row each, the batches are split over the processes, and
+Everything is made of `rows`: a network maps a batch of items to a row each, batches are split over the processes, and
 adding up the matrices of all processes gives each of them all rows. A batch is the same on any number of processes, and
 so is every number that comes out.
 

@@ -6,7 +6,7 @@
     OUTPUT/failed.json                                  only if images failed: which, and why
     OUTPUT/grid.png                                     the first images, a row a prompt
 
-The images are cut into batches before they are split over the processes, and a half-done batch is made again as a whole:
+The images are cut into batches before they are split over the processes, and a half-done batch is made again:
 pixels depend neither on the number of processes nor on interruptions. Every file appears by one rename.
 """
 
