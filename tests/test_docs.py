@@ -21,8 +21,8 @@ from svg_t2i.transformer.model import DiTConfig
 from tests.test_commands import parsers
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [REPO_ROOT / "README.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
-FOREIGN = ("conda", "pip", "hf", "python geneval", "(cd ELLA", "source", "pytest")
+DOCUMENTS = [REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
+FOREIGN = ("conda", "python3 -m venv", "ruff", "pip", "hf", "python geneval", "(cd ELLA", "source", "pytest")
 
 
 def commands(text: str) -> list[tuple[str, str]]:
@@ -116,6 +116,25 @@ def test_links_lead_somewhere(document):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document):
+    """In code spans such as `flow/solvers.py`, from the repository's root, a package or a room."""
+    roots = ("autoencoder", "svg_t2i", "scripts", "configs/svg_t2i", "configs/autoencoder/demo")
+    folders = [REPO_ROOT, *(REPO_ROOT / root for root in roots)]
+    folders += [path.parent for path in REPO_ROOT.glob("[as]*/*/__init__.py")]
+    for name in re.findall(r"`([\w./]+\.(?:py|sh|yaml))`", document.read_text()):
+        assert any((folder / name).exists() for folder in folders), f"{document.name} names {name}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
+def test_trees_list_every_room(document):
+    tree = re.findall(r"```\n(autoencoder/.*?)```", (REPO_ROOT / document).read_text(), flags=re.DOTALL)[0]
+    for package in ("autoencoder", "svg_t2i"):
+        rooms = {path.parent.name for path in (REPO_ROOT / package).glob("*/__init__.py")}
+        part = tree.split(f"{package}/ ")[1].split("\nsvg_t2i/")[0].split("\nconfigs/")[0]
+        assert set(re.findall(r"^  (\w+)/ ", part, flags=re.MULTILINE)) == rooms
+
+
 # ---- running them ---------------------------------------------------------------------------------------------------
 
 EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
@@ -147,7 +166,9 @@ ELSEWHERE = {
     "pip": "the same",
     "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
     "bash scripts/test.sh": "runs in .ci/run",
-    "pytest tests/parity": "runs with all tests",
+    "pytest tests/": "runs with all tests",
+    "python3 -m venv": "the environment of the tests is such a one",
+    "ruff": "runs in .ci/run",
     "bash run_train.sh": "tests/scripts/test_run_train.py",
     "bash run_eval.sh": "tests/scripts/test_run_train.py",
     "bash scripts/run_train_": "tests/scripts/test_dit_scripts.py",

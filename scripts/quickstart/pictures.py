@@ -1,8 +1,8 @@
-"""Draws what else the quickstart's model can do: one picture for each verb of `svg_t2i.sample` that starts from images.
+"""One picture for each sub-command of `svg_t2i.sample` that starts from images, drawn by the quickstart's model.
 
 `bash scripts/quickstart.sh --pictures` calls it with the folder of a finished quickstart, and leaves there
 
-    pictures/inputs/*.png         what the verbs start from, drawn like the training data
+    pictures/inputs/*.png         what they start from, drawn like the training data
     pictures/runs/VERB…/          the output folders of the commands
     pictures/variation.png        and image_to_image, inpaint, interpolate, retrieve: the README's
 
@@ -43,8 +43,8 @@ def draw_pictures(folder: Path) -> None:
         raise UserError(
             f"{folder} holds no finished quickstart; run bash scripts/quickstart.sh first, without --pictures"
         )
-    for verb in (variations, redrawn, inpainted, interpolated, retrieved):
-        verb(folder)
+    for make in (variations, redrawn, inpainted, interpolated, retrieved):
+        make(folder)
     print(f"look at {folder / 'pictures'}")
 
 
@@ -121,10 +121,10 @@ def drawn(folder: Path, thing: Thing) -> Path:
     return path
 
 
-def run(folder: Path, name: str, verb: str, *words: object) -> list[Image.Image]:
-    """The pictures of `python -m svg_t2i.sample VERB WORDS…`."""
+def run(folder: Path, name: str, what: str, *words: object) -> list[Image.Image]:
+    """The pictures of `python -m svg_t2i.sample WHAT WORDS…`."""
     output = folder / "pictures" / "runs" / name
-    command = [verb, "--checkpoint", folder / "transformer", "--preset", "quickstart", "--output", output, *words]
+    command = [what, "--checkpoint", folder / "transformer", "--preset", "quickstart", "--output", output, *words]
     command = [str(word) for word in command]
     print(f"$ python -m svg_t2i.sample {shlex.join(command)}", flush=True)
     sample.main(command)

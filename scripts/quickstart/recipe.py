@@ -259,7 +259,7 @@ def run_on_data(recipe: Recipe, manifest: Manifest) -> None:
 def write_squares(manifest: Manifest, folder: Path, side: int) -> list[tuple[Path, tuple[str, ...]]]:
     """Cuts the middle squares of all images, once: (file, captions) of each. Also writes their train.jsonl.
 
-    The same crop at every visit is what lets a small model learn a handful of images by heart.
+    The same crop at every visit is what lets a small model overfit a handful of images.
     """
     (folder / "images").mkdir(parents=True)
     samples = []
