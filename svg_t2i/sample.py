@@ -283,16 +283,15 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     if sources and not sizes:
         jobs = [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], default)) for job in jobs]
     failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
-    with full_disk(run.folder):
-        run.write_failed(failed, world.rank)
-        total = int(world.reduce_sum(torch.tensor(len(failed))))  # waits for the other processes
-        if world.is_main:
-            run.collect_failed(world.size)
+    if world.is_main:
+        with full_disk(run.folder):
+            run.write_failed(failed)
             run.write_records(jobs)
             run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
-            print(f"{len(jobs) - total} images in {arguments.output / 'images'}")
-    if total:
-        raise UserError(f"{total} of {len(jobs)} images failed (failed.json); the same command again tries those anew")
+        print(f"{len(jobs) - len(failed)} images in {arguments.output / 'images'}")
+    if failed:
+        count = f"{len(failed)} of {len(jobs)}"
+        raise UserError(f"{count} images failed (failed.json); the same command again tries those anew")
 
 
 def enhance_all(pipeline: SVGT2IPipeline, prompts: Sequence[Prompt], world: World) -> list[Prompt]:

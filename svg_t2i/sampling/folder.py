@@ -129,21 +129,11 @@ class RunFolder:
         self._recorded_at = time.monotonic()
         write_json([self.record(job) for job in jobs if self.path(job).is_file()], self.folder / "data.json")
 
-    def write_failed(self, failed: Mapping[int, str], rank: int) -> None:
-        """This process's failed images, for `collect_failed`."""
-        if failed:
-            write_json(failed, self.folder / f".failed-{rank}.json")
-
-    def collect_failed(self, world_size: int) -> None:
-        """Merge what all processes wrote into failed.json; without failures there is no such file."""
+    def write_failed(self, failed: Mapping[int, str]) -> None:
+        """failed.json: index → reason. Without failures there is no such file."""
         (self.folder / "failed.json").unlink(missing_ok=True)
-        failed = {}
-        for path in [self.folder / f".failed-{rank}.json" for rank in range(world_size)]:
-            if path.is_file():
-                failed |= json.loads(path.read_text(encoding="utf-8"))
-                path.unlink()
         if failed:
-            write_json(dict(sorted(failed.items(), key=lambda item: int(item[0]))), self.folder / "failed.json")
+            write_json(dict(sorted(failed.items())), self.folder / "failed.json")
 
     def write_grid(self, jobs: Sequence[Job], columns: int) -> None:
         """The first images, whole rows of `columns` at most."""
@@ -191,8 +181,8 @@ def render(make: Maker, jobs: Sequence[Job], run: RunFolder, batch_size: int, wo
     """Make this process's share of the images that are not there yet.
 
     Returns:
-        index → reason of the images that failed. A batch that fails is tried again image by image, so that one bad
-        image stops no other.
+        index → reason of the images that failed, of all processes and on each. A batch that fails is tried again image
+        by image, so that one bad image stops no other.
 
     Raises:
         UserError: the disk is full; what is finished stays, and the same command goes on from there.
@@ -208,7 +198,8 @@ def render(make: Maker, jobs: Sequence[Job], run: RunFolder, batch_size: int, wo
                     run.save(job, image)
             if world.is_main:
                 run.write_records(jobs, now=False)
-    return failed
+    shares = world.broadcast(world.gather(failed))  # waits for the other processes
+    return {index: reason for share in shares for index, reason in share.items()}
 
 
 def _make(make: Maker, batch: Sequence[Job], failed: dict[int, str]) -> list[tuple[Job, Image.Image]]:
