@@ -27,7 +27,6 @@ from svg_t2i.sampling.from_images import (
     ImageInput,
     Match,
     as_list,
-    check_strength,
     interpolation_ends,
     interpolation_weights,
     nearest_images,
@@ -263,7 +262,6 @@ class SVGT2IPipeline:
 
         strength: how much changes, in (0, 1]: the last `strength` of the steps run. 1 starts from noise alone.
         """
-        check_strength(strength)
         return self._from_images(prompt, image, strength=strength, **settings)
 
     def variation(
@@ -288,7 +286,6 @@ class SVGT2IPipeline:
             tensor of latent cells (H/16, W/16), nonzero where to repaint.
         strength: as in `image_to_image`, for the repainted cells.
         """
-        check_strength(strength)
         return self._from_images(prompt, image, strength=strength, mask=mask_image, **settings)
 
     def _from_images(
@@ -311,6 +308,8 @@ class SVGT2IPipeline:
         """Noise encoded images to `start` (or to where `strength` begins) and sample on, one image per prompt."""
         if not 0 <= start < 1:
             raise UserError(f"t = {start}: must lie in [0, 1); 0 is noise, 1 the image itself")
+        if strength is not None and not 0 < strength <= 1:
+            raise UserError(f"strength = {strength}: must be above 0 and at most 1")
         settings = self._settings(preset, output_type, options)
         prompts, images = pair_with_prompts(prompt, image, options.get("height"), options.get("width"))
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]

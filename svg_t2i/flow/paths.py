@@ -254,16 +254,10 @@ def sample_timesteps(
     return t if num_tokens is None else shift_timesteps(t, num_tokens)
 
 
-def draw_timesteps(
-    keys: Tensor,
-    snr_type: str = "uniform",
-    mu: float = 0.0,
-    num_tokens: int | Tensor | None = None,
-    path: Path = LINEAR,
-) -> Tensor:
+def draw_timesteps(keys: Tensor, snr_type: str = "uniform", mu: float = 0.0) -> Tensor:
     """`sample_timesteps` with the base draws that belong to the samples' random keys (B,)."""
     draws = random_normal(keys, (1,), stream=TIME)[:, 0] if snr_type == "lognorm" else random_uniform(keys, stream=TIME)
-    return sample_timesteps(draws, snr_type, mu, num_tokens, path)
+    return sample_timesteps(draws, snr_type, mu)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -46,12 +46,6 @@ class Match:
     similarity: float
 
 
-def check_strength(strength: float) -> None:
-    """UserError unless 0 < strength ≤ 1."""
-    if not 0 < strength <= 1:
-        raise UserError(f"strength = {strength}: must be above 0 and at most 1")
-
-
 def pair_with_prompts(
     prompt: str | Sequence[str],
     image: ImageInput | Sequence[ImageInput],

@@ -181,7 +181,7 @@ def test_nothing_on_the_training_path_reads_the_device():
     meta = torch.device("meta")
     keys = torch.zeros(4, dtype=torch.int64, device=meta)
     clean = torch.zeros(sum(LENGTHS), 5, device=meta)
-    t = flow.draw_timesteps(keys, "lognorm", num_tokens=torch.zeros(4, device=meta))
+    t = flow.shift_timesteps(flow.draw_timesteps(keys, "lognorm"), torch.zeros(4, device=meta))
     x_t, target = flow.interpolate(clean, random_normal(keys, (5,), LENGTHS), t, LENGTHS)
     loss = flow.flow_loss(x_t, target, LENGTHS)
     LossBins(device=meta).update(t, loss)
