@@ -22,37 +22,13 @@ from torch import Tensor
 from autoencoder.common.config import UserError
 from autoencoder.images.manifest import list_images
 from autoencoder.model import SVGAutoencoder
+from svg_t2i.sampling import from_images, steps
 from svg_t2i.sampling.denoising import strength_start
-from svg_t2i.sampling.from_images import (
-    ImageInput,
-    Match,
-    as_list,
-    interpolation_ends,
-    interpolation_weights,
-    nearest_images,
-    pair_with_prompts,
-    prepare_image,
-    prepare_mask,
-    sample_on,
-    slerp,
-)
+from svg_t2i.sampling.from_images import ImageInput, Match
 from svg_t2i.sampling.loading import fetch, find_sources, load_networks, push_pipeline, save_pipeline
 from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import SamplingOptions, changed, preset_options
-from svg_t2i.sampling.steps import (
-    OutputType,
-    StepEnd,
-    SVGT2IOutput,
-    as_output_type,
-    check_output_type,
-    decode_latents,
-    draw_noise,
-    encode_images,
-    encode_prompts,
-    plan_request,
-    solve,
-    stack,
-)
+from svg_t2i.sampling.steps import OutputType, StepEnd, SVGT2IOutput
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.enhance import enhance
 from svg_t2i.transformer.model import SVGDiT
@@ -233,12 +209,12 @@ class SVGT2IPipeline:
         """
         options |= {name: side for name, side in (("height", height), ("width", width)) if isinstance(side, int)}
         settings = self._settings(preset, output_type, options)
-        request = plan_request(prompt, height, width, num_images_per_prompt, seed, settings)
+        request = steps.plan_request(prompt, height, width, num_images_per_prompt, seed, settings)
         settings = settings.repeated(len(request.prompts) // num_images_per_prompt, num_images_per_prompt)
-        conditions = encode_prompts(self.networks, request.prompts, settings)
-        noise = draw_noise(self.networks, request, generator, latents)
+        conditions = steps.encode_prompts(self.networks, request.prompts, settings)
+        noise = steps.draw_noise(self.networks, request, generator, latents)
         on_step_end = self._bound(callback_on_step_end)
-        solved = solve(self.networks, noise, conditions, settings, on_step_end, self._progress_bar)
+        solved = steps.solve(self.networks, noise, conditions, settings, on_step_end, self._progress_bar)
         return self._output(solved, output_type, return_dict)
 
     def enhance(self, prompt: str) -> str:
@@ -268,7 +244,7 @@ class SVGT2IPipeline:
         self, image: ImageInput | Sequence[ImageInput], *, t: float = 0.3, prompt: str = "", **settings: Any
     ) -> SVGT2IOutput | tuple:
         """Other images like this one: noised to time t in [0, 1) and sampled on; the nearer to 1, the more alike."""
-        images = as_list(image)
+        images = from_images.as_list(image)
         return self._from_images([prompt] * len(images), images, start=t, **settings)
 
     def inpaint(
@@ -311,19 +287,21 @@ class SVGT2IPipeline:
         if strength is not None and not 0 < strength <= 1:
             raise UserError(f"strength = {strength}: must be above 0 and at most 1")
         settings = self._settings(preset, output_type, options)
-        prompts, images = pair_with_prompts(prompt, image, options.get("height"), options.get("width"))
+        prompts, images = from_images.pair_with_prompts(prompt, image, options.get("height"), options.get("width"))
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
-        request = plan_request(prompts, heights, widths, num_images_per_prompt, seed, settings)
+        request = steps.plan_request(prompts, heights, widths, num_images_per_prompt, seed, settings)
         settings = settings.repeated(len(prompts), num_images_per_prompt)
-        cells = None if mask is None else [prepare_mask(mask, size).to(self.device) for size in request.sizes]
+        cells = None
+        if mask is not None:
+            cells = [from_images.prepare_mask(mask, size).to(self.device) for size in request.sizes]
         starts = [start] * len(request.sizes)
         if strength is not None and strength < 1:
             starts = [strength_start(settings, size, strength) for size in request.sizes]
-        conditions = encode_prompts(self.networks, request.prompts, settings)
-        clean = [x for x in encode_images(self.networks, images) for _ in range(num_images_per_prompt)]
-        noise = draw_noise(self.networks, request, generator)
+        conditions = steps.encode_prompts(self.networks, request.prompts, settings)
+        clean = [x for x in steps.encode_images(self.networks, images) for _ in range(num_images_per_prompt)]
+        noise = steps.draw_noise(self.networks, request, generator)
         on_step_end = self._bound(callback_on_step_end)
-        solved = sample_on(
+        solved = from_images.sample_on(
             self.networks, clean, noise, starts, conditions, settings, on_step_end, self._progress_bar, cells
         )
         return self._output(solved, output_type, return_dict)
@@ -353,25 +331,25 @@ class SVGT2IPipeline:
             weights: of the second prompt and image, in [0, 1]; or how many, evenly from 0 to 1.
             t: with images only, in [0, 1]; 1 decodes the mixed latents as they are.
         """
-        first_prompt, second_prompt = interpolation_ends(prompt, image, t)
-        shares, start = interpolation_weights(weights), 0.0
+        first_prompt, second_prompt = from_images.interpolation_ends(prompt, image, t)
+        shares, start = from_images.interpolation_weights(weights), 0.0
         settings = self._settings(preset, output_type, options)
         if image is not None:
-            first = prepare_image(image[0], options.get("height"), options.get("width"))
-            pair = [first, prepare_image(image[1], *first.shape[1:])]
+            first = from_images.prepare_image(image[0], options.get("height"), options.get("width"))
+            pair = [first, from_images.prepare_image(image[1], *first.shape[1:])]
             settings = changed(settings, {"height": first.shape[1], "width": first.shape[2]})
         seeds = [seed] * len(shares) if isinstance(seed, int) else seed
-        request = plan_request([first_prompt] * len(shares), None, None, 1, seeds, settings)
-        x = draw_noise(self.networks, request)
+        request = steps.plan_request([first_prompt] * len(shares), None, None, 1, seeds, settings)
+        x = steps.draw_noise(self.networks, request)
         if image is not None:
             start = t
-            left, right = encode_images(self.networks, pair)
-            x = [torch.lerp(noise, slerp(left, right, share), t) for noise, share in zip(x, shares)]
+            left, right = steps.encode_images(self.networks, pair)
+            x = [torch.lerp(noise, from_images.slerp(left, right, share), t) for noise, share in zip(x, shares)]
         if start < 1:
             others = None if second_prompt is None else [second_prompt] * len(shares)
-            conditions = encode_prompts(self.networks, request.prompts, settings, others, shares)
+            conditions = steps.encode_prompts(self.networks, request.prompts, settings, others, shares)
             on_step_end = self._bound(callback_on_step_end)
-            x = solve(self.networks, x, conditions, settings, on_step_end, self._progress_bar, start=start)
+            x = steps.solve(self.networks, x, conditions, settings, on_step_end, self._progress_bar, start=start)
         return self._output(x, output_type, return_dict)
 
     def retrieve(self, image: ImageInput, folder: str | Path | Sequence[Path], *, top_k: int = 10) -> list[Match]:
@@ -380,13 +358,13 @@ class SVGT2IPipeline:
         Unreadable files are left out with a warning. Raises UserError if no image is left.
         """
         files = list_images(folder) if isinstance(folder, (str, Path)) else [Path(path) for path in folder]
-        return nearest_images(self.networks, image, files, top_k)
+        return from_images.nearest_images(self.networks, image, files, top_k)
 
     # --------------------------------------------------------------------------------------------- shared by the calls
 
     def _settings(self, preset: str | None, output_type: str, changes: Mapping[str, Any]) -> SamplingOptions:
         """The pipeline's options, or a preset's, with changes. UserError for unknown or wrong ones."""
-        check_output_type(output_type)
+        steps.check_output_type(output_type)
         return changed(self.options if preset is None else preset_options(preset), changes)
 
     def _bound(self, callback: PipelineStepEnd | None) -> StepEnd | None:
@@ -395,7 +373,7 @@ class SVGT2IPipeline:
     def _output(self, latents: list[Tensor], output_type: OutputType, return_dict: bool) -> SVGT2IOutput | tuple:
         """Clean latents (C, h, w) → the output that was asked for."""
         if output_type == "latent":
-            images: Any = stack(latents)
+            images: Any = steps.stack(latents)
         else:
-            images = as_output_type(decode_latents(self.networks, latents, self.decode_pixels), output_type)
+            images = steps.as_output_type(steps.decode_latents(self.networks, latents, self.decode_pixels), output_type)
         return SVGT2IOutput(images) if return_dict else (images,)
