@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from autoencoder.common.commands import Parser, command
+from autoencoder.common.commands import Parser, command, require_positive
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
@@ -39,7 +39,7 @@ from svg_t2i.pipeline import DECODE_PIXELS, SVGT2IPipeline
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
 from svg_t2i.sampling.from_images import crop_image, prepare_mask
 from svg_t2i.sampling.loading import fetch, find_sources
-from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed
+from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.text.files import Prompt, read_prompts
 
@@ -63,10 +63,8 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--resolution {text!r}: expected WIDTHxHEIGHT such as 1024x768, or category:WIDTHxHEIGHT")
     width, height = int(match[1]), int(match[2])
-    for name, side in (("width", width), ("height", height)):
-        if side == 0 or side % 16:
-            nearest = max(16, round(side / 16) * 16)
-            raise UserError(f"--resolution {text!r}: {name} {side} is not divisible by 16; try {nearest}")
+    check_side(f"--resolution {text!r}: width", width)
+    check_side(f"--resolution {text!r}: height", height)
     return width, height
 
 
@@ -194,13 +192,15 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse numbers out of range, before any file is opened."""
-    whole = ("num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit", "num_images", "images_per_scene")
-    ranges: dict[str, tuple[Callable[[Any], bool], str]] = {name: (lambda n: n >= 1, "at least 1") for name in whole}
-    ranges["seed"] = (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1")
-    ranges["strength"] = (lambda strength: 0 < strength <= 1, "above 0 and at most 1")
-    ranges["weights"] = (lambda number: number >= 2, "at least 2, to make a way between two ends")
+    require_positive(arguments, "num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit")
+    require_positive(arguments, "num_images", "images_per_scene")
     last = 1 if arguments.command == "interpolate" else math.nextafter(1, 0)
-    ranges["t"] = (lambda t: 0 <= t <= last, f"in [0, 1{']' if last == 1 else ')'}; 0 is noise, 1 the image itself")
+    ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "seed": (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1"),
+        "strength": (lambda strength: 0 < strength <= 1, "above 0 and at most 1"),
+        "weights": (lambda number: number >= 2, "at least 2, to make a way between two ends"),
+        "t": (lambda t: 0 <= t <= last, f"in [0, 1{']' if last == 1 else ')'}; 0 is noise, 1 the image itself"),
+    }
     for name, (fits, rule) in ranges.items():
         value = getattr(arguments, name, None)
         if value is not None and not fits(value):

@@ -124,7 +124,7 @@ CASES = {
         *MEASURE, ["--manifest", "{toy}/manifest.jsonl", "--resolution", "100"], ["100", "multiple of 16"],
     ),
     "resolution, sampling": (
-        *SAMPLE, ["--prompt", "x", "--resolution", "100x64"], ["100", "divisible by 16", "try 96"],
+        *SAMPLE, ["--prompt", "x", "--resolution", "100x64"], ["100", "multiples of 16", "such as 96"],
     ),
     "unknown key, stage 1": (*TRAIN_AE, ["training.trainer.max_step=3"], ["max_step'", "did you mean 'max_steps'"]),
     "unknown key, stage 2": (*TRAIN_DIT, ["optim.lrr=3"], ["optim.lrr", "did you mean 'lr'"]),

@@ -58,7 +58,7 @@ def test_batch_size_does_not_change_images(saved_pipeline, tmp_path):
     ("arguments", "message"),
     [
         ([], "nothing to draw"),
-        (["--prompt", "x", "--resolution", "50x32"], "width 50 is not divisible by 16; try 48"),
+        (["--prompt", "x", "--resolution", "50x32"], "width = 50: .*multiples of 16, such as 48"),
         (["--prompt", "x", "--resolution", "big"], "expected WIDTHxHEIGHT"),
         (["--prompt", "x", "--batch_size", "0"], "at least 1"),
         (["--prompts", "missing.txt"], "does not exist"),
@@ -264,7 +264,7 @@ def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
         ("interpolate --prompt a --prompt b --weights 1", "--weights 1: must be at least 2"),
         ("retrieve --image IMAGE --folder nowhere", "image folder nowhere does not exist"),
         ("retrieve --image IMAGE --image IMAGE --folder .", "retrieve takes one --image"),
-        ("retrieve --image IMAGE --folder . --top_k 0", "--top_k 0: must be at least 1"),
+        ("retrieve --image IMAGE --folder . --top_k 0", "--top_k 0 must be at least 1"),
         ("enhance", "nothing to draw"),
     ],
 )
