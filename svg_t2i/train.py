@@ -27,6 +27,7 @@ from autoencoder.common.stopping import StopRequest
 from autoencoder.images.manifest import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
 from svg_t2i.checkpoints import weights as checkpoint
+from svg_t2i.data.batching import split_evenly
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import TrainBatch, make_datasets, open_caches, open_sources
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     config = load_config(TrainConfig, arguments.config, overrides)
     with start_world() as world:
         if config.data.micro_batch_tokens is None:
-            config.micro_batches(world.size)  # complains before anything is loaded
+            split_evenly(config.train.global_batch_size, world.size, config.train.micro_batch_size)  # complains now
         start_logging(world)
         stopped = run(config, world)
     if stopped:
@@ -262,20 +263,19 @@ def describe(
     config: TrainConfig, state: TrainState, frozen: FrozenNetworks, manifest: ImageSource, world: World
 ) -> None:
     """Two lines on what is about to happen."""
-    size = sum(weight.numel() for weight in state.transformer.parameters())
+    parameters = sum(weight.numel() for weight in state.transformer.parameters())
     log.info(
         "%s: %.1f M parameters on %d × %s in %s; %d latent channels, text width %d",
-        config.model, size / 1e6, world.size, world.device.type, config.train.precision,
+        config.model, parameters / 1e6, world.size, world.device.type, config.train.precision,
         frozen.autoencoder.channels, frozen.captions.encoder.hidden_size,
     )  # fmt: skip
-    budget = config.data.micro_batch_tokens
+    budget, batch, size = config.data.micro_batch_tokens, config.train.global_batch_size, config.train.micro_batch_size
+    micro = f"micro-batches of at most {budget} tokens"
     if budget is None:
-        micro = f"{config.micro_batches(world.size)} micro-batches × {config.train.micro_batch_size}"
-    else:
-        micro = f"micro-batches of at most {budget} tokens"
+        micro = f"{batch // world.size // size} micro-batches × {size}"
     log.info(
         "%d samples; batch %d on %d processes in %s; steps %d to %d; results in %s",
-        len(manifest), config.train.global_batch_size, world.size, micro,
+        len(manifest), batch, world.size, micro,
         state.step, config.train.max_steps, config.results_dir,
     )  # fmt: skip
 

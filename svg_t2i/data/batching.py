@@ -23,8 +23,8 @@ def split_evenly(count: int, world_size: int, micro_batch_size: int) -> list[lis
     """
     if micro_batch_size < 1 or count % (world_size * micro_batch_size):
         raise UserError(
-            f"train.global_batch_size={count} must be a multiple of train.micro_batch_size="
-            f"{micro_batch_size} times {world_size} processes"
+            f"train.global_batch_size={count} must be a multiple of {world_size} processes × "
+            f"train.micro_batch_size={micro_batch_size} = {world_size * micro_batch_size}"
         )
     shares = (range(rank, count, world_size) for rank in range(world_size))
     return [[list(share[i : i + micro_batch_size]) for i in range(0, len(share), micro_batch_size)] for share in shares]

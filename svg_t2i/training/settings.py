@@ -200,20 +200,6 @@ class TrainConfig:
         sizes = to_dict(MODELS[self.model]) | {"in_channels": in_channels, "cap_feat_dim": cap_feat_dim}
         return build(DiTConfig, sizes | self.model_overrides, source="model_overrides")
 
-    def micro_batches(self, world_size: int) -> int:
-        """Micro-batches per step and rank.
-
-        Raises:
-            UserError: if they do not come out even.
-        """
-        share = world_size * self.train.micro_batch_size
-        if self.train.global_batch_size % share:
-            raise UserError(
-                f"train.global_batch_size={self.train.global_batch_size} must be a multiple of "
-                f"{world_size} processes × train.micro_batch_size={self.train.micro_batch_size} = {share}"
-            )
-        return self.train.global_batch_size // share
-
 
 def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
     """Which settings differ between a checkpoint's recorded configuration and the current one, one line each.

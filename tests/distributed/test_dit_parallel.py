@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,11 +162,18 @@ def test_all_stop_where_one_is_asked_to(runs, toy_parts):
 
 
 def unlucky(*arguments):
-    """A run whose rank 1 is killed before step 4 of its first attempt, and its launcher before step 6 of the second."""
+    """A run whose rank 1 is killed before step 4 of its first attempt, and its launcher before step 6 of the second.
+
+    The first kill waits until the checkpoint of step 2, which is written in the background, is whole.
+    """
     step, attempt = train.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    results = next(value.removeprefix("results_dir=") for value in arguments if value.startswith("results_dir="))
 
     def unlucky_step(state, *others):
         if (attempt, os.environ["RANK"], state.step) == (0, "1", 3):
+            deadline = time.monotonic() + 60
+            while newest_checkpoint(Path(results, "checkpoints"), verify=True) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         if (attempt, os.environ["RANK"], state.step) == (1, "0", 5):
             os.kill(os.getppid(), signal.SIGTERM)

@@ -13,7 +13,7 @@ from svg_t2i.data.batching import split_by_tokens, split_evenly
 def test_dealt_evenly_as_published():
     assert split_evenly(8, 2, 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
     for count, world_size, micro in ((6, 1, 4), (6, 2, 6), (6, 1, 0)):
-        with pytest.raises(UserError, match=f"global_batch_size=6 must be a multiple .*={micro} times {world_size}"):
+        with pytest.raises(UserError, match=f"global_batch_size=6 must be .* of {world_size} processes × .*={micro} ="):
             split_evenly(count, world_size, micro)
 
 

@@ -13,6 +13,7 @@ from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from svg_t2i import export
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
+from svg_t2i.data.batching import split_evenly
 from svg_t2i.data.settings import CaptionMix, DataConfig
 from svg_t2i.features.frozen import CaptionCache, MicroBatch
 from svg_t2i.flow.paths import draw_timesteps, flux_shift_factor, random_keys, random_normal, shift_time
@@ -296,17 +297,16 @@ def test_changed_settings_are_listed(toy_parts):
 
 
 def test_batch_must_divide_among_processes(toy_parts):
-    config = load_config(TrainConfig, toy_parts / "train.yaml", ["train.micro_batch_size=2"])
-    assert (config.micro_batches(1), config.micro_batches(2)) == (2, 1)
-    with pytest.raises(UserError, match=r"global_batch_size=4 must be a multiple of 3 processes × .*=2 = 6"):
-        config.micro_batches(3)
+    arguments = ["--config", str(toy_parts / "train.yaml"), "train.micro_batch_size=3"]
+    with pytest.raises(UserError, match=r"global_batch_size=4 must be a multiple of 1 processes × .*=3 = 3"):
+        main(arguments)
 
 
 def test_every_shipped_config_is_valid(repo_root):
     for path in sorted((repo_root / "configs" / "svg_t2i").glob("*.yaml")):
         config = load_config(TrainConfig, path)
         processes = 8 if path.name.startswith("stage") else 1
-        assert config.micro_batches(processes) >= 1
+        assert len(split_evenly(config.train.global_batch_size, processes, config.train.micro_batch_size)) == processes
         assert config.model_config(384, 2304).dim % 2 == 0
         assert isinstance(config.train, LoopConfig)
         if path.name.startswith("stage"):
