@@ -30,10 +30,9 @@ from autoencoder.evaluation.crops import (
     open_crops,
     warn_of_batch_statistics,
 )
-from autoencoder.evaluation.latent_statistics import measure, pooled
+from autoencoder.evaluation.latent_statistics import measure
 from autoencoder.latents.drift import drift, plot_stats
-from autoencoder.latents.statistics import LatentStats, StatsAccumulator
-from autoencoder.model import SVGAutoencoder
+from autoencoder.latents.statistics import LatentStats, StatsAccumulator, pooled
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,10 @@ def main(argv: list[str]) -> None:
     partial = arguments.output.with_suffix(".partial.safetensors")
     with start_world(arguments.device, timeout_minutes=60) as world:
         autoencoder = load_autoencoder(arguments, world.device)
-        others = {path: _published_or_own(path, autoencoder) for path in arguments.compare}
+        # Where a published file lacks the residual channels, as the release makes them up
+        channels, made_up = autoencoder.channels, autoencoder.channels - autoencoder.encoder.channels
+        row = autoencoder.config.num_layer
+        others = {path: LatentStats.load(path, channels, row, made_up) for path in arguments.compare}
         if world.is_main:
             warn_of_batch_statistics(autoencoder, arguments.batch_size)
         accumulators = measure(autoencoder, crops, arguments.batch_size, world, arguments.num_workers, partial)
@@ -97,12 +99,6 @@ def write(
         f"{output}: {len(crops)} images, {stats.channels} channels, mean of std {stats.std.mean():.4f}, "
         f"encoder {stats.encoder}, statistics {stats.fingerprint()}"
     )
-
-
-def _published_or_own(path: str, autoencoder: SVGAutoencoder) -> LatentStats:
-    """A file to compare with. Where a published one lacks the residual channels, as the release makes them up."""
-    made_up = autoencoder.channels - autoencoder.encoder.channels
-    return LatentStats.load(path, autoencoder.channels, autoencoder.config.num_layer, made_up)
 
 
 if __name__ == "__main__":

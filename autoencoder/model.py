@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoencoder.common.config import ConfigError, UserError, build, find_config, locate, read_config, to_dict
-from autoencoder.common.weights import fingerprint, load_strictly, read_state_dict, replacing
+from autoencoder.common.weights import fingerprint, load_strictly, read_state_dict, replacing, write_json
 from autoencoder.decoders import striped
 from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
 from autoencoder.decoders.hy import HyDecoder, HyDecoderConfig
@@ -201,8 +201,7 @@ class SVGAutoencoder(nn.Module):
             stats.save(folder / STATS_FILE)
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file(state, path, {"kind": "svg_autoencoder"})
-        with replacing(folder / CONFIG_FILE) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n")
+        write_json(config, folder / CONFIG_FILE)
 
     @classmethod
     def from_pretrained(
@@ -273,14 +272,16 @@ class SVGAutoencoder(nn.Module):
         model._attach(stats)
         return model
 
+    def read_stats(self, path: str | Path) -> LatentStats:
+        """Statistics of latents like these from a file, which `set_stats` may attach."""
+        residual = self.config.extra_vit_config
+        made_up = residual.output_dim if residual is not None and residual.published_stats else 0
+        return LatentStats.load(locate(path), self.channels, self.config.num_layer, made_up)
+
     def _attach(self, stats: str | Path | LatentStats | None) -> None:
         """`set_stats` of statistics, a file of them, or nothing."""
-        if stats is not None and not isinstance(stats, LatentStats):
-            residual = self.config.extra_vit_config
-            made_up = residual.output_dim if residual is not None and residual.published_stats else 0
-            stats = LatentStats.load(locate(stats), self.channels, self.config.num_layer, made_up)
         if stats is not None:
-            self.set_stats(stats)
+            self.set_stats(stats if isinstance(stats, LatentStats) else self.read_stats(stats))
 
     def _load_state(self, state: Mapping[str, Tensor], path: str | Path) -> None:
         self._check_variant(state, path)

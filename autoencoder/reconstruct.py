@@ -28,12 +28,10 @@ from torch import Tensor
 from autoencoder.common.commands import Parser, command, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import start_world
-from autoencoder.decoders.striped import PLAIN_PIXELS, decode
+from autoencoder.decoders.striped import PLAIN_PIXELS
 from autoencoder.evaluation.crops import (
     add_model_arguments,
     load_autoencoder,
-    open_images,
-    split_overrides,
     warn_of_batch_statistics,
 )
 from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
@@ -51,7 +49,7 @@ from autoencoder.images.files import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import IMAGE_SUFFIXES, MAX_ERRORS
+from autoencoder.images.manifest import IMAGE_SUFFIXES, MAX_ERRORS, open_images
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -60,7 +58,7 @@ SHEET_SIDE = 256  # longest side of an image on the contact sheet
 SHEET_IMAGES = 200
 
 
-class Job(NamedTuple):
+class NamedImage(NamedTuple):
     """An image to reconstruct: (3, H, W) uint8, and the name of its file without .png."""
 
     name: str
@@ -93,11 +91,10 @@ def reconstruct(autoencoder: SVGAutoencoder, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     padding = (0, -width % LATENT_PIXELS, 0, -height % LATENT_PIXELS)
     latents = autoencoder.encode(F.pad(images, padding, mode="replicate"))
-    recons = decode(autoencoder.decoder, latents.to(autoencoder.decoder.last_layer.dtype))
-    return recons[:, :, :height, :width]
+    return autoencoder.decode(latents)[:, :, :height, :width]
 
 
-def reconstruct_all(autoencoder: SVGAutoencoder, jobs: Iterable[Job], batch_size: int) -> Iterator[Pair]:
+def reconstruct_all(autoencoder: SVGAutoencoder, jobs: Iterable[NamedImage], batch_size: int) -> Iterator[Pair]:
     """All jobs, in batches of equal size."""
     device = next(autoencoder.parameters()).device
     for batch in equal_size_batches(jobs, batch_size):
@@ -109,9 +106,9 @@ def reconstruct_all(autoencoder: SVGAutoencoder, jobs: Iterable[Job], batch_size
             yield Pair(job.name, to_pil(to_float(image[0])), to_pil(recon[0]), psnr(image, levels).item(), shift)
 
 
-def equal_size_batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
+def equal_size_batches(jobs: Iterable[NamedImage], batch_size: int) -> Iterator[list[NamedImage]]:
     """Jobs grouped by size, at most `batch_size` of them, and fewer if they are large."""
-    waiting: dict[torch.Size, list[Job]] = defaultdict(list)
+    waiting: dict[torch.Size, list[NamedImage]] = defaultdict(list)
     for job in jobs:
         group = waiting[job.image.shape]
         group.append(job)
@@ -120,7 +117,7 @@ def equal_size_batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Jo
     yield from waiting.values()
 
 
-def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -> Iterator[Job]:
+def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -> Iterator[NamedImage]:
     """Every image at every resolution, cropped to the nearest of `sizes[name of the resolution]` (None: not at all).
 
     Unreadable images are left out, with a warning.
@@ -143,7 +140,7 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
         stem = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
         for resolution, buckets in sizes.items():
             crop = image if buckets is None else crop_to_size(image, nearest_bucket(image.size, buckets))
-            yield Job(f"{stem}_{resolution}", to_uint8_tensor(crop))
+            yield NamedImage(f"{stem}_{resolution}", to_uint8_tensor(crop))
 
 
 # ---- the entry -----------------------------------------------------------------------------------------------------
@@ -160,7 +157,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/reconstructions"), help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     arguments = parser.parse_intermixed_args(argv)
-    arguments.images, arguments.overrides = split_overrides(arguments.overrides)
+    words = arguments.overrides
+    arguments.overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    arguments.images = [word for word in words if word not in arguments.overrides]
     if not arguments.images:
         raise UserError("no images: name image files, folders or manifests after the config")
     require_positive(arguments, "batch_size", "max_images")

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"  # what means a float: YAML 1.1 reads `1e-4` as text
 
 
 class UserError(ValueError):
@@ -130,9 +131,10 @@ def _build(schema: type, values: Any, source: str, prefix: str) -> Any:
     arguments = {}
     for name, field in fields.items():
         if name in values:
-            value, default = values[name], _default(field)
+            value = values[name]
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-                value = _shallow(default) | dict(value)
+                value = vars(default) | dict(value)
             arguments[name] = _convert(hints[name], value, source, _join(prefix, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{source}: {_join(prefix, name)!r} is required and missing")
@@ -142,18 +144,6 @@ def _build(schema: type, values: Any, source: str, prefix: str) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{source}: {prefix + ': ' if prefix else ''}{error}") from error
-
-
-def _default(field: dataclasses.Field) -> Any:
-    """The default of a field; None where there is none."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
-
-
-def _shallow(instance: Any) -> dict[str, Any]:
-    """Fields of a dataclass by name, as they are."""
-    return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance) if field.init}
 
 
 def _convert(annotation: Any, value: Any, source: str, name: str) -> Any:
@@ -199,7 +189,7 @@ def _convert_union(choices: tuple, value: Any, source: str, name: str) -> Any:
 
 
 def _convert_scalar(annotation: type, value: Any, source: str, name: str) -> Any:
-    if annotation is float and isinstance(value, (int, str)) and _is_number(value):
+    if annotation is float and type(value) in (int, str) and re.fullmatch(NUMBER, str(value)):
         return float(value)
     elif annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -210,12 +200,6 @@ def _convert_scalar(annotation: type, value: Any, source: str, name: str) -> Any
     elif type(value) is annotation:
         return value
     raise ConfigError(f"{source}: {name} = {value!r}; expected {getattr(annotation, '__name__', annotation)}")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a YAML value means a float: YAML 1.1 reads `1e-4` as text."""
-    number = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-    return not isinstance(value, bool) and re.fullmatch(number, str(value)) is not None
 
 
 def to_dict(config: Any) -> Any:

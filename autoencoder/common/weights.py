@@ -43,10 +43,7 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{what}: there is no file {path}; check the path (relative to {Path.cwd()}) or download it")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = _unpickled(path, what)
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path, what)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what} {path}: not a torch file, or it holds Python objects besides tensors, which are refused because "
@@ -65,9 +62,6 @@ class Inert:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -130,7 +124,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, r
         "of another shape": shapes,
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names)
+        first = {kind: ", ".join(names[:4]) + ", …" * (len(names) > 4) for kind, names in problems.items()}
+        found = "; ".join(f"{len(names)} {kind}: {first[kind]}" for kind, names in problems.items() if names)
         raise UserError(f"{source} does not fit the model: {found}. {remedy}")
     module.load_state_dict(dict(state), strict=True)
 
@@ -176,7 +171,3 @@ class Float32Buffers(nn.Module):
             if moved.dtype != before.dtype:
                 self._buffers[name] = before.to(moved.device)
         return self
-
-
-def _first(names: list[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

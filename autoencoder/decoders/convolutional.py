@@ -135,7 +135,7 @@ class Level(nn.Module):
 class Decoder(nn.Module):
     """Raw latents (B, z, h, w) → images (B, out_ch, s·h, s·w), s = `scale` = 16; the last layer is not clipped.
 
-    The skeleton of both published decoders, which set `mid`, `norm_out` and `conv_out` and supply `stem` and `levels`.
+    The skeleton of both published decoders, which set `conv_in`, `mid`, `up`, `norm_out`, `conv_out`.
     Weights are kept channels-last, which the convolutions of CPUs and tensor cores prefer; state dicts are unaffected.
     """
 
@@ -154,11 +154,11 @@ class Decoder(nn.Module):
 
     def stem(self, latents: Tensor) -> Tensor:
         """What comes before the middle: (B, z, h, w) → (B, C, h, w)."""
-        raise NotImplementedError
+        return self.conv_in(latents)
 
     def levels(self) -> Iterator[Level]:
         """From the coarsest, as they are computed."""
-        raise NotImplementedError
+        return iter(self.up)
 
 
 class ConvDecoder(Decoder):
@@ -186,9 +186,6 @@ class ConvDecoder(Decoder):
         self.norm_out = nn.GroupNorm(GROUPS, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
         self.to(memory_format=torch.channels_last)
-
-    def stem(self, latents: Tensor) -> Tensor:
-        return self.conv_in(latents)
 
     def levels(self) -> Iterator[Level]:
         return reversed(self.up)

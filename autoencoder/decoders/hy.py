@@ -14,7 +14,7 @@ Shapes: B batch, z latent channels, C channels, h×w latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,16 +124,10 @@ class HyDecoder(Decoder):
         self.register_load_state_dict_pre_hook(_accept_published)
 
     def stem(self, latents: Tensor) -> Tensor:
-        return self.conv_in(latents) + self._shortcut(latents)
-
-    def levels(self) -> Iterator[HyLevel]:
-        return iter(self.up)
-
-    def _shortcut(self, latents: Tensor) -> Tensor:
-        """Latent channels, each repeated in place, to the first width: all if that comes out even, else the last 8."""
+        # The shortcut: latent channels, each repeated in place; all if that comes out even, else the last 8.
         width, z = self.conv_in.out_channels, self.conv_in.in_channels
         kept = latents if width % z == 0 else latents[:, -SHORTCUT_CHANNELS:]
-        return kept.repeat_interleave(width // kept.shape[1], dim=1)
+        return self.conv_in(latents) + kept.repeat_interleave(width // kept.shape[1], dim=1)
 
 
 # ---- weights: 3-D kernels of the published checkpoints ↔ 2-D ones --------------------------------------------------

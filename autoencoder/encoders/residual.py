@@ -126,7 +126,8 @@ class ResidualViT(nn.Module):
     @property
     def patch_size(self) -> int:
         """Pixels per latent cell and side."""
-        return self._patch_layer.stride[0]
+        patches = self.trunk.patch_embed.proj if self.config.vit_type == "vit-rope-s" else self.trunk.conv_proj
+        return patches.stride[0]
 
     def train(self, mode: bool = True) -> ResidualViT:
         """A frozen one stays in eval mode."""
@@ -158,10 +159,6 @@ class ResidualViT(nn.Module):
             )
         patches = self.trunk.conv_proj(images).flatten(2).mT  # (B, N, C)
         return self.trunk.encoder(torch.cat([self.trunk.class_token.expand(len(images), -1, -1), patches], dim=1))
-
-    @property
-    def _patch_layer(self) -> nn.Conv2d:
-        return self.trunk.patch_embed.proj if self.config.vit_type == "vit-rope-s" else self.trunk.conv_proj
 
 
 def _rope_vit(config: ResidualConfig) -> tuple[nn.Module, int]:

@@ -21,26 +21,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from autoencoder.common.commands import Parser, require_positive
 from autoencoder.common.config import UserError
-from autoencoder.images.files import Size, aspect_buckets, crop_to_size, load_image, nearest_bucket, to_uint8_tensor
-from autoencoder.images.manifest import MAX_ERRORS, ImageFolder, ImageSource, Manifest
+from autoencoder.common.processes import ALONE, World
+from autoencoder.images.files import (
+    Group,
+    Size,
+    aspect_buckets,
+    crop_to_size,
+    group_by_size,
+    load_image,
+    nearest_bucket,
+    to_uint8_tensor,
+)
+from autoencoder.images.manifest import MAX_ERRORS, ImageSource, open_images
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
 
 
-class Group(NamedTuple):
-    """Images of one size: their positions in the pass, and uint8 (n, 3, H, W)."""
-
-    places: tuple[int, ...]
-    images: Tensor
-
-
 class Chunk(NamedTuple):
-    """groups[r]: the images at resolution r, by size. unreadable: reasons, for those that are in no group."""
+    """groups[r]: the readable images at resolution r, by size."""
 
     number: int
     groups: list[list[Group]]
-    unreadable: list[str]
 
 
 class Crops(Dataset):
@@ -80,18 +82,14 @@ class Crops(Dataset):
     def collate(self, items: list[tuple[int, list[Tensor] | str]]) -> tuple[list[list[Group]], list[str]]:
         """Items of a chunk → groups per resolution, reasons."""
         readable = [(place, crops) for place, crops in items if not isinstance(crops, str)]
-        groups = []
-        for number in range(len(self.sizes)):
-            by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-            for place, crops in readable:
-                by_size.setdefault(crops[number].shape, []).append((place, crops[number]))
-            pairs = (zip(*group) for group in by_size.values())
-            groups.append([Group(places, torch.stack(images)) for places, images in pairs])
+        groups = [
+            group_by_size((place, crops[number]) for place, crops in readable) for number in range(len(self.sizes))
+        ]
         return groups, [crops for _, crops in items if isinstance(crops, str)]
 
 
-def sweep(
-    crops: Crops, batch_size: int, rank: int = 0, size: int = 1, num_workers: int = 0, first: int = 0
+def read_chunks(
+    crops: Crops, batch_size: int, world: World = ALONE, num_workers: int = 0, first: int = 0
 ) -> Iterator[Chunk]:
     """This process's chunks, from chunk number `first` on.
 
@@ -99,7 +97,7 @@ def sweep(
         UserError: more than MAX_ERRORS images of this process are unreadable.
     """
     starts = range(0, len(crops), batch_size)
-    numbers = range(first + rank, len(starts), size)
+    numbers = range(first + world.rank, len(starts), world.size)
     batches = [range(starts[number], min(starts[number] + batch_size, len(crops))) for number in numbers]
     loader = DataLoader(
         crops,
@@ -118,7 +116,7 @@ def sweep(
                 f"{crops.source.name}: more than {MAX_ERRORS} unreadable images; repair or remove them. The first:\n  "
                 + "\n  ".join(failures[:3])
             )
-        yield Chunk(number, groups, reasons)
+        yield Chunk(number, groups)
 
 
 # ---- command lines -------------------------------------------------------------------------------------------------
@@ -152,7 +150,7 @@ def warn_of_batch_statistics(autoencoder: SVGAutoencoder, batch_size: int) -> No
 
 
 def add_image_arguments(parser: Parser, max_aspect: float) -> None:
-    """What `open_crops` and `sweep` read."""
+    """What `open_crops` and `read_chunks` read."""
     parser.add_argument(
         "--data", "--manifest", dest="data", required=True, help="folder of images, or manifest (.jsonl, .json)"
     )
@@ -171,17 +169,3 @@ def open_crops(arguments: argparse.Namespace) -> Crops:
     if len(set(arguments.resolution)) < len(arguments.resolution):
         raise UserError(f"--resolution {' '.join(map(str, arguments.resolution))} names a resolution twice")
     return Crops(open_images(arguments.data), arguments.resolution, arguments.max_aspect, arguments.max_images)
-
-
-def open_images(path: str | Path) -> ImageSource:
-    """A folder of images (with all its subfolders) or a manifest."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a folder of images or a manifest (.jsonl, .json)")
-    return ImageFolder(path, "") if path.is_dir() else Manifest.open(path, require_captions=False)
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Positional arguments → those that are files or folders, and the config's overrides (key.sub=value)."""
-    overrides = [value for value in arguments if "=" in value and not Path(value).exists()]
-    return [value for value in arguments if value not in overrides], overrides

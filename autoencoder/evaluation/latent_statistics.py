@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import ALONE, World
 from autoencoder.common.weights import read_file, replacing
-from autoencoder.evaluation.crops import Crops, sweep
+from autoencoder.evaluation.crops import Crops, read_chunks
 from autoencoder.images.files import to_float
 from autoencoder.latents.statistics import StatsAccumulator
 from autoencoder.model import SVGAutoencoder
@@ -96,7 +96,7 @@ def measure(
     first = world.broadcast(progress.done)
     if first and world.is_main:
         print(f"going on after {min(first * batch_size, len(crops))} of {len(crops)} images: {partial}", flush=True)
-    own = _chunk_states(autoencoder, sweep(crops, batch_size, world.rank, world.size, num_workers, first))
+    own = _chunk_states(autoencoder, read_chunks(crops, batch_size, world, num_workers, first))
     chunks = -(-len(crops) // batch_size)
     per_round, reported = CHUNKS_PER_ROUND * world.size, time.monotonic()
     for _ in range(first, chunks, per_round):
@@ -120,11 +120,3 @@ def _chunk_states(autoencoder: SVGAutoencoder, chunks: Any) -> Iterator[tuple[in
             for group in groups:
                 accumulator.update(autoencoder.encode(to_float(group.images.to(device, non_blocking=True))))
         yield chunk.number, [accumulator.state() for accumulator in accumulators]
-
-
-def pooled(accumulators: list[StatsAccumulator]) -> StatsAccumulator:
-    """All of them together; every latent position counts the same."""
-    total = StatsAccumulator()
-    for accumulator in accumulators:
-        total.merge(accumulator)
-    return total

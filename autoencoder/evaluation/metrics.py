@@ -82,15 +82,11 @@ class FrechetDistance:
     and features below 8), so that order and grouping do not matter to the last bit; the distance changes by about 1e-7.
     """
 
-    def __init__(self, extractor: nn.Module) -> None:
+    def __init__(self, extractor: nn.Module, device: torch.device | None = None) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        self.metric = FrechetInceptionDistance(_OnGrid(extractor), sync_on_compute=False)
+        self.metric = FrechetInceptionDistance(_OnGrid(extractor), sync_on_compute=False).to(device)
         self.metric.orig_dtype = torch.float64  # of the result; else known after the first update only
-
-    def to(self, device: torch.device) -> FrechetDistance:
-        self.metric.to(device)
-        return self
 
     @torch.no_grad()
     def update(self, images: Tensor, recons: Tensor) -> None:
@@ -142,19 +138,6 @@ def build_inception() -> nn.Module:
     return inception.requires_grad_(False)
 
 
-def build_perceptual() -> nn.Module:
-    """LPIPS with VGG-16, as in training. Unavailable where its weights cannot be had."""
-    try:
-        return build_lpips()
-    except UserError as error:
-        from torchvision.models import VGG16_Weights
-
-        raise Unavailable(
-            f"torchvision's VGG-16 cannot be had ({error.__cause__}): put {VGG16_Weights.IMAGENET1K_V1.url} into "
-            f"{torch.hub.get_dir()}/checkpoints"
-        ) from error
-
-
 def build_lpips() -> nn.Module:
     """LPIPS with a VGG-16 trunk (arXiv 1801.03924): `lpips(x, y)` of images in [-1, 1] → distances (n, 1, 1, 1).
 
@@ -164,7 +147,7 @@ def build_lpips() -> nn.Module:
     decoder produces, and synchronises to check.) VGG-16 comes from torchvision's usual place, in `torch.hub`'s folder.
 
     Raises:
-        UserError: the VGG-16 weights are neither cached nor downloadable.
+        Unavailable: the VGG-16 weights are neither cached nor downloadable.
     """
     import lpips
     from torchvision.models import VGG16_Weights
@@ -173,10 +156,9 @@ def build_lpips() -> nn.Module:
         vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         url = VGG16_Weights.IMAGENET1K_V1.url
-        raise UserError(
-            f"perceptual_weight > 0 needs torchvision's VGG-16 weights, which cannot be had ({error}): put {url} "
-            f"into {torch.hub.get_dir()}/checkpoints, or train without LPIPS: "
-            "model.params.lossconfig.params.perceptual_weight=0"
+        raise Unavailable(
+            f"LPIPS needs torchvision's VGG-16 weights, which cannot be had ({error}): put {url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or train without: model.params.lossconfig.params.perceptual_weight=0"
         ) from error
     with warnings.catch_warnings():  # the package builds its trunk by an old torchvision spelling
         warnings.simplefilter("ignore", UserWarning)

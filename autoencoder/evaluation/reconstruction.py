@@ -7,7 +7,7 @@ averaged then. What rFID needs are sums that do not depend on their order (see `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,18 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
-from autoencoder.decoders.striped import decode
-from autoencoder.evaluation.crops import Crops, sweep
+from autoencoder.evaluation.crops import Crops, read_chunks
 from autoencoder.evaluation.metrics import (
     PER_IMAGE,
     FrechetDistance,
     ImageMetrics,
     Unavailable,
     build_inception,
-    build_perceptual,
+    build_lpips,
     to_8bit,
 )
 from autoencoder.images.files import to_float
-from autoencoder.latents.statistics import StatsAccumulator
+from autoencoder.latents.statistics import StatsAccumulator, pooled
 from autoencoder.model import SVGAutoencoder
 
 
@@ -43,17 +42,14 @@ class Networks:
     @classmethod
     def build(cls, device: torch.device) -> Networks:
         """All that can be had."""
-        networks = cls()
-        networks.lpips = networks._build("lpips", build_perceptual, device)
-        networks.inception = networks._build("rfid", build_inception, device)
-        return networks
-
-    def _build(self, metric: str, builder: Callable[[], nn.Module], device: torch.device) -> nn.Module | None:
-        try:
-            return builder().to(device)
-        except Unavailable as error:
-            self.missing[metric] = str(error)
-            return None
+        networks: dict[str, nn.Module] = {}
+        missing: dict[str, str] = {}
+        for metric, build in (("lpips", build_lpips), ("rfid", build_inception)):
+            try:
+                networks[metric] = build().to(device)
+            except Unavailable as error:
+                missing[metric] = str(error)
+        return cls(networks.get("lpips"), networks.get("rfid"), missing)
 
 
 @dataclass
@@ -93,7 +89,7 @@ class Measurement:
 
     def __init__(self, networks: Networks, device: torch.device) -> None:
         self.metrics = ImageMetrics(networks.lpips)
-        self.frechet = FrechetDistance(networks.inception).to(device) if networks.inception is not None else None
+        self.frechet = FrechetDistance(networks.inception, device) if networks.inception is not None else None
         self.places: list[int] = []
         self.values: list[Tensor] = []
         self.latents = StatsAccumulator()
@@ -119,9 +115,7 @@ class Measurement:
             return None
         places, values = (torch.cat(tensors) for tensors in list(zip(*parts))[:2])
         order = places.argsort()  # sums in the order of the images do not depend on who measured them
-        latents = StatsAccumulator()
-        for _, _, state in parts:
-            latents.merge(StatsAccumulator.from_state(state))
+        latents = pooled(StatsAccumulator.from_state(state) for _, _, state in parts)
         missing, rfid = dict(missing), None
         try:
             rfid = self.frechet.distance(sums) if self.frechet is not None else None
@@ -145,17 +139,16 @@ def evaluate(
         UserError: no image was readable, or reconstructions are not finite.
     """
     device = next(autoencoder.parameters()).device
-    dtype = autoencoder.decoder.last_layer.dtype
     measurements = [Measurement(networks, device) for _ in crops.resolutions]
     reported = time.monotonic()
-    for chunk in sweep(crops, batch_size, world.rank, world.size, num_workers):
+    for chunk in read_chunks(crops, batch_size, world, num_workers):
         for measurement, groups in zip(measurements, chunk.groups):
             for group in groups:
                 images = group.images.to(device, non_blocking=True)
                 latents = autoencoder.encode(to_float(images))
                 if autoencoder.stats is not None:
                     measurement.latents.update(latents)
-                measurement.add(group.places, images, decode(autoencoder.decoder, latents.to(dtype)))
+                measurement.add(group.places, images, autoencoder.decode(latents))
         if world.is_main and time.monotonic() - reported > 10:
             reported = time.monotonic()
             print(f"about {min((chunk.number + 1) * batch_size, len(crops))} of {len(crops)} images", flush=True)

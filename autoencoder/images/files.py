@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import random
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from autoencoder.common.config import UserError
+from autoencoder.common.weights import replacing
 
 MAX_IMAGE_PIXELS = 2**27  # 134 megapixels; Pillow itself refuses more than 179
 MAX_ASPECT_RATIO = 64.0  # a thinner image would become gigantic when it is scaled to cover a crop
@@ -198,6 +199,21 @@ def to_uint8_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) → (3, H, W)
 
 
+class Group(NamedTuple):
+    """Images of one size: their places in a pass or a stream, and uint8 (n, 3, H, W)."""
+
+    places: tuple[int, ...]
+    images: Tensor
+
+
+def group_by_size(pairs: Iterable[tuple[int, Tensor]]) -> list[Group]:
+    """(place, image) pairs → a group for each size, in the order of their first appearance."""
+    by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for place, image in pairs:
+        by_size.setdefault(image.shape, []).append((place, image))
+    return [Group(places, torch.stack(images)) for places, images in (zip(*group) for group in by_size.values())]
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 in [0, 255] → float32 in [-1, 1], any shape, on the tensor's device."""
     return images.float() / 127.5 - 1.0
@@ -261,14 +277,8 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 
 def save_png(image: Image.Image, path: Path | str, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG with `text` as its text chunks; readers see the old file or the whole new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)  # UTF-8 (iTXt) where Latin-1 (tEXt) cannot hold it
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as partial:
+        image.save(partial, format="PNG", pnginfo=info)

@@ -34,8 +34,6 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size, load_image
-from autoencoder.images.order import ResumableSampler as ResumableSampler
-from autoencoder.images.order import sample_rng as sample_rng
 from autoencoder.images.spans import MAPPED_BYTES, FileBytes, Lines, Spans, open_lines
 
 logger = logging.getLogger(__name__)
@@ -127,6 +125,13 @@ class ImageSource(Sequence[Sample]):
         logger.warning("skipped %s (%d of at most %d)", error, len(self.failures), self.max_errors)
 
 
+def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Index in several sequences as one, which end at `ends` → number of the sequence, index in it."""
+    index = range(ends[-1])[operator.index(index)]  # IndexError, negative indices
+    number = bisect_right(ends, index)
+    return number, index - (ends[number - 1] if number else 0)
+
+
 class JoinedSources(ImageSource):
     """Several sources as one, in their order. Each counts its own failures."""
 
@@ -151,9 +156,8 @@ class JoinedSources(ImageSource):
         return source.read(index)
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
-        index = range(len(self))[operator.index(index)]
-        number = bisect_right(self.ends, index)
-        return self.sources[number], index - (self.ends[number - 1] if number else 0)
+        number, index = find_part(self.ends, index)
+        return self.sources[number], index
 
 
 def _too_many(name: str, what: str, reasons: list[str], max_errors: int) -> UserError:
@@ -364,6 +368,14 @@ class ImageFolder(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(self.folder / os.fsdecode(self.names[operator.index(index)]), (), "base")
+
+
+def open_images(path: str | Path) -> ImageSource:
+    """A folder of images (with all its subfolders) or a manifest."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder of images or a manifest (.jsonl, .json)")
+    return ImageFolder(path) if path.is_dir() else Manifest.open(path, require_captions=False)
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -7,13 +7,12 @@ sample of a source of 10⁹ costs as much as the first. Several sources are inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from autoencoder.common.config import UserError
 
@@ -63,13 +62,6 @@ def _mix(words: np.ndarray) -> np.ndarray:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
-
-
-def epoch_indices(length: int, seed: int, epoch: int, offsets: np.ndarray) -> np.ndarray:
-    """Which samples stand at `offsets` of an epoch over `length` samples."""
-    if length <= LISTED_SAMPLES:
-        return _listed_permutation(length, seed + epoch)[offsets]
-    return keyed_permutation(length, _key(seed, epoch), offsets)
 
 
 @lru_cache(maxsize=4)
@@ -137,9 +129,12 @@ class SampleOrder:
         seed = self.seed if source == 0 else _key(self.seed, source, 2) % 2**62
         epochs, offsets = np.divmod(turns, length)
         indices = np.empty_like(turns)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            indices[here] = epoch_indices(length, seed, int(epoch), offsets[here])
+            if length <= LISTED_SAMPLES:
+                indices[here] = _listed_permutation(length, seed + epoch)[offsets[here]]
+            else:
+                indices[here] = keyed_permutation(length, _key(seed, epoch), offsets[here])
         return indices
 
 
@@ -149,53 +144,3 @@ def _apportion(shares: np.ndarray, total: int) -> np.ndarray:
     quotas = np.floor(exact).astype(np.int64)
     quotas[np.argsort(quotas - exact, kind="stable")[: total - quotas.sum()]] += 1
     return quotas
-
-
-class ResumableSampler(Sampler[int]):
-    """One rank's share of an endless stream of epochs, from `resume_step` to `total_steps`.
-
-    The stream is one permutation per epoch, drawn with seed + epoch, after the other. Position p of the stream goes
-    to rank p mod world_size, so that no sample is lost at the end of an epoch and every rank gets
-    total_steps·global_batch_size // world_size of them; resuming skips what was consumed.
-
-    Args:
-        length: samples per epoch.
-        global_batch_size: samples per step of all ranks together.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        rank: int,
-        world_size: int,
-        global_batch_size: int,
-        total_steps: int,
-        resume_step: int,
-        seed: int,
-    ):
-        super().__init__()
-        if length < 1 or global_batch_size < 1:
-            raise UserError(f"nothing to sample: {length} samples, global batch size {global_batch_size}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} must be one of 0 .. world_size - 1 = {world_size - 1}")
-        if not 0 <= resume_step <= total_steps:
-            raise UserError(f"resume step {resume_step} must lie in 0 .. total steps = {total_steps}")
-        self.order = SampleOrder([length], seed=seed)
-        self.rank, self.world_size = rank, world_size
-        self.first = resume_step * global_batch_size // world_size  # counted within this rank
-        self.end = total_steps * global_batch_size // world_size
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def __iter__(self) -> Iterator[int]:
-        return (index for _, index in self.iter_positions())
-
-    def iter_positions(self) -> Iterator[tuple[int, int]]:
-        """(position in the stream, sample index): the position is what `sample_rng` is keyed by."""
-        for start in range(self.first, self.end, CHUNK):
-            positions = self.rank + self.world_size * np.arange(start, min(start + CHUNK, self.end))
-            yield from zip(positions.tolist(), self.order.locate(positions)[1].tolist())
-
-
-CHUNK = 1024  # positions looked up at once

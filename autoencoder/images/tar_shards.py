@@ -17,16 +17,13 @@ import io
 import itertools
 import json
 import logging
-import operator
 import os
 import re
 import tarfile
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -40,6 +37,7 @@ from autoencoder.images.manifest import (
     ImageSource,
     Manifest,
     Sample,
+    find_part,
     image_size,
     parse_captions,
 )
@@ -66,11 +64,10 @@ def open_source(
         UserError: as `Manifest.open` and `TarShards.open`.
     """
     folder = Path(path).expanduser()
-    if "://" in path or re.search(r"[{*?]|\.tar(\.\w+)?$|\.tgz$", path):
-        return TarShards.open(path, require_captions, max_errors, index_folder)
-    if folder.is_dir():
-        return TarShards.open(str(folder / "*.tar"), require_captions, max_errors, index_folder)
-    return Manifest.open(folder, require_captions, max_errors, index_folder)
+    tar = "://" in path or re.search(r"[{*?]|\.tar(\.\w+)?$|\.tgz$", path)
+    if not tar and not folder.is_dir():
+        return Manifest.open(folder, require_captions, max_errors, index_folder)
+    return TarShards.open(path if tar else str(folder / "*.tar"), require_captions, max_errors, index_folder)
 
 
 class TarShards(ImageSource):
@@ -135,9 +132,8 @@ class TarShards(ImageSource):
         return f"{PurePosixPath(shard).name}:{span}".encode()
 
     def _find(self, index: int) -> tuple[str, tuple[int, ...]]:
-        index = range(len(self))[operator.index(index)]
-        shard = bisect_right(self.ends, index)
-        return self.shards[shard], self.tables[shard][index - (self.ends[shard - 1] if shard else 0)]
+        number, index = find_part(self.ends, index)
+        return self.shards[number], self.tables[number][index]
 
 
 def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[bytes, Sample]:
@@ -258,7 +254,9 @@ def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
     Raises:
         tarfile.TarError: it breaks off, or goes on with something that is no header (which tarfile takes for the end).
     """
-    with _open(shard) as file, tarfile.open(fileobj=file, mode="r|" if "://" in shard else "r:") as tar:
+    files, path = fsspec.core.url_to_fs(shard)
+    opened = files.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
+    with opened as file, tarfile.open(fileobj=file, mode="r|" if "://" in shard else "r:") as tar:
         empty = tar.firstmember is None  # Python 3.10 fails to look for a next one
         while not empty and (member := tar.next()) is not None:
             if member.isfile():
@@ -268,13 +266,6 @@ def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
     before = max(end - 1, 0)  # a range must not begin behind the end
     if any(_fetch(shard, before, end + tarfile.BLOCKSIZE)[end - before :]):
         raise tarfile.ReadError("no valid header")
-
-
-def _open(shard: str) -> BinaryIO:
-    if "://" not in shard:
-        return Path(shard).open("rb")
-    files, path = fsspec.core.url_to_fs(shard)
-    return files.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
 
 
 def _key(name: str) -> str:

@@ -8,7 +8,7 @@ always in fp32 (the release rounds to bf16 in training only). Shapes: latents (B
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,10 @@ class LatentStats(Float32Buffers):
                 f"latent statistics {path} have {rows[0].numel()} channels, the autoencoder has {channels}: they "
                 f"belong to another encoder; measure this one's with python -m autoencoder.measure_latents{remedy}"
             )
-        metadata = _metadata(path) if own else {}
+        metadata = {}
+        if own:
+            with safe_open(Path(path).expanduser(), framework="pt") as file:
+                metadata = file.metadata() or {}
         return cls(*rows, metadata.get("encoder"), tuple(map(int, metadata.get("resolution", "").split())))
 
     def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
@@ -110,11 +113,6 @@ def _row(tensor: Tensor, name: str, num_layer: int, path: Any) -> Tensor:
             f"num_layer={num_layer}; -1 is the last"
         )
     return tensor[num_layer]
-
-
-def _metadata(path: str | Path) -> dict[str, str]:
-    with safe_open(Path(path).expanduser(), framework="pt") as file:
-        return file.metadata() or {}
 
 
 class StatsAccumulator:
@@ -159,21 +157,20 @@ class StatsAccumulator:
         accumulator._mean, accumulator._squares = state["mean"], state["squares"]
         return accumulator
 
-    @property
-    def mean(self) -> Tensor:
-        """(D,) fp64."""
-        return self._moments()[0]
-
-    @property
-    def std(self) -> Tensor:
-        """(D,) fp64, with Bessel's correction."""
-        return self._moments()[1]
-
     def result(self, encoder: str | None = None, resolutions: tuple[int, ...] = ()) -> LatentStats:
         """The statistics so far, of latents that this encoder (its fingerprint) made of images of these resolutions."""
-        return LatentStats(*self._moments(), encoder, resolutions)
+        return LatentStats(*self.moments(), encoder, resolutions)
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, with Bessel's correction: (D,) fp64 each."""
         if self.count < 2:
             raise UserError(f"latent statistics need at least 2 latent positions, got {self.count}; give more images")
         return self._mean, (self._squares / (self.count - 1)).sqrt()
+
+
+def pooled(accumulators: Iterable[StatsAccumulator]) -> StatsAccumulator:
+    """All of them together; every latent position counts the same."""
+    total = StatsAccumulator()
+    for accumulator in accumulators:
+        total.merge(accumulator)
+    return total

@@ -7,15 +7,14 @@ images per step. Images travel as uint8 and become floats on the device.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +29,8 @@ from autoencoder.images.files import (
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import ImageFolder, ImageSource, Manifest, ResumableSampler, sample_rng
+from autoencoder.images.manifest import ImageFolder, ImageSource, Manifest
+from autoencoder.images.order import SampleOrder, sample_rng
 
 T = TypeVar("T")
 Key = tuple[int, int]  # position in the training stream, index in the source
@@ -125,13 +125,6 @@ DATA: dict[str, type[ManifestParams] | type[FolderParams]] = {
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-class ImageBatch(NamedTuple):
-    """One uint8 tensor (n, 3, H, W) per size, and the stream positions of its images."""
-
-    images: list[Tensor]
-    positions: list[list[int]]
-
-
 class ImageDataset(Dataset):
     """(position, crop (3, H, W) uint8), addressed by the key (position, index); `seed` None crops the middle."""
 
@@ -143,17 +136,6 @@ class ImageDataset(Dataset):
         image, _ = self.source.load(index)
         rng = None if self.seed is None else sample_rng(self.seed, position)
         return position, to_uint8_tensor(crop_to_size(image, nearest_bucket(image.size, self.buckets), rng))
-
-
-def group_by_size(items: Sequence[tuple[int, Tensor]]) -> ImageBatch:
-    """(position, image) pairs → a batch; sizes in order of first appearance."""
-    groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-    for item in items:
-        groups.setdefault(item[1].shape, []).append(item)
-    return ImageBatch(
-        images=[torch.stack([image for _, image in group]) for group in groups.values()],
-        positions=[[position for position, _ in group] for group in groups.values()],
-    )
 
 
 class PlainLoader(DataLoader[T]):
@@ -222,7 +204,7 @@ class BatchStream:
         self.window = max(1, min(window, len(sizes.known)) // math.prod(shape))  # in steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return islice(self._batches(), len(self.steps) * self.shape[0])
+        return itertools.islice(self._batches(), len(self.steps) * self.shape[0])
 
     def _batches(self) -> Iterator[list[Key]]:
         windows, skipped = self._windows(), self.steps.start % self.window
@@ -237,26 +219,13 @@ class BatchStream:
     def _windows(self) -> Iterator[np.ndarray]:
         """Keys (window, micro-batches, processes, images, 2), window after window without end."""
         count = self.window * math.prod(self.shape)
-        first = self.steps.start // self.window
-        for number, keys in enumerate(self._stream(first, count), start=first):
-            keys = keys[np.argsort(self.sizes.of(keys[:, 1]), kind="stable")]
+        order = SampleOrder([len(self.sizes.known)], seed=self.seed)
+        for number in itertools.count(self.steps.start // self.window):
+            positions = np.arange(number * count, (number + 1) * count)
+            indices = order.locate(positions)[1]
+            keys = np.stack([positions, indices], axis=1)[np.argsort(self.sizes.of(indices), kind="stable")]
             steps = keys.reshape(self.window, *self.shape, 2)
             yield np.random.default_rng((self.seed, number)).permutation(steps)
-
-    def _stream(self, first: int, count: int) -> Iterator[np.ndarray]:
-        """Keys (count, 2) of all processes, from number `first` of such arrays on."""
-        sampler = ResumableSampler(
-            length=len(self.sizes.known),
-            rank=0,
-            world_size=1,
-            global_batch_size=count,
-            total_steps=2**40,
-            resume_step=first,
-            seed=self.seed,
-        )
-        keys = sampler.iter_positions()
-        while True:
-            yield np.fromiter(islice(keys, count), dtype=np.dtype((np.int64, 2)), count=count)
 
 
 def validation_batches(sizes: CropSizes, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:

@@ -20,8 +20,7 @@ from torch.nn.utils import get_total_norm
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import EMA_KEY, read_file, replacing
-from autoencoder.images.files import image_grid, to_float, to_pil
-from autoencoder.training.batches import ImageBatch
+from autoencoder.images.files import Group, image_grid, to_float, to_pil
 from autoencoder.training.module import AutoencoderModule
 
 # -- logging ----------------------------------------------------------------------------------------------------------
@@ -90,12 +89,12 @@ class ReconstructionGrid(Callback):
     @rank_zero_only
     @torch.no_grad()
     def on_train_batch_end(
-        self, trainer: Trainer, module: AutoencoderModule, outputs: Any, batch: ImageBatch, batch_index: int
+        self, trainer: Trainer, module: AutoencoderModule, outputs: Any, batch: list[Group], batch_index: int
     ) -> None:
         boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
         if not module.step_complete or not self.due(trainer.global_step) or not boards:
             return
-        images = [to_float(batch.images[0][: self.COLUMNS])]
+        images = [to_float(batch[0].images[: self.COLUMNS])]
         module.eval()
         rows = [*images, *module.reconstruct(images)]
         module.train()  # the encoder stays in eval mode
@@ -138,12 +137,6 @@ class AveragedWeights(Callback):
             decay = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
-    def on_validation_start(self, *_: Any) -> None:
-        self._swap()
-
-    def on_validation_end(self, *_: Any) -> None:
-        self._swap()
-
     def on_save_checkpoint(self, trainer: Trainer, module: AutoencoderModule, checkpoint: dict[str, Any]) -> None:
         with self.swapped():
             state = module.state_dict()  # refers to the averages, not to the parameters
@@ -158,9 +151,11 @@ class AveragedWeights(Callback):
         finally:
             self._swap()
 
-    def _swap(self) -> None:
+    def _swap(self, *_: Any) -> None:
         for weight, average in zip(self.weights, self.averages):
             weight.data, average.data = average.data, weight.data
+
+    on_validation_start = on_validation_end = _swap
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -194,12 +189,9 @@ class Checkpoints(Callback):
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             os.replace(link, self.folder / "last.ckpt")
-            self._prune()
-
-    def _prune(self) -> None:
-        oldest_first = sorted(self.folder.glob("step_*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-        for path in oldest_first[: -self.keep] if self.keep else []:
-            path.unlink()
+            oldest_first = sorted(self.folder.glob("step_*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+            for path in oldest_first[: -self.keep] if self.keep else []:
+                path.unlink()
 
 
 def require_finite(module: AutoencoderModule, step: int) -> None:

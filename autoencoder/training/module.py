@@ -34,16 +34,14 @@ from torch.utils.data import DataLoader
 from autoencoder.common.config import UserError, build, resolve_target
 from autoencoder.common.processes import mean_over_processes, peak_memory
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
-from autoencoder.images.files import to_float
+from autoencoder.images.files import Group, group_by_size, to_float
 from autoencoder.model import SVGAutoencoder
 from autoencoder.training.batches import (
     DATA,
     BatchStream,
     CropSizes,
-    ImageBatch,
     ImageDataset,
     PlainLoader,
-    group_by_size,
     validation_batches,
 )
 from autoencoder.training.losses import AutoencoderLoss
@@ -175,7 +173,7 @@ class AutoencoderModule(LightningModule):
         """Whether no micro-batch of the next step has been seen."""
         return self.micro_steps % self.training_config.accumulate_grad_batches == 0
 
-    def reconstruct(self, images: list[Tensor], noise_at: list[list[int]] | None = None) -> list[Tensor]:
+    def reconstruct(self, images: list[Tensor], noise_at: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Groups of (n, 3, H, W) in [-1, 1] → groups of the same shapes.
 
         noise_at: stream positions of the images, to decode from noisy latents.
@@ -187,16 +185,18 @@ class AutoencoderModule(LightningModule):
             latents = [x + y.to(x.dtype) for x, y in zip(latents, noise)]
         return [self.decode(group) for group in latents]
 
-    def training_step(self, batch: ImageBatch, batch_index: int) -> None:
+    def training_step(self, batch: list[Group], batch_index: int) -> None:
         step, part = self.global_step, self.micro_steps % self.training_config.accumulate_grad_batches
         self.micro_steps += 1
         self.step_complete = part + 1 == self.training_config.accumulate_grad_batches
-        decoder_optimizer, *others = _as_list(self.optimizers())
+        optimizers = self.optimizers()  # one alone comes without a list
+        decoder_optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         if self.draws:  # a resumed run draws the same masks
             torch.manual_seed(hash((self.training_config.seed, step, part, self.global_rank)))
 
-        images = [to_float(group) for group in batch.images]
-        recons = self.reconstruct(images, batch.positions if self.training_config.latent_noise else None)
+        images = [to_float(group.images) for group in batch]
+        noise_at = [group.places for group in batch] if self.training_config.latent_noise else None
+        recons = self.reconstruct(images, noise_at)
         loss, logs = self.loss.generator_loss(images, recons, self.decoder.last_layer, step=2 * step)
         logs |= self._turn("decoder", loss, decoder_optimizer)
         if self.loss.disc_factor(2 * step + 1) > 0:
@@ -255,11 +255,11 @@ class AutoencoderModule(LightningModule):
         columns = len(PER_IMAGE) + 2
         self.validation_sums = torch.zeros(columns, dtype=torch.float64, device=self.device)  # …, rec_loss, images
 
-    def validation_step(self, batch: ImageBatch, batch_index: int) -> None:
-        images = [to_float(group) for group in batch.images]
+    def validation_step(self, batch: list[Group], batch_index: int) -> None:
+        images = [to_float(group.images) for group in batch]
         recons = self.reconstruct(images)
         measure = ImageMetrics(self.loss.perceptual_loss)
-        columns = torch.cat([measure(levels, to_8bit(recon)) for levels, recon in zip(batch.images, recons)])  # (n, 6)
+        columns = torch.cat([measure(group.images, to_8bit(recon)) for group, recon in zip(batch, recons)])  # (n, 6)
         rec = self.loss.reconstruction(images, recons).rec[:, None]
         self.validation_sums += torch.cat([columns, rec, torch.ones_like(rec)], dim=1).sum(dim=0)
 
@@ -272,16 +272,14 @@ class AutoencoderModule(LightningModule):
 
     # -- between steps; what is not training does not count as its time --
 
-    def on_train_start(self) -> None:
-        self._set_rates()
-        self.meter.begin()
-
-    def on_train_batch_start(self, batch: ImageBatch, batch_index: int) -> None:
+    def on_train_batch_start(self, batch: list[Group], batch_index: int) -> None:
         self.meter.arrived()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._set_rates()
         self.meter.begin()
+
+    on_train_start = on_train_batch_end
 
     def on_validation_end(self) -> None:
         self.meter.begin()
@@ -340,7 +338,3 @@ class Meter:
         metrics |= {"images_per_s": self.images / self.busy, "data_wait": self.waited / self.busy}
         self.__init__()
         return metrics
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]

@@ -22,7 +22,6 @@ from autoencoder.common.config import UserError, locate, save_config, to_dict
 from autoencoder.common.processes import peak_memory
 from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
 from autoencoder.encoders.encoder import build_encoder
-from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
 from autoencoder.training.callbacks import (
     AtomicCheckpointIO,
@@ -104,7 +103,7 @@ def build_module(
     norm = SyncedBatchNorm if training.trainer.sync_batchnorm else None
     loss = build_loss(model.params.lossconfig, norm=norm)
     check_discriminator(loss, data, training.trainer.sync_batchnorm)
-    rate = learning_rate(config, data, world_size)
+    rate = model.base_learning_rate * (data.images_per_step(world_size) if training.scale_lr else 1)
     module = AutoencoderModule(autoencoder, loss, rate, data.total_steps(world_size), training)
     if last:
         check_resumable(module, checkpoint, last)
@@ -115,7 +114,10 @@ def build_module(
         load_initial_weights(module, state, model.init_weight)
     autoencoder.encoder.fingerprint()  # UserError if nothing brought its weights
     if training.latent_stats is not None:
-        module.noise_scale = noise_scale(autoencoder, training.latent_stats)
+        stats = autoencoder.read_stats(training.latent_stats)
+        module.noise_scale = stats.std
+        if autoencoder.extra_vit is None or autoencoder.extra_vit.config.frozen:
+            autoencoder.set_stats(stats)  # UserError if another encoder's; training a branch changes its latents
     return module, checkpoint["global_step"]
 
 
@@ -157,16 +159,6 @@ def check_discriminator(loss: AutoencoderLoss, data: ImageDataModule, synchronis
             "training.trainer.sync_batchnorm: processes have images of different sizes at the same time, which have no "
             "common statistics; leave it out, or train on squares (data.params.max_aspect=1)"
         )
-
-
-def noise_scale(autoencoder: SVGAutoencoder, path: str) -> Tensor:
-    """Deviations (D,) of the latents from a file of statistics; UserError if they are another encoder's."""
-    config, residual = autoencoder.config, autoencoder.config.extra_vit_config
-    made_up = residual.output_dim if residual is not None and residual.published_stats else 0
-    stats = LatentStats.load(path, autoencoder.channels, config.num_layer, made_up)
-    if residual is None or residual.frozen:  # else training changes the latents that they were measured on
-        autoencoder.set_stats(stats)
-    return stats.std
 
 
 def check_resumable(module: AutoencoderModule, checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -251,11 +243,6 @@ def build_trainer(
         check_val_every_n_epoch=None,
         plugins=[AtomicCheckpointIO()],
     )
-
-
-def learning_rate(config: AutoencoderTrainConfig, data: ImageDataModule, world_size: int) -> float:
-    """`base_learning_rate`, times the images per step where `scale_lr` asks for it."""
-    return config.model.base_learning_rate * (data.images_per_step(world_size) if config.training.scale_lr else 1)
 
 
 def process_count(trainer: TrainerConfig) -> int:

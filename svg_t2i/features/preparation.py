@@ -12,9 +12,10 @@ from pathlib import Path
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.evaluation.crops import Crops
-from autoencoder.evaluation.latent_statistics import measure, pooled
+from autoencoder.evaluation.latent_statistics import measure
 from autoencoder.images.manifest import ImageSource
 from autoencoder.latents.drift import drift
+from autoencoder.latents.statistics import pooled
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.features.settings import AutoencoderSource, TextSource

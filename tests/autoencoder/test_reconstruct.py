@@ -12,7 +12,7 @@ from autoencoder import reconstruct as module
 from autoencoder.common.config import UserError
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_pil, to_uint8_tensor
 from autoencoder.model import SVGAutoencoder
-from autoencoder.reconstruct import Job, equal_size_batches, main
+from autoencoder.reconstruct import NamedImage, equal_size_batches, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 D = 48
@@ -93,7 +93,7 @@ def test_images_files_folders_manifests_and_overrides_mix(folder):
 
 
 def test_batches_hold_every_image_once_and_one_size_each(monkeypatch):
-    jobs = [Job(str(i), torch.zeros(3, 16 * (1 + i % 2), 16)) for i in range(9)]
+    jobs = [NamedImage(str(i), torch.zeros(3, 16 * (1 + i % 2), 16)) for i in range(9)]
     batches = list(equal_size_batches(jobs, 3))
     assert sorted(job.name for batch in batches for job in batch) == [str(i) for i in range(9)]
     assert max(map(len, batches)) == 3

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from autoencoder.images.files import crop_square, crop_to_size, frontier_sizes, nearest_bucket, to_rgb
-from autoencoder.images.manifest import ResumableSampler
+from autoencoder.images.order import SampleOrder
 from svg_t2i.training.optimizer import ema_update
 
 EMA_DECAY = 0.95  # the release's default
@@ -25,8 +25,9 @@ def check(vectors):
     vectors.compare("out.p_to_rgb", _pixels(to_rgb(palette_image)))
 
     for case, arguments in enumerate(vectors.config["samplers"]):
-        sampler = ResumableSampler(*arguments)
-        vectors.compare(f"out.sampler.{case}", torch.tensor(list(sampler)))
+        length, rank, world_size, batch_size, total_steps, resume_step, seed = arguments
+        positions = np.arange(resume_step * batch_size + rank, total_steps * batch_size, world_size)
+        vectors.compare(f"out.sampler.{case}", torch.tensor(SampleOrder([length], seed=seed).locate(positions)[1]))
 
     averaged = [vectors.tensors["in.ema.ema"].clone()]
     ema_update(averaged, [vectors.tensors["in.ema.model"]], EMA_DECAY)

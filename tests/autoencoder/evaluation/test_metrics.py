@@ -124,7 +124,7 @@ def no_network(monkeypatch, tmp_path):
     return tmp_path / "hub" / "checkpoints"
 
 
-@pytest.mark.parametrize("builder", [metrics.build_inception, metrics.build_perceptual])
+@pytest.mark.parametrize("builder", [metrics.build_inception, metrics.build_lpips])
 def test_missing_weights_give_a_reason_and_a_remedy(builder, no_network):
     with pytest.raises(Unavailable, match=rf"cannot be had .*no network.*put .*\.pth into {no_network}"):
         builder()

@@ -16,7 +16,8 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images import manifest as manifest_module
-from autoencoder.images.manifest import ImageFolder, Manifest, ResumableSampler, Sample, image_size, sample_rng
+from autoencoder.images.manifest import ImageFolder, Manifest, Sample, image_size
+from autoencoder.images.order import sample_rng
 
 
 def write_lines(path, *entries):
@@ -262,55 +263,6 @@ def test_missing_and_empty_image_folders(tmp_path):
 
 
 # --- order
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    length=st.integers(1, 23),
-    world_size=st.integers(1, 4),
-    per_rank=st.integers(1, 3),
-    steps=st.integers(1, 9),
-    data=st.data(),
-)
-def test_ranks_share_one_stream_without_loss(length, world_size, per_rank, steps, data):
-    resume = data.draw(st.integers(0, steps))
-    batch = per_rank * world_size
-
-    def ranks(resume_step, world_size):
-        return [ResumableSampler(length, r, world_size, batch, steps, resume_step, seed=5) for r in range(world_size)]
-
-    stream = dict(pair for sampler in ranks(0, world_size) for pair in sampler.iter_positions())
-    assert sorted(stream) == list(range(steps * batch))
-    for epoch in range(steps * batch // length):  # every whole epoch is a permutation
-        assert sorted(stream[epoch * length + i] for i in range(length)) == list(range(length))
-    assert stream == dict(ranks(0, 1)[0].iter_positions())  # whatever the number of ranks
-    for full, resumed in zip(ranks(0, world_size), ranks(resume, world_size), strict=True):
-        assert list(resumed) == list(full)[resume * per_rank :]
-        assert len(resumed) == len(list(resumed)) == (steps - resume) * per_rank
-
-
-def test_sampler_starts_anywhere_at_once():
-    sampler = ResumableSampler(1000, 3, 8, 4096, 10**12, 10**11, seed=0)
-    position, index = next(sampler.iter_positions())
-    assert position == 10**11 * 4096 + 3
-    assert 0 <= index < 1000
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"length": 0}, "nothing to sample: 0 samples"),
-        ({"global_batch_size": 0}, "global batch size 0"),
-        ({"rank": 2}, "rank 2 must be one of"),
-        ({"rank": -1}, "rank -1 must be one of"),
-        ({"resume_step": -1}, "resume step -1 must lie in"),
-        ({"resume_step": 11}, "resume step 11 must lie in 0 .. total steps = 10"),
-    ],
-)
-def test_sampler_refuses_nonsense(changes, message):
-    arguments = {"length": 5, "rank": 0, "world_size": 2, "global_batch_size": 4, "total_steps": 10} | changes
-    with pytest.raises(UserError, match=message):
-        ResumableSampler(**({"resume_step": 0, "seed": 0} | arguments))
 
 
 def test_sample_rng_depends_on_seed_and_position_alone():

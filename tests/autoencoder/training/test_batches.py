@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import ConfigError, UserError, build
-from autoencoder.images.files import aspect_buckets, nearest_bucket
-from autoencoder.images.manifest import Manifest, ResumableSampler
+from autoencoder.images.files import aspect_buckets, group_by_size, nearest_bucket
+from autoencoder.images.manifest import Manifest
+from autoencoder.images.order import SampleOrder
 from autoencoder.training.batches import (
     DATA,
     BatchStream,
     CropSizes,
     ImageDataset,
     PlainLoader,
-    group_by_size,
     validation_batches,
 )
 
@@ -62,8 +62,7 @@ def test_nearly_all_batches_have_one_size():
 
 
 def test_positions_are_those_of_the_permutations():
-    sampler = ResumableSampler(30, 0, 1, 30, 3, 0, seed=3)
-    expected = dict(sampler.iter_positions())
+    expected = dict(enumerate(SampleOrder([30], seed=3).locate(np.arange(90))[1].tolist()))
     keys = [key for batch in stream(FakeSizes(30), (1, 1, 3), steps=range(30), window=15) for key in batch]
     assert dict(keys) == expected
     assert len(keys) == len(expected) == 90
@@ -117,11 +116,13 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
         return list(PlainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=group_by_size))
 
     def images(batches):
-        groups = [pair for batch in batches for pair in zip(batch.positions, batch.images)]
+        groups = [group for batch in batches for group in batch]
         return {position: image for positions, images in groups for position, image in zip(positions, images)}
 
     alone, worked = load(1, 0, 0), load(1, 0, 2)
-    assert [batch.positions for batch in alone] == [batch.positions for batch in worked]
+    assert [[group.places for group in batch] for batch in alone] == [
+        [group.places for group in batch] for batch in worked
+    ]
     shared = images(load(2, 0, 0)) | images(load(2, 1, 0))
     for other in (images(worked), shared):
         assert other.keys() == images(alone).keys() == set(range(20))
@@ -131,9 +132,9 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
 def test_groups_keep_every_image_with_its_position():
     sizes = [(16, 32), (32, 16), (16, 32), (32, 32)]
     batch = group_by_size([(10 + i, torch.full((3, *size), float(i))) for i, size in enumerate(sizes)])
-    assert [tuple(group.shape) for group in batch.images] == [(2, 3, 16, 32), (1, 3, 32, 16), (1, 3, 32, 32)]
-    assert batch.images[0][:, 0, 0, 0].tolist() == [0, 2]
-    assert batch.positions == [[10, 12], [11], [13]]
+    assert [tuple(group.shape) for _, group in batch] == [(2, 3, 16, 32), (1, 3, 32, 16), (1, 3, 32, 32)]
+    assert batch[0].images[:, 0, 0, 0].tolist() == [0, 2]
+    assert [group.places for group in batch] == [(10, 12), (11,), (13,)]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

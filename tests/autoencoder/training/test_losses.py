@@ -130,7 +130,7 @@ def test_unnamed_settings_are_the_published_ones():
 def test_reconstruction_does_not_depend_on_grouping():
     images, features, layer = make_groups((3, 32, 32))
     recons = reconstruct(features, layer)
-    whole = make_loss().reconstruction(images[0], recons[0])
+    whole = make_loss().reconstruction(images, recons)
     parts = make_loss().reconstruction([images[0][:1], images[0][1:]], [recons[0][:1], recons[0][1:]])
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b)

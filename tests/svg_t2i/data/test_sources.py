@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images.manifest import ImageFolder, Manifest, ResumableSampler
+from autoencoder.images.manifest import ImageFolder, Manifest
+from autoencoder.images.order import SampleOrder
 from svg_t2i.data.draws import Augmentation
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import T2IDataset
@@ -97,7 +98,7 @@ def test_samples_do_not_depend_on_ranks_and_micro_batches(dataset):
 def test_order_is_the_samplers(dataset):
     batches = list(build_loader(dataset, **STREAM))
     captions = {position: caption for position, (_, _, caption) in samples_of(batches).items()}
-    for position, index in enumerate(ResumableSampler(COUNT, 0, 1, 6, 5, 0, seed=5)):
+    for position, index in enumerate(SampleOrder([COUNT], seed=5).locate(np.arange(30))[1]):
         assert captions[position] == "" or captions[position].endswith(f" {index}")
     for number, batch in enumerate(itertools.chain(*batches)):
         assert sorted(batch.positions.tolist()) == list(range(3 * number, 3 * number + 3))
