@@ -81,10 +81,9 @@ def write(
     lines = {"all" if len(accumulators) > 1 else f"{crops.resolutions[0]} px": stats}
     if len(accumulators) > 1:
         for resolution, accumulator in zip(crops.resolutions, accumulators):
-            one = accumulator.result(encoder, (resolution,))
+            lines[f"{resolution} px"] = one = accumulator.result(encoder, (resolution,))
             path = output.with_name(f"{output.stem}-{resolution}.safetensors")
             one.save(path, notes)
-            lines[f"{resolution} px"] = one
             print(f"{path}: seen through the pooled statistics, {drift(stats, one)}")
     for path, other in others.items():
         found = drift(other, stats)

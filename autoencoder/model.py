@@ -85,7 +85,7 @@ class SVGAutoencoder(nn.Module):
     kept apart. It is made in eval mode; only training turns on gradients through, and noise in, the residual branch.
     """
 
-    def __init__(self, config: ModelConfig, stats: LatentStats | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config.dinoconfig)
@@ -94,18 +94,11 @@ class SVGAutoencoder(nn.Module):
         self.stats: LatentStats | None = None
         self._check_sizes()
         self.eval()
-        if stats is not None:
-            self.set_stats(stats)
 
     @property
     def channels(self) -> int:
         """D, the number of latent channels."""
         return self.encoder.channels + (0 if self.extra_vit is None else self.extra_vit.config.output_dim)
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels per latent cell and side."""
-        return self.encoder.patch_size
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What training changes: the decoder, and the residual branch unless it is frozen."""
@@ -256,7 +249,10 @@ class SVGAutoencoder(nn.Module):
         if not isinstance(config, Mapping):
             source, base = str(config), find_config(config).parent
             config = read_config(config, overrides)
-        params = build(ModelConfig, _params(config, source), source)
+        model = config.get("model")
+        if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
+            raise ConfigError(f"{source}: there is no section model.params, which describes the autoencoder")
+        params = build(ModelConfig, model["params"], source)
         if checkpoint is None and params.ckpt_path is not None:
             beside = base / params.ckpt_path
             checkpoint = beside if beside.is_file() else locate(params.ckpt_path)
@@ -334,11 +330,3 @@ class SVGAutoencoder(nn.Module):
                 f"model.params.extra_vit_config: its patches have {self.extra_vit.patch_size} px, the encoder's "
                 f"{self.encoder.patch_size}; make them equal"
             )
-
-
-def _params(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The `model.params` section."""
-    model = config.get("model")
-    if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
-        raise ConfigError(f"{source}: there is no section model.params, which describes the autoencoder")
-    return model["params"]

@@ -29,11 +29,7 @@ from autoencoder.common.commands import Parser, command, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import start_world
 from autoencoder.decoders.striped import PLAIN_PIXELS
-from autoencoder.evaluation.crops import (
-    add_model_arguments,
-    load_autoencoder,
-    warn_of_batch_statistics,
-)
+from autoencoder.evaluation.crops import add_model_arguments, load_autoencoder, warn_of_batch_statistics
 from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
 from autoencoder.images.files import (
     LATENT_PIXELS,

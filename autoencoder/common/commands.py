@@ -19,9 +19,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        if text is None or "default" in text or default in (None, False, argparse.SUPPRESS) or default == []:
-            return text
-        if not action.option_strings:
+        unset = default in (None, False, argparse.SUPPRESS) or default == []
+        if text is None or "default" in text or unset or not action.option_strings:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
         return f"{text} (default: {shown})".replace("()", "")

@@ -12,7 +12,7 @@ Shapes: B batch, z latent channels, C channels, h×w latent cells, N = h·w.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,16 +113,22 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention if `attention`, then ×2 if `upsample`."""
+    """One resolution: residual blocks, each followed by attention if `attention`, then `upsample` of their width."""
 
     def __init__(
-        self, channels: int, out_channels: int, num_blocks: int, dropout: float, attention: bool, upsample: bool
+        self,
+        channels: int,
+        out_channels: int,
+        num_blocks: int,
+        upsample: Callable[[int], nn.Module],
+        dropout: float = 0.0,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * (num_blocks - 1)
         self.block = nn.ModuleList(ResidualBlock(width, out_channels, dropout) for width in widths)
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in widths if attention)
-        self.upsample = Upsample(out_channels) if upsample else nn.Identity()
+        self.upsample = upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
@@ -179,7 +185,7 @@ class ConvDecoder(Decoder):
                 num_blocks=config.num_res_blocks + 1,
                 dropout=config.dropout,
                 attention=level == coarsest,
-                upsample=level > 0,
+                upsample=Upsample if level > 0 else nn.Identity,
             )
             for level, width in enumerate(widths)
         )

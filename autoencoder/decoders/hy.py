@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,15 +95,6 @@ class ShuffleUpsample(nn.Module):
         return pixel_shuffle(self.conv(x) + x.repeat_interleave(self.repeats, dim=1))
 
 
-class HyLevel(Level):
-    """One resolution: residual blocks, then ×2 to `upsampled` channels if given."""
-
-    def __init__(self, channels: int, out_channels: int, num_blocks: int, upsampled: int | None) -> None:
-        super().__init__(channels, out_channels, num_blocks, dropout=0.0, attention=False, upsample=False)
-        if upsampled is not None:
-            self.upsample = ShuffleUpsample(out_channels, upsampled)
-
-
 class HyDecoder(Decoder):
     """The decoder of `hyconfig`."""
 
@@ -110,12 +102,13 @@ class HyDecoder(Decoder):
         super().__init__()
         self.config = config
         widths, upsampled = tuple(config.block_out_channels), config.upsampled_widths()
+        upsamples = [*(partial(ShuffleUpsample, out_channels=width) for width in upsampled), nn.Identity]
         self.scale = config.ffactor_spatial
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], dropout=0.0)
         self.up = nn.ModuleList(
-            HyLevel(channels, width, config.num_res_blocks + 1, after)
-            for channels, width, after in zip((widths[0], *upsampled), widths, (*upsampled, None))
+            Level(channels, width, config.num_res_blocks + 1, upsample)
+            for channels, width, upsample in zip((widths[0], *upsampled), widths, upsamples)
         )
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)

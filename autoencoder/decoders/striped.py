@@ -15,6 +15,7 @@ Shapes: B batch, C channels, H×W rows and columns of a feature map, N = H·W, G
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +82,7 @@ def _attention(block: AttentionBlock, x: Tensor, stripe_bytes: int) -> Tensor:
 
 
 def _upsample(layer: Upsample, x: Tensor, stripe_bytes: int) -> Tensor:
-    def doubled(window: Tensor) -> Tensor:
-        return F.interpolate(window, scale_factor=2.0, mode="nearest")
-
+    doubled = partial(F.interpolate, scale_factor=2.0, mode="nearest")
     return _assembled(_convolved(layer.conv, x, doubled, stripe_bytes // 4, stretch=2), x, stretch=2)
 
 

@@ -37,16 +37,13 @@ class Rotary(Float32Buffers):
         if key not in self._tables:
             if len(self._tables) >= self.MAX_TABLES:
                 self._tables.clear()
-            self._tables[key] = self._compute(*key)
+            rows, columns = (
+                2 * ((torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n) - 1 for n in key
+            )
+            centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
+            angles = (2 * math.pi * centres[:, :, None] / self.periods).flatten(1).tile(2)  # (N, head_dim)
+            self._tables[key] = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, 2·head_dim)
         return self._tables[key]
-
-    def _compute(self, h: int, w: int) -> Tensor:
-        rows, columns = (
-            2 * ((torch.arange(n, device=self.periods.device, dtype=torch.float32) + 0.5) / n) - 1 for n in (h, w)
-        )
-        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
-        angles = (2 * math.pi * centres[:, :, None] / self.periods).flatten(1).tile(2)  # (N, head_dim)
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, 2·head_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rotary:
         self._tables.clear()
@@ -67,9 +64,7 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], antialias: bool =
     side = math.isqrt(positions.shape[1])
     if tuple(grid) == (side, side):
         return positions
-    target: dict[str, Any] = {"size": tuple(grid)}
-    if offset:
-        target = {"scale_factor": tuple((cells + offset) / side for cells in grid)}
+    size, factors = (None, tuple((cells + offset) / side for cells in grid)) if offset else (tuple(grid), None)
     square = positions.float().unflatten(1, (side, side)).movedim(-1, 1)  # (1, D, S, S)
-    resized = F.interpolate(square, mode="bicubic", align_corners=False, antialias=antialias, **target)
+    resized = F.interpolate(square, size, factors, mode="bicubic", align_corners=False, antialias=antialias)
     return resized.flatten(2).mT.to(positions.dtype)  # (1, h·w, D)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,17 +32,10 @@ from autoencoder.images.files import (
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import MAX_ERRORS, ImageSource, open_images
+from autoencoder.images.manifest import MAX_ERRORS, ImageSource, open_images, too_many
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
-
-
-class Chunk(NamedTuple):
-    """groups[r]: the readable images at resolution r, by size."""
-
-    number: int
-    groups: list[list[Group]]
 
 
 class Crops(Dataset):
@@ -90,8 +83,10 @@ class Crops(Dataset):
 
 def read_chunks(
     crops: Crops, batch_size: int, world: World = ALONE, num_workers: int = 0, first: int = 0
-) -> Iterator[Chunk]:
-    """This process's chunks, from chunk number `first` on.
+) -> Iterator[tuple[int, list[list[Group]]]]:
+    """This process's chunks, from chunk number `first` on; every ten seconds the main one says how far it is.
+
+    Each as (its number, its readable images at every resolution, by size).
 
     Raises:
         UserError: more than MAX_ERRORS images of this process are unreadable.
@@ -107,16 +102,17 @@ def read_chunks(
         pin_memory=torch.cuda.is_available(),
     )
     failures: list[str] = []
+    reported = time.monotonic()
     for number, (groups, reasons) in zip(numbers, loader):
         for reason in reasons:
             logger.warning("left out: %s", reason)
         failures += reasons
         if len(failures) > MAX_ERRORS:
-            raise UserError(
-                f"{crops.source.name}: more than {MAX_ERRORS} unreadable images; repair or remove them. The first:\n  "
-                + "\n  ".join(failures[:3])
-            )
-        yield Chunk(number, groups)
+            raise too_many(crops.source.name, "unreadable images", failures, MAX_ERRORS)
+        if world.is_main and time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"about {number * batch_size} of {len(crops)} images", flush=True)
+        yield number, groups
 
 
 # ---- command lines -------------------------------------------------------------------------------------------------

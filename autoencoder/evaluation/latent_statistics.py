@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -98,15 +97,11 @@ def measure(
         print(f"going on after {min(first * batch_size, len(crops))} of {len(crops)} images: {partial}", flush=True)
     own = _chunk_states(autoencoder, read_chunks(crops, batch_size, world, num_workers, first))
     chunks = -(-len(crops) // batch_size)
-    per_round, reported = CHUNKS_PER_ROUND * world.size, time.monotonic()
-    for _ in range(first, chunks, per_round):
+    for _ in range(first, chunks, CHUNKS_PER_ROUND * world.size):
         gathered = world.gather(list(islice(own, CHUNKS_PER_ROUND)))
         for _, states in sorted((entry for entries in gathered for entry in entries), key=lambda entry: entry[0]):
             progress.add(states)
         progress.save()
-        if world.is_main and time.monotonic() - reported > 10:
-            reported = time.monotonic()
-            print(f"{min(progress.done * batch_size, len(crops))} of {len(crops)} images", flush=True)
     return progress.accumulators if world.is_main else []
 
 
@@ -114,9 +109,9 @@ def measure(
 def _chunk_states(autoencoder: SVGAutoencoder, chunks: Any) -> Iterator[tuple[int, list[dict[str, torch.Tensor]]]]:
     """(chunk number, moments of its latents at each resolution)."""
     device = next(autoencoder.parameters()).device
-    for chunk in chunks:
-        accumulators = [StatsAccumulator() for _ in chunk.groups]
-        for accumulator, groups in zip(accumulators, chunk.groups):
+    for number, resolutions in chunks:
+        accumulators = [StatsAccumulator() for _ in resolutions]
+        for accumulator, groups in zip(accumulators, resolutions):
             for group in groups:
                 accumulator.update(autoencoder.encode(to_float(group.images.to(device, non_blocking=True))))
-        yield chunk.number, [accumulator.state() for accumulator in accumulators]
+        yield number, [accumulator.state() for accumulator in accumulators]

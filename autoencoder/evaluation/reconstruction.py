@@ -6,7 +6,6 @@ averaged then. What rFID needs are sums that do not depend on their order (see `
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +41,7 @@ class Networks:
     @classmethod
     def build(cls, device: torch.device) -> Networks:
         """All that can be had."""
-        networks: dict[str, nn.Module] = {}
-        missing: dict[str, str] = {}
+        networks, missing = {}, {}
         for metric, build in (("lpips", build_lpips), ("rfid", build_inception)):
             try:
                 networks[metric] = build().to(device)
@@ -140,18 +138,14 @@ def evaluate(
     """
     device = next(autoencoder.parameters()).device
     measurements = [Measurement(networks, device) for _ in crops.resolutions]
-    reported = time.monotonic()
-    for chunk in read_chunks(crops, batch_size, world, num_workers):
-        for measurement, groups in zip(measurements, chunk.groups):
+    for _, resolutions in read_chunks(crops, batch_size, world, num_workers):
+        for measurement, groups in zip(measurements, resolutions):
             for group in groups:
                 images = group.images.to(device, non_blocking=True)
                 latents = autoencoder.encode(to_float(images))
                 if autoencoder.stats is not None:
                     measurement.latents.update(latents)
                 measurement.add(group.places, images, autoencoder.decode(latents))
-        if world.is_main and time.monotonic() - reported > 10:
-            reported = time.monotonic()
-            print(f"about {min((chunk.number + 1) * batch_size, len(crops))} of {len(crops)} images", flush=True)
     results = [
         measurement.merged(world, resolution, networks.missing)
         for measurement, resolution in zip(measurements, crops.resolutions)

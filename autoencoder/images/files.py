@@ -154,11 +154,11 @@ def aspect_buckets(resolution: int, max_aspect: float = 4.0) -> tuple[Size, ...]
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     """The bucket that keeps most of an image of `size`: largest min(cw/w, ch/h) / max(cw/w, ch/h)."""
 
-    def overlap(bucket: Size) -> float:
+    def overlap(bucket: Size) -> tuple[float, Size]:
         scales = bucket[0] / size[0], bucket[1] / size[1]
-        return min(scales) / max(scales)
+        return min(scales) / max(scales), bucket  # ties: the larger (width, height)
 
-    return max(buckets, key=lambda bucket: (overlap(bucket), bucket))  # ties: the larger (width, height)
+    return max(buckets, key=overlap)
 
 
 # --- crops ------------------------------------------------------------------------------------------------------

@@ -91,7 +91,11 @@ class ImageSource(Sequence[Sample]):
                 source, sample = self.read(candidate)
                 return load_image(source, shrink=shrink, name=str(sample.path)), sample
             except UserError as error:
-                self._count_failure(candidate, error)
+                self.failures[candidate] = str(error)
+                if len(self.failures) > self.max_errors:
+                    reasons = list(self.failures.values())
+                    raise too_many(self.name, "unusable images", reasons, self.max_errors) from error
+                logger.warning("skipped %s (%d of at most %d)", error, len(self.failures), self.max_errors)
         raise UserError(f"{self.name}: none of the {len(self)} images is usable; the first: {self.failures[first]}")
 
     def read(self, index: int) -> tuple[Path | bytes, Sample]:
@@ -117,12 +121,6 @@ class ImageSource(Sequence[Sample]):
     def _identity(self, index: int) -> bytes:
         """What names one sample among others."""
         return os.fsencode(self[index].path.name)
-
-    def _count_failure(self, index: int, error: UserError) -> None:
-        self.failures[index] = str(error)
-        if len(self.failures) > self.max_errors:
-            raise _too_many(self.name, "images", list(self.failures.values()), self.max_errors) from error
-        logger.warning("skipped %s (%d of at most %d)", error, len(self.failures), self.max_errors)
 
 
 def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
@@ -160,9 +158,10 @@ class JoinedSources(ImageSource):
         return self.sources[number], index
 
 
-def _too_many(name: str, what: str, reasons: list[str], max_errors: int) -> UserError:
+def too_many(name: str, what: str, reasons: Sequence[str], max_errors: int) -> UserError:
+    """The error for a source with more broken parts than it may have; it quotes the first reasons."""
     first = "\n  ".join(reasons[:3])
-    return UserError(f"{name}: more than {max_errors} unusable {what}; repair or remove them. The first:\n  {first}")
+    return UserError(f"{name}: more than {max_errors} {what}; repair or remove them. The first:\n  {first}")
 
 
 # --- manifests --------------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class Manifest(ImageSource):
         manifest = cls(path, spans, require_captions, max_errors)
         errors = manifest._broken_entries(len(spans) if len(spans) <= VALIDATED_ENTRIES else FIRST_ENTRIES)
         if len(errors) > max_errors:
-            raise _too_many(manifest.name, "entries", list(errors.values()), max_errors)
+            raise too_many(manifest.name, "unusable entries", list(errors.values()), max_errors)
         manifest.left_out = tuple(errors)
         if not len(manifest):
             found = f"no usable entry; {next(iter(errors.values()))}" if errors else "no entries"
@@ -232,11 +231,9 @@ class Manifest(ImageSource):
         try:
             return parse_entry(self.content.read(start, end - start), self.path.parent, self.require_captions)
         except ValueError as error:
-            raise UserError(f"{self.path}:{self._line_number(start)}: {error}") from None
-
-    def _line_number(self, start: int) -> int | str:
-        """The line that holds byte `start`, or just that byte where counting would take long."""
-        return f"byte {start}" if start > MAPPED_BYTES else self.content.read(0, start).count(b"\n") + 1
+            # counting the lines before would take long in a large file
+            line = f"byte {start}" if start > MAPPED_BYTES else self.content.read(0, start).count(b"\n") + 1
+            raise UserError(f"{self.path}:{line}: {error}") from None
 
     def _identity(self, index: int) -> bytes:
         start, end = self.spans[self._entry(index)]

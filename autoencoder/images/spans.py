@@ -49,22 +49,22 @@ class Spans:
 
     def __init__(self, rows: np.ndarray | Path):
         self._source = rows
-        self._length = len(self._rows)
-
-    @property
-    def _rows(self) -> np.ndarray:
-        return _mapped(self._source) if isinstance(self._source, Path) else self._source
+        self._length = len(_array(rows))
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
-        return tuple(self._rows[index].tolist())
+        return tuple(_array(self._source)[index].tolist())
 
 
 @lru_cache(maxsize=1024)  # a process may hold 65,530 mappings
 def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r").view(np.ndarray)
+
+
+def _array(source: np.ndarray | Path) -> np.ndarray:
+    return _mapped(source) if isinstance(source, Path) else source
 
 
 def index_path(name: str, version: object, folder: Path | None, beside: Path | None = None) -> Path:
@@ -172,11 +172,7 @@ class Lines:
     def __init__(self, content: FileBytes, counts: np.ndarray | Path):
         self.content = content
         self._source = counts
-        self._length = int(self._counts[-1])
-
-    @property
-    def _counts(self) -> np.ndarray:
-        return _mapped(self._source) if isinstance(self._source, Path) else self._source
+        self._length = int(_array(counts)[-1])
 
     def __len__(self) -> int:
         return self._length
@@ -184,8 +180,9 @@ class Lines:
     def __getitem__(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self._length:
             raise IndexError(f"line {index} of {self._length}")
-        block = int(self._counts.searchsorted(index, side="right")) - 1
-        first = next(islice(self._beginnings(block), index - int(self._counts[block]), None))
+        counts = _array(self._source)
+        block = int(counts.searchsorted(index, side="right")) - 1
+        first = next(islice(self._beginnings(block), index - int(counts[block]), None))
         return first, first + len(self.content.line(first))
 
     def _beginnings(self, block: int) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """The autoencoder's losses: L1 + LPIPS, and a patch discriminator balanced by an adaptive weight.
 
-Everything here works on *groups*: a batch is one tensor (n, 3, H, W) or a list of them, one per image size, with
-values in [-1, 1]. Images count equally whatever their size and grouping. Under several processes `average` makes λ and
+Everything here works on *groups*: a batch is a list of tensors (n, 3, H, W), one per image size, with values in
+[-1, 1]. Images count equally whatever their size and grouping. Under several processes `average` makes λ and
 g those of the global batch.
 
 The adversarial term enters as  total = nll + λ·f·g  (VQGAN, arXiv 2012.09841, eq. 7) with λ the ratio of the two
@@ -27,7 +27,7 @@ from autoencoder.common.config import UserError, build, resolve_target
 from autoencoder.common.processes import group_size, mean_over_processes
 from autoencoder.evaluation.metrics import build_lpips
 
-Images = Tensor | Sequence[Tensor]
+Images = Sequence[Tensor]
 Logs = dict[str, Tensor]
 
 
@@ -132,8 +132,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, n_layers + 1):
             stride, previous, width = 2 if i < n_layers else 1, width, ndf * min(2**i, 8)
             # BatchNorm takes over the bias.
-            layers += [nn.Conv2d(previous, width, 4, stride, padding=1, bias=False), norm(width)]
-            layers += [nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(previous, width, 4, stride, padding=1, bias=False), norm(width), nn.LeakyReLU(0.2)]
         layers += [nn.Conv2d(width, 1, 4, padding=1)]
         self.main = nn.Sequential(*layers)
         for layer in self.main:
@@ -209,7 +208,6 @@ class AutoencoderLoss(nn.Module):
         Returns:
             The total to call backward on (once), and the logs.
         """
-        images, recons = _groups(images), _groups(recons)
         terms = self.reconstruction(images, recons)
         nll, factor = terms.nll.mean(), self.disc_factor(step)
         logs = {"nll_loss": nll, "rec_loss": terms.rec.mean(), "p_loss": terms.perceptual.mean(), "logvar": self.logvar}
@@ -229,7 +227,7 @@ class AutoencoderLoss(nn.Module):
         """Loss of the discriminator: images should score above 1, reconstructions below −1 (hinge)."""
         adversary = hinge_loss if self.config.disc_loss == "hinge" else vanilla_loss
         losses, logits, counts = [], [], []
-        for x, y in zip(_groups(images), _groups(recons)):
+        for x, y in zip(images, recons):
             real, fake = self.discriminator(x).float(), self.discriminator(y.detach()).float()
             losses.append(adversary(real, fake))
             logits.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
@@ -242,7 +240,7 @@ class AutoencoderLoss(nn.Module):
     def reconstruction(self, images: Images, recons: Images) -> ReconstructionTerms:
         """nll = Σ (rec / exp(logvar) + logvar) over an image's pixels and channels, rec = |x − x̂| + w·LPIPS."""
         rows = []
-        for x, y in zip(_groups(images), _groups(recons)):
+        for x, y in zip(images, recons):
             error = (x - y.float()).abs().flatten(1).mean(1)  # (n,)
             perceptual = torch.zeros_like(error)
             if self.perceptual_loss is not None:
@@ -254,7 +252,7 @@ class AutoencoderLoss(nn.Module):
 
     def adversarial(self, recons: Images) -> Tensor:
         """g = −mean over all patch logits pooled: larger images count more, as published."""
-        logits = torch.cat([self.discriminator(group).float().flatten() for group in _groups(recons)])
+        logits = torch.cat([self.discriminator(group).float().flatten() for group in recons])
         count = self.average(torch.full_like(logits[0], len(logits)))  # a process may have more than another
         return -logits.sum() / count
 
@@ -290,7 +288,3 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx, scale: Tensor):
         gradients = ctx.saved_tensors
         return None, *(None for _ in gradients), *(scale.to(grad.dtype) * grad for grad in gradients)
-
-
-def _groups(images: Images) -> list[Tensor]:
-    return [images] if isinstance(images, Tensor) else list(images)

@@ -36,14 +36,7 @@ from autoencoder.common.processes import mean_over_processes, peak_memory
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
 from autoencoder.images.files import Group, group_by_size, to_float
 from autoencoder.model import SVGAutoencoder
-from autoencoder.training.batches import (
-    DATA,
-    BatchStream,
-    CropSizes,
-    ImageDataset,
-    PlainLoader,
-    validation_batches,
-)
+from autoencoder.training.batches import DATA, BatchStream, CropSizes, ImageDataset, PlainLoader, validation_batches
 from autoencoder.training.losses import AutoencoderLoss
 from autoencoder.training.settings import DataSection, TrainingConfig
 

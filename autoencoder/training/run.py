@@ -57,8 +57,7 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     if first_step >= total_steps:
         print(f"{folder}: trained for {first_step} steps already; raise training.trainer.max_steps to go on")
         return
-    two_players = module.loss.discriminator is not None
-    trainer = build_trainer(config, folder, devices, data, first_step, two_players)
+    trainer = build_trainer(config, folder, devices, data, first_step, module.loss.discriminator is not None)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")

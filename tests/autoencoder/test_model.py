@@ -75,7 +75,7 @@ def test_contract(model, images):
     assert decoded.shape == images.shape
     assert decoded.requires_grad  # the decoder trains, the encoder never
     assert model.channels == D
-    assert model.patch_size == 16
+    assert model.encoder.patch_size == 16
     assert torch.equal(latents, model.train().encode(images))
 
 

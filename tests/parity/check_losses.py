@@ -44,7 +44,7 @@ def check(vectors):
     check_discriminator(vectors)
     sizes = range(len(vectors.config["list_sizes"]))
     for case in vectors.config["cases"]:
-        check_case(vectors, case, "batch", tensors["in.inputs"], tensors["in.features"])
+        check_case(vectors, case, "batch", [tensors["in.inputs"]], [tensors["in.features"]])
         images, features = ([tensors[f"in.list.{name}.{i}"] for i in sizes] for name in ("inputs", "features"))
         check_case(vectors, case, "list", images, features)
 
@@ -65,9 +65,7 @@ def check_case(vectors, case, variant, images, features):
     bias = vectors.tensors["in.last_layer.bias"]
 
     def reconstruct():
-        groups = features if per_image else [features]
-        recons = [F.conv2d(group, weight, bias, padding=1) for group in groups]
-        return recons if per_image else recons[0]
+        return [F.conv2d(group, weight, bias, padding=1) for group in features]
 
     loss, recons = build(vectors, case, per_image), reconstruct()
     total, logs = loss.generator_loss(images, recons, weight, step)
@@ -103,7 +101,6 @@ def check_case(vectors, case, variant, images, features):
 
 def adversarial_pieces(loss, images, recons, weight):
     """g and λ, which the release evaluates and logs before `disc_start` too."""
-    recons = [recons] if isinstance(recons, torch.Tensor) else recons
     g_loss, nll = loss.adversarial(recons), loss.reconstruction(images, recons).nll.mean()
     grads = [torch.autograd.grad(term, recons) for term in (nll, g_loss)]
     return {"g_loss": g_loss.detach(), "d_weight": loss.adaptive_weight(*grads, recons, weight).detach()}
