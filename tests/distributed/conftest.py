@@ -5,6 +5,7 @@ import socket
 import traceback
 
 import pytest
+import torch
 import torch.multiprocessing as multiprocessing
 
 
@@ -13,6 +14,7 @@ def _child(rank, function, size, port, queue, arguments):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+    torch.set_num_threads(1)  # renews torch's pool of threads after the fork: two threads that do so at once abort
     try:
         queue.put((rank, None, function(*arguments)))
     except BaseException:

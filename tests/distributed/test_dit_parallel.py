@@ -180,6 +180,7 @@ def unlucky(*arguments):
             time.sleep(0.5)  # it passes the signal on
         step(state, *others)
 
+    torch.set_num_threads(1)
     train.train_step = unlucky_step
     sys.argv = ["train", *arguments]
     main()
