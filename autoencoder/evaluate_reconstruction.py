@@ -10,6 +10,7 @@ counted once, whatever the batch size and the number of processes; nothing but n
     DIR/metrics.json    everything, with what it was measured on; null and a reason for a metric that cannot be had
     DIR/metrics.csv     a row per resolution
     DIR/images.csv      a row per image and resolution
+    DIR/unusable.jsonl  the images that could not be read, if any
     DIR/table.md        a row per resolution; --table FILE adds them to a table of several autoencoders as well
 """
 
@@ -35,12 +36,14 @@ from autoencoder.evaluation.crops import (
     Crops,
     add_image_arguments,
     add_model_arguments,
+    list_failures,
     load_autoencoder,
     open_crops,
     warn_of_batch_statistics,
 )
 from autoencoder.evaluation.metrics import PER_IMAGE
 from autoencoder.evaluation.reconstruction import Networks, Result, evaluate
+from autoencoder.images.failures import FILE_NAME
 from autoencoder.latents.drift import drift
 from autoencoder.model import SVGAutoencoder
 
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
     crops = open_crops(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the same numbers on every GPU
     with start_world(arguments.device, timeout_minutes=60) as world:
+        list_failures(crops, arguments.output / FILE_NAME, world)
         autoencoder = load_autoencoder(arguments, world.device, arguments.stats)
         with world.main_first():  # one process downloads the networks
             networks = Networks.build(world.device)

@@ -11,6 +11,7 @@ others. An interrupted run goes on when it is started again with the same argume
     stats-256.safetensors, …    each resolution alone, if there are several
     stats.png                   mean and deviation of each channel, and their drift between resolutions
     stats.partial.safetensors   while it runs: what was seen so far
+    stats.unusable.jsonl        the images that could not be read, if any
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from autoencoder.evaluation.crops import (
     Crops,
     add_image_arguments,
     add_model_arguments,
+    list_failures,
     load_autoencoder,
     open_crops,
     warn_of_batch_statistics,
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> None:
     crops = open_crops(arguments)
     partial = arguments.output.with_suffix(".partial.safetensors")
     with start_world(arguments.device, timeout_minutes=60) as world:
+        list_failures(crops, arguments.output.with_suffix(".unusable.jsonl"), world, go_on=partial.exists())
         autoencoder = load_autoencoder(arguments, world.device)
         # Where a published file lacks the residual channels, as the release makes them up
         channels, made_up = autoencoder.channels, autoencoder.channels - autoencoder.encoder.channels

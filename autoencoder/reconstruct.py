@@ -31,6 +31,7 @@ from autoencoder.common.processes import start_world
 from autoencoder.decoders.striped import PLAIN_PIXELS
 from autoencoder.evaluation.crops import add_model_arguments, load_autoencoder, warn_of_batch_statistics
 from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
+from autoencoder.images.failures import Failures
 from autoencoder.images.files import (
     LATENT_PIXELS,
     ImageError,
@@ -45,7 +46,8 @@ from autoencoder.images.files import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import IMAGE_SUFFIXES, MAX_ERRORS, open_images
+from autoencoder.images.opening import open_images
+from autoencoder.images.sources import IMAGE_SUFFIXES
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -119,18 +121,18 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
     Unreadable images are left out, with a warning.
 
     Raises:
-        UserError: more than MAX_ERRORS are unreadable, or all of them.
+        UserError: more are unreadable than may be, or all of them.
     """
     names: dict[str, int] = defaultdict(int)
-    failures: list[str] = []
+    failures = Failures()
+    failures.expect("images", len(paths))
     for path in paths:
         try:
             image = load_image(path)
         except ImageError as error:
-            logger.warning("left out: %s", error)
-            failures.append(str(error))
-            if len(failures) > MAX_ERRORS or len(failures) == len(paths):
-                raise UserError(f"{len(failures)} images are unreadable; the first: {failures[0]}") from error
+            failures.add("images", str(path), str(error))
+            if len(failures) == len(paths):
+                raise UserError(f"all {len(paths)} images are unreadable; the last: {error}") from error
             continue
         names[path.stem] += 1
         stem = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"

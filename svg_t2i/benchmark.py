@@ -31,7 +31,7 @@ from autoencoder.common.config import UserError
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import image_grid, load_image, save_png
-from autoencoder.images.manifest import open_images
+from autoencoder.images.opening import open_images
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, EvaluationConfig

@@ -29,8 +29,9 @@ from torch.utils.data import Dataset
 from autoencoder.common.commands import Parser, command, require_positive
 from autoencoder.common.config import UserError, load_config, locate
 from autoencoder.common.processes import World, start_world
+from autoencoder.images.failures import FILE_NAME
 from autoencoder.images.files import LATENT_PIXELS, to_float
-from autoencoder.images.manifest import JoinedSources
+from autoencoder.images.sources import JoinedSources
 from svg_t2i.data import feature_cache
 from svg_t2i.data.loader import read_ahead
 from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources
@@ -91,6 +92,7 @@ def fill_caches(
     with world.main_first():
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
+    manifest.failures.keep_in(locate(config.data.all_sources[0].feature_cache) / FILE_NAME)
     config, frozen = prepare_frozen(config, manifest, world)
     datasets = make_datasets(config.data, sources, config.train.seed, config.text_encoder.max_length)
     for settings, dataset in zip(config.data.all_sources, datasets, strict=True):
@@ -245,8 +247,8 @@ class _Samples(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> _Loaded:
-        image, texts = self.dataset.load(index)
-        return self.dataset.fixed_crops(index, image), texts, index in self.dataset.manifest.failures
+        image, texts, replaced = self.dataset.load(index)
+        return self.dataset.fixed_crops(index, image), texts, replaced
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.common.config import UserError
-from autoencoder.images.manifest import list_images
+from autoencoder.images.folders import list_images
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.sampling import from_images, steps
 from svg_t2i.sampling.denoising import strength_start

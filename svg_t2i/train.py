@@ -24,7 +24,8 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError, load_config, save_config, to_dict
 from autoencoder.common.processes import AnyRank, World, start_world
 from autoencoder.common.stopping import StopRequest
-from autoencoder.images.manifest import ImageSource, JoinedSources
+from autoencoder.images.failures import FILE_NAME
+from autoencoder.images.sources import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
 from svg_t2i.checkpoints import weights as checkpoint
 from svg_t2i.data.batching import split_evenly
@@ -84,6 +85,7 @@ def run(config: TrainConfig, world: World) -> bool:
     with world.main_first():  # the others find the indexes
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
+    manifest.failures.keep_in(Path(config.results_dir) / FILE_NAME)
     cached = config.data.all_sources[0].feature_cache is not None  # then cache_features has compared the statistics
     config, frozen = prepare_frozen(config, manifest, world, compare=not cached)
     transformer = make_transformer(config, frozen, first=newest is None, world=world)

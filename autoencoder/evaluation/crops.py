@@ -22,17 +22,18 @@ from torch.utils.data import DataLoader, Dataset
 from autoencoder.common.commands import Parser, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import ALONE, World
+from autoencoder.images.failures import MAX_ERRORS, Failures
 from autoencoder.images.files import (
     Group,
     Size,
     aspect_buckets,
     crop_to_size,
     group_by_size,
-    load_image,
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import MAX_ERRORS, ImageSource, open_images, too_many
+from autoencoder.images.opening import open_images
+from autoencoder.images.sources import ORIENTATIONS, ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -65,20 +66,19 @@ class Crops(Dataset):
         An unreadable image is left out rather than replaced by its neighbour, which would count twice.
         """
         try:
-            source, sample = self.source.read(int(self.indices[place]))
-            image = load_image(source, name=str(sample.path))
+            image, _ = self.source.load_exactly(int(self.indices[place]))
         except UserError as error:
             return place, str(error)
         crops = (crop_to_size(image, nearest_bucket(image.size, sizes)) for sizes in self.sizes)
         return place, [to_uint8_tensor(crop) for crop in crops]
 
-    def collate(self, items: list[tuple[int, list[Tensor] | str]]) -> tuple[list[list[Group]], list[str]]:
-        """Items of a chunk → groups per resolution, reasons."""
+    def collate(self, items: list[tuple[int, list[Tensor] | str]]) -> tuple[list[list[Group]], dict[int, str]]:
+        """Items of a chunk → groups per resolution, and place → reason of those that have none."""
         readable = [(place, crops) for place, crops in items if not isinstance(crops, str)]
         groups = [
             group_by_size((place, crops[number]) for place, crops in readable) for number in range(len(self.sizes))
         ]
-        return groups, [crops for _, crops in items if isinstance(crops, str)]
+        return groups, {place: crops for place, crops in items if isinstance(crops, str)}
 
 
 def read_chunks(
@@ -89,7 +89,7 @@ def read_chunks(
     Each as (its number, its readable images at every resolution, by size).
 
     Raises:
-        UserError: more than MAX_ERRORS images of this process are unreadable.
+        UserError: more images are unreadable than may be.
     """
     starts = range(0, len(crops), batch_size)
     numbers = range(first + world.rank, len(starts), world.size)
@@ -101,14 +101,10 @@ def read_chunks(
         collate_fn=crops.collate,
         pin_memory=torch.cuda.is_available(),
     )
-    failures: list[str] = []
     reported = time.monotonic()
     for number, (groups, reasons) in zip(numbers, loader):
-        for reason in reasons:
-            logger.warning("left out: %s", reason)
-        failures += reasons
-        if len(failures) > MAX_ERRORS:
-            raise too_many(crops.source.name, "unreadable images", failures, MAX_ERRORS)
+        for place, reason in reasons.items():
+            crops.source.fail(int(crops.indices[place]), reason)
         if world.is_main and time.monotonic() - reported > 10:
             reported = time.monotonic()
             print(f"about {number * batch_size} of {len(crops)} images", flush=True)
@@ -124,6 +120,14 @@ def add_model_arguments(parser: Parser, words: str = "key.sub=value") -> None:
     parser.add_argument("--checkpoint", help="autoencoder checkpoint (default: the config's ckpt_path)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks")
     parser.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU per process if there is one")
+
+
+def list_failures(crops: Crops, path: Path, world: World, go_on: bool = False) -> None:
+    """Keep the list of unreadable images, which the processes share, in a file; `go_on` with the one that is there."""
+    with world.main_first():
+        if world.is_main and not go_on:
+            path.unlink(missing_ok=True)
+        crops.source.failures.keep_in(path)
 
 
 def load_autoencoder(arguments: argparse.Namespace, device: torch.device, stats: str | None = None) -> SVGAutoencoder:
@@ -157,6 +161,13 @@ def add_image_arguments(parser: Parser, max_aspect: float) -> None:
     parser.add_argument("--max_images", type=int, help="only this many, spread evenly over the data (default: all)")
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time per process")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read images, per process")
+    parser.add_argument(
+        "--max_errors", type=float, default=MAX_ERRORS,
+        help="unreadable images that are left out: a share of the data (at least 16 images), or a number from 1 on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exif_orientation", choices=ORIENTATIONS, default="apply", help="ignore: as the published data was read"
+    )
 
 
 def open_crops(arguments: argparse.Namespace) -> Crops:
@@ -164,4 +175,6 @@ def open_crops(arguments: argparse.Namespace) -> Crops:
     require_positive(arguments, "batch_size", "max_images")
     if len(set(arguments.resolution)) < len(arguments.resolution):
         raise UserError(f"--resolution {' '.join(map(str, arguments.resolution))} names a resolution twice")
-    return Crops(open_images(arguments.data), arguments.resolution, arguments.max_aspect, arguments.max_images)
+    reading = Reading(exif_orientation=arguments.exif_orientation, failures=Failures(arguments.max_errors))
+    images = open_images(arguments.data, reading)
+    return Crops(images, arguments.resolution, arguments.max_aspect, arguments.max_images)

@@ -1,4 +1,4 @@
-"""Image files: safe decoding, RGB rules, aspect buckets, crops, tensors, grids, PNG files.
+"""Image files: safe decoding, aspect buckets, crops, tensors, grids, PNG files.
 
 Sizes are (width, height) as in Pillow; tensors are (3, H, W). Three representations occur:
 
@@ -12,10 +12,11 @@ from __future__ import annotations
 import io
 import math
 import random
-import struct
+import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import replacing
+from autoencoder.images.colours import SIDEWAYS, TURNS, orientation_of, to_rgb
 
 MAX_IMAGE_PIXELS = 2**27  # 134 megapixels; Pillow itself refuses more than 179
 MAX_ASPECT_RATIO = 64.0  # a thinner image would become gigantic when it is scaled to cover a crop
@@ -34,17 +36,19 @@ LATENT_PIXELS = 16  # pixels of image per latent cell
 
 # Pillow can decode much more, among it formats that start an interpreter (EPS); these are refused.
 Image.init()  # registers all decoders; AVIF came with Pillow 11.3
-FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN)
-# What Pillow's decoders raise on missing, foreign, truncated or malicious data.
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError)
-DECODE_ERRORS += (struct.error, zlib.error, Image.DecompressionBombError)
+FORMATS = tuple(
+    name for name in ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA")
+    if name in Image.OPEN
+)  # fmt: skip
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_PROFILE_BYTES = 1 << 26  # of a colour profile, inflated
 
 Size = tuple[int, int]
 Random = random.Random | np.random.Generator
 
 
 class ImageError(UserError):
-    """An image that cannot be used: missing, unreadable, truncated, oversized or of an unsupported mode."""
+    """An image that cannot be used: missing, unreadable, truncated, oversized."""
 
 
 def load_image(
@@ -52,35 +56,96 @@ def load_image(
     max_pixels: int = MAX_IMAGE_PIXELS,
     shrink: Callable[[Size], Size] | None = None,
     name: str | None = None,
+    turn: bool = True,
 ) -> Image.Image:
-    """Decode an image file (or its bytes) to RGB. The size is checked before any pixel is decoded.
+    """Decode an image file (or its bytes) to RGB, as `images.colours` says. The size is checked before any pixel is.
 
-    The EXIF orientation is not applied, as in the published training data.
+    Of an animation or a file of several pictures the first is taken.
 
     shrink: image size → the size it must still cover. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size (the scaled
         inverse DCT of libjpeg: several times faster, and close to the box-halving of `crop_to_size`).
     name: what messages call it; the file's name by default.
+    turn: apply the EXIF orientation. The published training data was read without.
 
     Raises:
-        ImageError: names the file and what is wrong with it.
+        ImageError: names the file and what is wrong with it, whatever it is.
     """
     name = name or ("image data" if isinstance(source, bytes) else str(source))
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's soft size limit (ours follows) and remarks about metadata
-            with Image.open(file, formats=FORMATS) as image:
-                _check_size(image.size, max_pixels)
-                if shrink is not None:
-                    image.draft(None, shrink(image.size))
-                image.load()
-                return to_rgb(image)
+        with _opened(source) as image:
+            _check_size(image.size, max_pixels)
+            if shrink is not None:
+                sideways = turn and orientation_of(image) in SIDEWAYS
+                image.draft(None, shrink(image.size[::-1])[::-1] if sideways else shrink(image.size))
+            bits = _bits_per_sample(image)
+            image.load()
+            rgb = to_rgb(image, bits)
+            return rgb.transpose(TURNS[orientation]) if turn and (orientation := orientation_of(image)) > 1 else rgb
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise ImageError(f"{name}: no such image file") from None
-    except DECODE_ERRORS as error:
-        raise ImageError(f"{name}: not a readable image: {error}") from error
+    except Exception as error:  # every decoder has its own, and damaged data finds them all
+        raise ImageError(f"{name}: not a readable image: {_reason(error)}") from error
+
+
+def image_size(source: Path | str | bytes, turn: bool = True) -> Size:
+    """(width, height) in pixels from the header of an image file, turned as in `load_image`.
+
+    Raises:
+        ImageError: as `load_image`, for faults that the header shows.
+    """
+    try:
+        with _opened(source) as image:
+            return image.size[::-1] if turn and orientation_of(image) in SIDEWAYS else image.size
+    except Exception as error:
+        raise ImageError(f"not a readable image: {_reason(error)}") from error
+
+
+@contextmanager
+def _opened(source: Path | str | bytes) -> Iterator[Image.Image]:
+    """A Pillow image that is not decoded yet. A PNG whose texts are larger than Pillow allows is read without them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's soft size limit (ours follows) and remarks about metadata
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except ValueError:
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            if not content.startswith(PNG_SIGNATURE):
+                raise
+            content, profile = without_texts(content)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image.info |= {"icc_profile": profile} if profile else {}
+        with image:
+            yield image
+
+
+def without_texts(png: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG file without its texts and its colour profile, and that profile inflated, if there is one to be had."""
+    pieces, profile, place = [PNG_SIGNATURE], None, len(PNG_SIGNATURE)
+    while place < len(png):
+        kind, end = png[place + 4 : place + 8], place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if kind == b"iCCP":  # name, 0, method of compression, compressed profile
+            inflate, data = zlib.decompressobj(), png[place + 8 : end - 4].partition(b"\0")[2][1:]
+            with suppress(zlib.error):
+                profile = inflate.decompress(data, MAX_PROFILE_BYTES)
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            pieces.append(png[place:end])
+        place = end
+    return b"".join(pieces), profile
+
+
+def _bits_per_sample(image: Image.Image) -> int:
+    """Of a PNG that is not decoded yet; 8 for other formats."""
+    mode = image.tile[0].args if image.format == "PNG" and image.tile else None  # such as "L;4" and "RGB;16B"
+    digits = re.search(r";(\d+)", mode) if isinstance(mode, str) else None
+    return int(digits[1]) if digits else 8
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; the kind of error where it says nothing itself."""
+    return str(error) or type(error).__name__
 
 
 def _check_size(size: Size, max_pixels: int) -> None:
@@ -91,25 +156,6 @@ def _check_size(size: Size, max_pixels: int) -> None:
         raise ImageError(f"{width}x{height} is more than the limit of {max_pixels} pixels; scale it down")
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ImageError(f"{width}x{height} is more elongated than {MAX_ASPECT_RATIO:g}:1; crop it")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB stays, RGBA is pasted on white, greyscale (L) and palette images (P) are converted.
-
-    Raises:
-        ImageError: for every other mode (CMYK, 16 bit, ...).
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode == "RGBA":
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    if image.mode in ("L", "P"):
-        return image.convert("RGB")
-    raise ImageError(f"image mode {image.mode} is not supported; convert it to RGB")
 
 
 # --- aspect buckets ---------------------------------------------------------------------------------------------

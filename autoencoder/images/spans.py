@@ -103,7 +103,7 @@ def _digest(value: object) -> str:
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path) -> Iterator[None]:
     """Processes of a machine enter one after another, where its folder can be written to and knows locks."""
     lock, file = path.with_suffix(".lock"), None
     with suppress(OSError, AttributeError):
@@ -217,7 +217,7 @@ def open_lines(path: Path, folder: Path | None = None) -> Lines:
         return Lines(content, _count_lines(content, status.st_size))
     version = (status.st_size, status.st_mtime_ns, BLOCK_BYTES)
     index = index_path(os.path.abspath(path), version, folder, path.parent)
-    with nullcontext() if index.is_file() else _one_at_a_time(index):
+    with nullcontext() if index.is_file() else one_at_a_time(index):
         if index.is_file():
             return Lines(content, index)
         counts = _count_lines(content, status.st_size)

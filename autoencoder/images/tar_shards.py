@@ -29,17 +29,17 @@ import fsspec
 import numpy as np
 
 from autoencoder.common.config import UserError
+from autoencoder.images.captions import clean_text, parse_captions
 from autoencoder.images.files import Size
-from autoencoder.images.manifest import (
+from autoencoder.images.manifest import size_of
+from autoencoder.images.sources import (
     IMAGE_SUFFIXES,
-    MAX_ERRORS,
     CaptionKind,
     ImageSource,
-    Manifest,
+    Reading,
     Sample,
     find_part,
-    image_size,
-    parse_captions,
+    is_companion,
 )
 from autoencoder.images.spans import THREADS, Spans, index_path, write_index
 
@@ -55,38 +55,17 @@ CAPTION_FIELDS: dict[str, CaptionKind] = {
 READ_AHEAD = 1 << 23  # bytes, while a remote shard is read through
 
 
-def open_source(
-    path: str, require_captions: bool = True, max_errors: int = MAX_ERRORS, index_folder: Path | None = None
-) -> ImageSource:
-    """A manifest (.jsonl, .json), or tar shards: one, a folder of them, a pattern (`a-{000..127}.tar`), URLs.
-
-    Raises:
-        UserError: as `Manifest.open` and `TarShards.open`.
-    """
-    folder = Path(path).expanduser()
-    tar = "://" in path or re.search(r"[{*?]|\.tar(\.\w+)?$|\.tgz$", path)
-    if not tar and not folder.is_dir():
-        return Manifest.open(folder, require_captions, max_errors, index_folder)
-    return TarShards.open(path if tar else str(folder / "*.tar"), require_captions, max_errors, index_folder)
-
-
 class TarShards(ImageSource):
     """The samples of tar shards, in the order of the shards and of their members. Make one with `open`."""
 
-    def __init__(self, name: str, shards: Sequence[str], tables: Sequence[Spans], require_captions: bool, errors: int):
-        super().__init__(name, errors)
+    def __init__(self, name: str, shards: Sequence[str], tables: Sequence[Spans], reading: Reading):
+        super().__init__(name, reading)
         self.shards, self.tables = tuple(shards), tuple(tables)  # of a table: (first byte, end, caption bytes)
         self.ends = list(itertools.accumulate(map(len, tables)))
-        self.require_captions = require_captions
+        self.failures.expect(name, len(self))
 
     @classmethod
-    def open(
-        cls,
-        pattern: str,
-        require_captions: bool = True,
-        max_errors: int = MAX_ERRORS,
-        index_folder: Path | None = None,
-    ) -> TarShards:
+    def open(cls, pattern: str, reading: Reading | None = None) -> TarShards:
         """Find the shards and the positions of their members, several at a time; missing indexes are made.
 
         A shard that is damaged at some byte serves the samples before it, with a warning; each counts as an error.
@@ -94,21 +73,18 @@ class TarShards(ImageSource):
         Raises:
             UserError: no shard, no sample in them, too many damaged, or a shard that cannot be read.
         """
-        shards = expand(pattern)
+        shards, reading = expand(pattern), reading or Reading()
         with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(lambda shard: _table(shard, index_folder), shards))
-        damages = [damage for _, damage in found if damage]
-        for damage in damages:
-            logger.warning("%s (%d of at most %d)", damage, len(damages), max_errors)
-        if len(damages) > max_errors:
-            raise UserError(
-                f"{pattern}: {len(damages)} damaged shards, more than max_errors={max_errors}: {damages[0]}"
-            )
+            found = list(pool.map(lambda shard: _table(shard, reading.index_folder), shards))
         if not sum(len(table) for table, _ in found):
             raise UserError(
                 f"{pattern}: {len(shards)} shards without any image; samples need a member such as 0001.jpg"
             )
-        return cls(pattern, shards, [table for table, _ in found], require_captions, max_errors)
+        source = cls(pattern, shards, [table for table, _ in found], reading)
+        for shard, (_, damage) in zip(shards, found, strict=True):
+            if damage:
+                reading.failures.add(pattern, shard, damage)
+        return source
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -119,9 +95,11 @@ class TarShards(ImageSource):
     def read(self, index: int) -> tuple[bytes, Sample]:
         shard, (start, end, _) = self._find(index)
         try:
-            return parse_record(_fetch(shard, start, end), shard, self.require_captions)
-        except (ValueError, tarfile.TarError) as error:
-            raise UserError(f"{shard}, sample at byte {start}: {error}") from None
+            return parse_record(_fetch(shard, start, end), shard, self.reading.require_captions)
+        except UserError:
+            raise
+        except Exception as error:  # tarfile has many for damaged members, json a few
+            raise UserError(f"{shard}, sample at byte {start}: {str(error) or type(error).__name__}") from None
 
     def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
         _, (_, _, caption_bytes) = self._find(index)
@@ -146,23 +124,23 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
     with tarfile.open(fileobj=io.BytesIO(record), mode="r:") as tar:
         for member in tar:
             content, suffix = tar.extractfile(member), _suffix(member.name)
-            if content is None:
+            if content is None or is_companion(member.name):
                 continue
             if suffix in IMAGE_SUFFIXES and image is None:
                 image, name = content.read(), member.name
             elif suffix == ".json":
                 fields = json.loads(content.read())
             elif suffix == ".txt":
-                text = content.read().decode().strip()
+                text = clean_text(content.read().decode()).strip()
     if image is None:
         raise ValueError("its image is missing; was the shard changed after it was indexed?")
     if not isinstance(fields, dict):
         raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
     field = next((field for field in CAPTION_FIELDS if fields.get(field)), None)
     if field is None:
-        fields, field = {**fields, "caption": text or None}, "caption"
+        fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
     captions = parse_captions(fields, field, name, require_captions)
-    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], image_size(fields))
+    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------
@@ -259,7 +237,7 @@ def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
     with opened as file, tarfile.open(fileobj=file, mode="r|" if "://" in shard else "r:") as tar:
         empty = tar.firstmember is None  # Python 3.10 fails to look for a next one
         while not empty and (member := tar.next()) is not None:
-            if member.isfile():
+            if member.isfile() and not is_companion(member.name):
                 yield member.name, member.offset, tar.offset, member.size
             tar.members.clear()  # it would remember them all
         end = tar.offset

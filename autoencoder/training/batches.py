@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoencoder.common.config import UserError, locate, resolve_target
+from autoencoder.images.failures import MAX_ERRORS, Failures
 from autoencoder.images.files import (
-    DECODE_ERRORS,
-    FORMATS,
     Size,
     aspect_buckets,
     crop_to_size,
+    image_size,
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import ImageFolder, ImageSource, Manifest
+from autoencoder.images.folders import ImageFolder
+from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import SampleOrder, sample_rng
+from autoencoder.images.sources import ImageSource, Reading
 
 T = TypeVar("T")
 Key = tuple[int, int]  # position in the training stream, index in the source
@@ -52,6 +53,8 @@ class ManifestParams:
     max_aspect: float = 4.0  # 1: squares only
     bucket_window: int = 4096  # images among which those of equal size are sought for a batch; 1: as they come
     val_json_path: str | None = None
+    max_errors: float = MAX_ERRORS
+    exif_orientation: str = "apply"
 
     def __post_init__(self) -> None:
         _check_loading(self)
@@ -59,8 +62,8 @@ class ManifestParams:
             raise UserError(f"bucket_window = {self.bucket_window} must be at least 1")
 
     def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
-        paths = [self.json_path, self.val_json_path]
-        train, validation = (Manifest.open(locate(p), require_captions=False) if p else None for p in paths)
+        reading, paths = reading_of(self), [self.json_path, self.val_json_path]
+        train, validation = (Manifest.open(locate(path), reading) if path else None for path in paths)
         return train, validation, aspect_buckets(self.train_resol, self.max_aspect)
 
 
@@ -75,9 +78,9 @@ class Split:
     target: str
     params: SplitParams
 
-    def source(self, field: str) -> ImageFolder:
+    def source(self, field: str, reading: Reading) -> ImageFolder:
         folder = resolve_target(self.target, f"data.params.{field}.target", IMAGENET_SPLITS)
-        return ImageFolder(locate(self.params.data_root), folder)
+        return ImageFolder(locate(self.params.data_root), folder, reading)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class FolderParams:
     validation: Split | None = None
     num_workers: int = 0
     wrap: bool = True  # published; without effect: the stream has no end
+    # -- own --
+    max_errors: float = MAX_ERRORS
+    exif_orientation: str = "apply"
 
     bucket_window = 1  # one size: nothing to sort
 
@@ -99,9 +105,17 @@ class FolderParams:
             raise UserError(f"validation.params.size = {sizes[0]} must be train.params.size = {sizes[1]}")
 
     def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
-        train = self.train.source("train")
-        validation = self.validation.source("validation") if self.validation else None
+        reading = reading_of(self)
+        train = self.train.source("train", reading)
+        validation = self.validation.source("validation", reading) if self.validation else None
         return train, validation, aspect_buckets(self.train.params.size, max_aspect=1.0)
+
+
+def reading_of(params: ManifestParams | FolderParams) -> Reading:
+    """How the sources are read; they share one count of unusable images."""
+    return Reading(
+        require_captions=False, exif_orientation=params.exif_orientation, failures=Failures(params.max_errors)
+    )
 
 
 def _check_loading(params: ManifestParams | FolderParams) -> None:
@@ -133,7 +147,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[int, Tensor]:
         position, index = key
-        image, _ = self.source.load(index)
+        image = self.source.load(index).image
         rng = None if self.seed is None else sample_rng(self.seed, position)
         return position, to_uint8_tensor(crop_to_size(image, nearest_bucket(image.size, self.buckets), rng))
 
@@ -175,10 +189,10 @@ class CropSizes:
 
     def _read(self, index: int) -> int:
         try:
-            with Image.open(self.source[index].path, formats=FORMATS) as image:
-                return self.buckets.index(nearest_bucket(image.size, self.buckets))
-        except (UserError, *DECODE_ERRORS):
+            size = image_size(self.source[index].path, turn=self.source.reading.turn)
+        except UserError:
             return 0  # loading it will tell, and replace it
+        return self.buckets.index(nearest_bucket(size, self.buckets))
 
 
 class BatchStream:

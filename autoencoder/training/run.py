@@ -22,6 +22,7 @@ from autoencoder.common.config import UserError, locate, save_config, to_dict
 from autoencoder.common.processes import peak_memory
 from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
 from autoencoder.encoders.encoder import build_encoder
+from autoencoder.images.failures import FILE_NAME
 from autoencoder.model import SVGAutoencoder
 from autoencoder.training.callbacks import (
     AtomicCheckpointIO,
@@ -52,6 +53,7 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     devices = process_count(config.training.trainer)
     world_size = devices * config.training.trainer.num_nodes
     data = ImageDataModule(config.data, config.training)
+    data.train_source.failures.keep_in(folder / FILE_NAME)
     total_steps = data.total_steps(world_size)
     module, first_step = build_module(config, data, last, world_size)
     if first_step >= total_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from autoencoder.common.config import require
+from autoencoder.images.failures import MAX_ERRORS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class DataConfig:
     num_workers: int = 4
     prefetch: int = 2  # micro-batches that each worker prepares ahead
     jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
-    max_errors: int = 16  # unusable samples that each worker replaces by their neighbours before it gives up
+    max_errors: float = MAX_ERRORS  # unusable samples that are replaced: a share of all (16 at least), or a number
+    exif_orientation: str = "apply"  # turn images upright; "ignore" reads them as the published data was read
     index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
 
     def __post_init__(self) -> None:

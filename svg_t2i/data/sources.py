@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, locate
-from autoencoder.images.files import LATENT_PIXELS, Size, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
-from autoencoder.images.manifest import ImageSource, Sample
-from autoencoder.images.tar_shards import open_source
+from autoencoder.images.failures import Failures
+from autoencoder.images.files import LATENT_PIXELS, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
+from autoencoder.images.opening import open_source
+from autoencoder.images.sources import ImageSource, Reading, Sample
 from svg_t2i.data.draws import Augmentation, crop_rng
 from svg_t2i.data.feature_cache import CachedDataset, FeatureCache
 from svg_t2i.data.settings import DataConfig
@@ -122,7 +123,7 @@ class T2IDataset(Dataset[TrainItem]):
     def __getitem__(self, key: tuple[int, int]) -> TrainItem:
         """The sample at `key` = (position in the training stream, index in the manifest)."""
         position, index = key
-        image, texts = self.load(index)
+        image, texts, replaced = self.load(index)
         draw = self.augmentation.draw(position)
         text = texts[draw.choose_caption(list(map(len, texts)))]
         if self.augmentation.crops_per_image is None:
@@ -130,15 +131,15 @@ class T2IDataset(Dataset[TrainItem]):
         else:
             rng = crop_rng(index, self.augmentation.choose_crop(draw))
         crop = crop_to_size(image, nearest_bucket(image.size, self.buckets), rng)
-        replaced = index in self.manifest.failures
         return TrainItem(to_uint8_tensor(crop), "" if draw.dropped else text, position, self.resolution, replaced)
 
-    def load(self, index: int) -> tuple[Image, list[str]]:
-        """The image at `index`, or its replacement, and its captions with their system prompts."""
-        image, sample = self.manifest.load(index, self._covering if self.jpeg_draft else None)
+    def load(self, index: int) -> tuple[Image, list[str], bool]:
+        """The image at `index`, its captions with their system prompts, and whether another sample replaces it."""
+        covering = (lambda size: nearest_bucket(size, self.buckets)) if self.jpeg_draft else None
+        image, sample, found = self.manifest.load(index, covering)
         if not sample.captions:
             raise UserError(f"{sample.path} has no caption; text-to-image training needs one for every image")
-        return image, self.texts(sample)
+        return image, self.texts(sample), found != index
 
     def texts(self, sample: Sample) -> list[str]:
         """The captions of a sample with their system prompts."""
@@ -165,9 +166,6 @@ class T2IDataset(Dataset[TrainItem]):
         caption = 1 + ceil(text / BYTES_PER_TOKEN)
         return width * height // LATENT_PIXELS**2 + min(caption, self.max_caption_tokens)
 
-    def _covering(self, size: Size) -> Size:
-        return nearest_bucket(size, self.buckets)
-
     @staticmethod
     def collate(items: Sequence[TrainItem]) -> TrainBatch:
         """Group items by image size, sizes in order of first appearance, items of a size in their order."""
@@ -189,9 +187,13 @@ class T2IDataset(Dataset[TrainItem]):
 
 def open_sources(config: DataConfig) -> list[ImageSource]:
     """The manifests and shards that the settings name. Indexes are made where they are missing."""
-    folder = None if config.index_folder is None else Path(config.index_folder).expanduser()
+    reading = Reading(
+        exif_orientation=config.exif_orientation,
+        index_folder=None if config.index_folder is None else Path(config.index_folder).expanduser(),
+        failures=Failures(config.max_errors),
+    )
     return [
-        open_source(path if "://" in path else str(locate(path)), max_errors=config.max_errors, index_folder=folder)
+        open_source(path if "://" in path else str(locate(path)), reading)
         for path in (source.path for source in config.all_sources)
     ]
 

@@ -6,6 +6,7 @@ Also the warning about statistics that do not fit the images.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.evaluation.crops import Crops
 from autoencoder.evaluation.latent_statistics import measure
-from autoencoder.images.manifest import ImageSource
+from autoencoder.images.sources import ImageSource
 from autoencoder.latents.drift import drift
 from autoencoder.latents.statistics import pooled
 from svg_t2i.data.settings import DataConfig
@@ -60,8 +61,11 @@ def make_text_encoder(source: TextSource, manifest: ImageSource, folder: Path, w
     with world.main_first():
         log.warning("text_encoder.path=random: a small random text encoder with a word tokenizer, for trials only")
         if not path.exists():
-            samples = (manifest[i] for i in range(min(len(manifest), VOCABULARY_SAMPLES)))
-            make_toy_text_encoder((caption for sample in samples for caption in sample.captions), path)
+            captions: list[str] = []
+            for index in range(min(len(manifest), VOCABULARY_SAMPLES)):
+                with suppress(UserError):  # training will count it
+                    captions += manifest[index].captions
+            make_toy_text_encoder(captions, path)
     return replace(source, path=str(path))
 
 

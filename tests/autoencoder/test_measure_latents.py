@@ -14,8 +14,8 @@ from autoencoder.evaluation import crops as sweep
 from autoencoder.evaluation import latent_statistics
 from autoencoder.evaluation.crops import Crops
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
-from autoencoder.images.manifest import JoinedSources, open_images
-from autoencoder.images.tar_shards import open_source
+from autoencoder.images.opening import open_images, open_source
+from autoencoder.images.sources import JoinedSources, Reading
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.measure_latents import main
 from autoencoder.model import SVGAutoencoder
@@ -75,7 +75,7 @@ def test_tar_shards_among_other_sources_are_measured_too(folder):
         for index in range(5):
             tar.add(folder / f"{index}.png", f"{index}.png")
     model = SVGAutoencoder.from_config(folder / "ae.yaml")
-    shards = open_source(str(folder / "shard.tar"), require_captions=False)
+    shards = open_source(str(folder / "shard.tar"), Reading(require_captions=False))
     found = []
     for source in (shards, JoinedSources([shards]), JoinedSources([open_images(folder / "images.jsonl"), shards])):
         crops = Crops(source, [64], max_aspect=4.0)

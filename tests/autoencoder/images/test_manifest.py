@@ -16,8 +16,11 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images import manifest as manifest_module
-from autoencoder.images.manifest import ImageFolder, Manifest, Sample, image_size
+from autoencoder.images.failures import Failures
+from autoencoder.images.folders import ImageFolder
+from autoencoder.images.manifest import Manifest, size_of
 from autoencoder.images.order import sample_rng
+from autoencoder.images.sources import Reading, Sample
 
 
 def write_lines(path, *entries):
@@ -92,7 +95,7 @@ def test_memory_and_pickling(tmp_path):
 
 def test_captions_are_optional_in_stage_1(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", {"path": "a.png"}, {"image_path": "b.png", "prompt": "other convention"})
-    assert [sample.captions for sample in Manifest.open(path, require_captions=False)] == [(), ()]
+    assert [sample.captions for sample in Manifest.open(path, Reading(require_captions=False))] == [(), ()]
     with pytest.raises(UserError, match=r"m\.jsonl:1: field 'prompt', the caption of 'path', is missing"):
         Manifest.open(path)
 
@@ -107,9 +110,10 @@ BROKEN = {
     '{"path": "", "prompt": "x"}': "field 'path' must be a file name, got ''",
     '{"path": "a\\u0000.png", "prompt": "x"}': "field 'path' must be a file name",
     '{"path": "a.png", "prompt": 5}': "field 'prompt' must be a text or a list of texts, got 5",
-    '{"path": "a.png", "prompt": ["x", null]}': "field 'prompt' must be a text or a list of texts",
-    '{"path": "a.png", "prompt": []}': "field 'prompt', the caption of 'path', is missing",
-    '{"path": "a.png", "prompt": ["x", " "]}': "field 'prompt' holds an empty caption",
+    '{"path": "a.png", "prompt": ["x", 5]}': "field 'prompt' must be a text or a list of texts",
+    '{"path": "a.png", "prompt": []}': "field 'prompt', the caption of 'path', is an empty list",
+    '{"path": "a.png", "prompt": null}': "field 'prompt', the caption of 'path', is null",
+    '{"path": "a.png", "prompt": ["", " "]}': "field 'prompt', the caption of 'path', holds an empty caption",
     '{"image_path": "a.png", "prompt": "x"}': "field 'super_high_quality_caption', the caption of 'image_path'",
     "[" * 100_000: "not valid JSON",
 }
@@ -121,7 +125,7 @@ def test_broken_lines_are_named_and_skipped(tmp_path, caplog, line):
     manifest = Manifest.open(path)
     assert [sample.path.name for sample in manifest] == ["1.png", "2.png"]
     with pytest.raises(UserError, match=rf"m\.jsonl:3: {BROKEN[line]}"):
-        Manifest.open(path, max_errors=0)
+        Manifest.open(path, Reading(failures=Failures(0)))
     assert len(caplog.records) == 1
     assert f"{path}:3: " in caplog.text
 
@@ -131,15 +135,15 @@ def test_lines_that_are_not_utf8(tmp_path):
     path.write_bytes(b'{"path": "a.png", "prompt": "\xff"}\n' + json.dumps(item(2)).encode())
     assert len(Manifest.open(path)) == 1
     with pytest.raises(UserError, match=r"m\.jsonl:1: not valid JSON"):
-        Manifest.open(path, max_errors=0)
+        Manifest.open(path, Reading(failures=Failures(0)))
 
 
 def test_too_many_broken_lines(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", item(1), *["oops"] * 5)
-    assert len(Manifest.open(path, max_errors=5)) == 1
-    message = r"more than 4 unusable entries; repair or remove them(.|\n)*m\.jsonl:2: (.|\n)*m\.jsonl:4: "
+    assert len(Manifest.open(path, Reading(failures=Failures(5)))) == 1
+    message = r"more than 4 unusable samples.*: 5 × not valid JSON\. Repair or remove (.|\n)*jsonl:2: (.|\n)*jsonl:4: "
     with pytest.raises(UserError, match=message):
-        Manifest.open(path, max_errors=4)
+        Manifest.open(path, Reading(failures=Failures(4)))
 
 
 def test_broken_elements_of_a_list_are_named_by_line(tmp_path):
@@ -147,7 +151,7 @@ def test_broken_elements_of_a_list_are_named_by_line(tmp_path):
     path.write_text(json.dumps([item(1), 7, item(2)], indent=1))
     assert len(Manifest.open(path)) == 2
     with pytest.raises(UserError, match=r"m\.json:6: expected an object"):
-        Manifest.open(path, max_errors=0)
+        Manifest.open(path, Reading(failures=Failures(0)))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,8 @@ def test_late_entries_are_checked_on_access(tmp_path, monkeypatch, caplog):
 
 def test_load(tmp_path):
     write_image(tmp_path / "1.png", (10, 20, 30))
-    image, sample = Manifest.open(write_lines(tmp_path / "m.jsonl", item(1))).load(0)
+    image, sample, index = Manifest.open(write_lines(tmp_path / "m.jsonl", item(1))).load(0)
+    assert index == 0
     assert image.getpixel((0, 0)) == (10, 20, 30)
     assert sample == Sample(tmp_path / "1.png", ("caption 1",), "base")
 
@@ -209,18 +214,20 @@ def test_unreadable_images_are_replaced_by_the_next(tmp_path, caplog):
     path = write_lines(tmp_path / "m.jsonl", *(item(i) for i in range(5)))
     used = [1, 1, 3, 3, 1]  # 0, 2 and 4 cannot be read
     for order in (range(5), reversed(range(5)), [2, 2, 4, 4, 0]):  # whatever was tried before
-        manifest = Manifest.open(path, max_errors=3)
+        manifest = Manifest.open(path, Reading(failures=Failures(3)))
         for index in order:
             assert manifest.load(index)[1].path.name == f"{used[index]}.png"
-        assert sorted(manifest.failures) == [0, 2, 4]
+        assert sorted(manifest.failures.reasons) == [(str(path), 0), (str(path), 2), (str(path), 4)]
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 9  # each once per manifest
     assert "4.png: not a readable image" in caplog.text
 
 
 def test_too_many_unreadable_images(tmp_path):
     write_image(tmp_path / "9.png")
-    manifest = Manifest.open(write_lines(tmp_path / "m.jsonl", *(item(i) for i in range(10))), max_errors=3)
-    with pytest.raises(UserError, match=r"m\.jsonl: more than 3 unusable images(.|\n)*0\.png: no such image file"):
+    manifest = Manifest.open(
+        write_lines(tmp_path / "m.jsonl", *(item(i) for i in range(10))), Reading(failures=Failures(3))
+    )
+    with pytest.raises(UserError, match=r"m\.jsonl: more than 3 unusable samples(.|\n)*0\.png: no such image file"):
         manifest.load(0)
 
 
@@ -278,7 +285,7 @@ def test_sample_rng_depends_on_seed_and_position_alone():
 
 
 def test_example_manifest(repo_root):
-    manifest = Manifest.open(repo_root / "configs" / "example.jsonl", max_errors=0)
+    manifest = Manifest.open(repo_root / "configs" / "example.jsonl", Reading(failures=Failures(0)))
     assert len(manifest) == 8
     manifest.max_errors = 0
     for index, sample in enumerate(manifest):
@@ -310,7 +317,7 @@ def test_example_images_are_what_the_script_draws(repo_root, tmp_path):
     ],
 )
 def test_a_size_is_known_where_both_sides_are_positive_numbers(fields, size):
-    assert image_size(fields) == size
+    assert size_of(fields) == size
 
 
 def test_a_fingerprint_is_the_hash_of_the_count_and_the_entries(tmp_path):

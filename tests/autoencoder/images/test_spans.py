@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from autoencoder.images import spans as spans_module
 from autoencoder.images.manifest import Manifest
+from autoencoder.images.sources import Reading
 from autoencoder.images.spans import open_lines
 
 LINES = [b'{"path": "%d.png", "prompt": "%s"}' % (i, b"x" * (1 + i % 50)) for i in range(300)]
@@ -80,7 +81,7 @@ def test_a_mapped_manifest_is_the_same_manifest(tmp_path, monkeypatch):
     plain = Manifest.open(path)
     assert not (tmp_path / ".index").exists()
     monkeypatch.setattr(spans_module, "MAPPED_BYTES", 0)
-    mapped = Manifest.open(path, index_folder=tmp_path / "elsewhere")
+    mapped = Manifest.open(path, Reading(index_folder=tmp_path / "elsewhere"))
     assert list(mapped) == list(plain)
     assert len(mapped) == 300
     assert mapped[-1] == mapped[299]

@@ -14,8 +14,11 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images import tar_shards
+from autoencoder.images.failures import Failures
 from autoencoder.images.manifest import Manifest
-from autoencoder.images.tar_shards import TarShards, expand, open_source
+from autoencoder.images.opening import open_source
+from autoencoder.images.sources import Reading
+from autoencoder.images.tar_shards import TarShards, expand
 
 
 def picture(number, kind="PNG"):
@@ -60,7 +63,7 @@ TEN = [(20 + i, f"caption {i}") for i in range(10)]
 
 @pytest.mark.parametrize("pattern", ["", "/s-{0..2}.tar", "/s-{0,1,2}.tar", "/*.tar", "/s-?.tar"])
 def test_local_shards(shards, pattern):
-    source = open_source(f"{shards}{pattern}", max_errors=0)
+    source = open_source(f"{shards}{pattern}", Reading(failures=Failures(0)))
     assert isinstance(source, TarShards)
     assert content(source) == TEN
     assert source[-1].captions == ("caption 9",)
@@ -111,15 +114,15 @@ def test_unusable_samples_are_replaced_and_named(tmp_path, caplog):
         ("3.json", "[]"),
         *sample(4),
     )
-    source = TarShards.open(str(path), max_errors=3)
+    source = TarShards.open(str(path), Reading(failures=Failures(3)))
     assert [source.load(i)[0].width for i in range(5)] == [20, 24, 24, 24, 24]
     assert f"{path}/1.png: not a readable image" in caplog.text
     assert "the caption of '2.png', is missing" in caplog.text
     assert ".json must hold an object, not list" in caplog.text
-    strict = TarShards.open(str(path), max_errors=2)
-    with pytest.raises(UserError, match="more than 2 unusable images"):
+    strict = TarShards.open(str(path), Reading(failures=Failures(2)))
+    with pytest.raises(UserError, match="more than 2 unusable samples"):
         [strict.load(i) for i in range(5)]
-    assert TarShards.open(str(path), require_captions=False)[2].captions == ()
+    assert TarShards.open(str(path), Reading(require_captions=False))[2].captions == ()
 
 
 # What becomes of the fourth sample on, and how many are known to be whole: the third might have had more members.
@@ -141,8 +144,8 @@ def test_a_damaged_shard_serves_what_is_before_the_damage(shards, damage, caplog
         source = open_source(str(shards))
         assert f"{path} is damaged behind byte {starts[whole]}" in caplog.text
         assert content(source) == TEN[:whole] + TEN[6:]
-    with pytest.raises(UserError, match="1 damaged shards, more than max_errors=0"):
-        open_source(str(shards), max_errors=0)
+    with pytest.raises(UserError, match="more than 0 unusable samples.*damaged"):
+        open_source(str(shards), Reading(failures=Failures(0)))
 
 
 def test_a_shard_changed_after_indexing_is_indexed_again(shards):
@@ -242,12 +245,12 @@ def _no_pauses(monkeypatch):
 
 
 def test_remote_shards(server, url, shards, tmp_path):
-    source = open_source(f"{url}/s-{{0..2}}.tar", max_errors=0, index_folder=tmp_path / "index")
+    source = open_source(f"{url}/s-{{0..2}}.tar", Reading(failures=Failures(0), index_folder=tmp_path / "index"))
     assert content(source) == TEN
     assert len(list((tmp_path / "index").iterdir())) == 3
     server.requests.clear()
     server.bytes = 0
-    again = open_source(f"{url}/s-{{0..2}}.tar", index_folder=tmp_path / "index")
+    again = open_source(f"{url}/s-{{0..2}}.tar", Reading(index_folder=tmp_path / "index"))
     assert {method for method, _ in server.requests} == {"HEAD"}  # the index is enough
     assert again.load(7)[0].width == 27
     assert server.requests["GET", "/s-2.tar"] == 1
@@ -255,7 +258,7 @@ def test_remote_shards(server, url, shards, tmp_path):
 
 
 def test_a_remote_read_is_tried_again(server, url, tmp_path, caplog):
-    source = open_source(f"{url}/s-0.tar", index_folder=tmp_path)
+    source = open_source(f"{url}/s-0.tar", Reading(index_folder=tmp_path))
     server.failing += [503, 500]
     assert source[2].captions == ("caption 2",)
     assert "trying again" in caplog.text
@@ -266,16 +269,16 @@ def test_a_remote_read_is_tried_again(server, url, tmp_path, caplog):
 
 def test_remote_mistakes_are_named(server, url, tmp_path):
     with pytest.raises(UserError, match=r"gone\.tar cannot be read: FileNotFoundError"):
-        open_source(f"{url}/gone.tar", index_folder=tmp_path)
+        open_source(f"{url}/gone.tar", Reading(index_folder=tmp_path))
     server.ranges = False
     with pytest.raises(UserError, match="its server ignores ranges; .*filecache::http"):
-        open_source(f"{url}/s-0.tar", index_folder=tmp_path)
+        open_source(f"{url}/s-0.tar", Reading(index_folder=tmp_path))
 
 
 def test_a_remote_shard_kept_in_a_local_file(server, url, tmp_path, monkeypatch):
     server.ranges = False
     monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copies")})
-    source = open_source(f"filecache::{url}/s-0.tar", index_folder=tmp_path / "index")
+    source = open_source(f"filecache::{url}/s-0.tar", Reading(index_folder=tmp_path / "index"))
     assert content(source) == TEN[:6]
     assert server.requests["GET", "/s-0.tar"] <= 2  # twelve samples were read
 
@@ -284,7 +287,7 @@ def test_worker_processes_read_remote_shards(server, url, tmp_path):
     """A forked process must not use its parent's connections."""
     from torch.utils.data import DataLoader
 
-    source = open_source(f"{url}/s-0.tar", index_folder=tmp_path)
+    source = open_source(f"{url}/s-0.tar", Reading(index_folder=tmp_path))
     source[0]
     loader = DataLoader(source, batch_size=None, num_workers=2, collate_fn=lambda item: item.captions[0])
     assert list(loader) == [caption for _, caption in TEN[:6]]

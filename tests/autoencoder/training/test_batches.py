@@ -11,6 +11,7 @@ from autoencoder.common.config import ConfigError, UserError, build
 from autoencoder.images.files import aspect_buckets, group_by_size, nearest_bucket
 from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import SampleOrder
+from autoencoder.images.sources import Reading
 from autoencoder.training.batches import (
     DATA,
     BatchStream,
@@ -42,7 +43,7 @@ def make_source(folder, sizes=SIZES):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     lines = [json.dumps({"path": f"{i}.png"}) for i in range(len(sizes))]
     (folder / "manifest.jsonl").write_text("\n".join(lines))
-    return Manifest.open(folder / "manifest.jsonl", require_captions=False)
+    return Manifest.open(folder / "manifest.jsonl", Reading(require_captions=False))
 
 
 def stream(sizes, shape, rank=0, steps=range(40), window=64, seed=3):
@@ -148,10 +149,10 @@ def test_validation_sees_every_image_once(world_size):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_workers_user_error_arrives_as_it_was(tmp_path, workers):
     source = make_source(tmp_path)
-    source.max_errors = 0
+    source.failures.max_errors = 0
     (tmp_path / "3.png").write_bytes(b"no image")
     loader = PlainLoader(ImageDataset(source, BUCKETS, 0), batch_size=None, sampler=[(0, 3)], num_workers=workers)
-    with pytest.raises(UserError, match=r"manifest.jsonl: more than 0 unusable images") as caught:
+    with pytest.raises(UserError, match=r"manifest.jsonl: more than 0 unusable samples") as caught:
         list(loader)
     assert "Traceback" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path))
@@ -184,7 +185,7 @@ def test_crops_are_cut_where_earlier_runs_cut_them(tmp_path):
     """The left edges of a picture's crops, whose columns are numbered by their colour."""
     Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None], (64, 1, 3))).save(tmp_path / "0.png")
     (tmp_path / "manifest.jsonl").write_text('{"path": "0.png"}')
-    source = Manifest.open(tmp_path / "manifest.jsonl", require_captions=False)
+    source = Manifest.open(tmp_path / "manifest.jsonl", Reading(require_captions=False))
 
     def left_edges(seed):
         dataset = ImageDataset(source, aspect_buckets(64, 1.0), seed)

@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images.manifest import ImageFolder, Manifest
+from autoencoder.images.failures import Failures
+from autoencoder.images.folders import ImageFolder
+from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import SampleOrder
+from autoencoder.images.sources import Reading
 from svg_t2i.data.draws import Augmentation
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import T2IDataset
@@ -212,7 +215,7 @@ def test_an_unreadable_image_is_replaced_by_its_neighbour(broken_manifest):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_unreadable_images_end_with_one_plain_message(broken_manifest, num_workers):
-    dataset = T2IDataset(Manifest.open(broken_manifest, max_errors=0), 64, 1.0)
+    dataset = T2IDataset(Manifest.open(broken_manifest, Reading(failures=Failures(0))), 64, 1.0)
     loader = build_loader(dataset, global_batch_size=4, micro_batch_size=4, total_steps=1, num_workers=num_workers)
     with pytest.raises(UserError) as caught:
         list(loader)
