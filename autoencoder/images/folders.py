@@ -49,16 +49,19 @@ class ImageFolder(ImageSource):
 
 
 def walk(folder: Path | str) -> Iterator[str]:
-    """All files below a folder, but for what systems and tools put there; every folder once, whatever links say."""
-    seen: set[tuple[int, int]] = set()
+    """All files below a folder, links followed, but for what systems and tools put there. Loops of links end."""
     for root, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:  # a link led here a second time
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if name not in NOT_DATA)
+        folders[:] = [name for name in folders if name not in NOT_DATA and not _leads_back(root, name)]
         yield from (os.path.join(root, name) for name in files if not is_companion(name))
+
+
+def _leads_back(root: str, name: str) -> bool:
+    """Whether folder `name` in `root` is a link to one of the folders on the way to it."""
+    path = os.path.join(root, name)
+    if not os.path.islink(path):
+        return False
+    here = Path(root).absolute()
+    return os.path.realpath(path) in {os.path.realpath(above) for above in (here, *here.parents)}
 
 
 def list_images(folder: str | Path) -> list[Path]:
