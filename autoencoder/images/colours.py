@@ -4,7 +4,7 @@ colour spaces   CMYK with a profile through it, everything else by Pillow's plai
                 the published training data
 bit depths      16-bit, 32-bit and float grey scaled to 8 bits, never clipped (`grey_to_8bit`)
 transparency    an alpha channel, a palette with transparent entries or a colour key: composited on white
-orientation     the EXIF tag: `turn_upright`
+orientation     the EXIF tag, where asked for
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 … 8; 1 (upright) where there is none, or none that can be read.
 
-    Of a PNG that is not decoded yet, only the tag before the pixels is seen, so that asking does not decode it.
+    Pillow turns TIFFs itself. Of a PNG that is not decoded yet, only the tag before the pixels is seen, so that asking
+    does not decode it.
     """
-    if image.format == "PNG" and "exif" not in image.info and not _is_loaded(image):
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info and image.tile):
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -43,24 +44,21 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in TURNS else 1
 
 
-def _is_loaded(image: Image.Image) -> bool:
-    return not getattr(image, "tile", ())
+def to_rgb(image: Image.Image, turn: bool = False, bits: int = 8) -> Image.Image:
+    """A picture of any mode as RGB, transparency composited on white.
 
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation wants it seen."""
-    turn = TURNS.get(orientation_of(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def to_rgb(image: Image.Image, bits: int = 8) -> Image.Image:
-    """RGB of the same size, of a picture of any mode; transparency composited on white.
-
+    turn: apply the EXIF orientation.
     bits: of a sample in the file, which tells how its colour key (PNG's tRNS) counts.
 
     Raises:
         ValueError: Pillow cannot convert this mode.
     """
+    step = TURNS.get(orientation_of(image)) if turn else None
+    picture = _convert(image, bits)
+    return picture if step is None else picture.transpose(step)
+
+
+def _convert(image: Image.Image, bits: int) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import replacing
-from autoencoder.images.colours import SIDEWAYS, TURNS, orientation_of, to_rgb
+from autoencoder.images.colours import SIDEWAYS, orientation_of, to_rgb
 
 MAX_IMAGE_PIXELS = 2**27  # 134 megapixels; Pillow itself refuses more than 179
 MAX_ASPECT_RATIO = 64.0  # a thinner image would become gigantic when it is scaled to cover a crop
@@ -79,8 +79,7 @@ def load_image(
                 image.draft(None, shrink(image.size[::-1])[::-1] if sideways else shrink(image.size))
             bits = _bits_per_sample(image)
             image.load()
-            rgb = to_rgb(image, bits)
-            return rgb.transpose(TURNS[orientation]) if turn and (orientation := orientation_of(image)) > 1 else rgb
+            return to_rgb(image, turn, bits)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except FileNotFoundError:
@@ -242,7 +241,7 @@ def _offset(slack: int, rng: Random | None) -> int:
 
 def to_uint8_tensor(image: Image.Image) -> Tensor:
     """RGB image → (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) → (3, H, W)
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # Pillow splits fastest
 
 
 class Group(NamedTuple):
@@ -250,6 +249,7 @@ class Group(NamedTuple):
 
     places: tuple[int, ...]
     images: Tensor
+    replaced: int = 0  # how many of them stand in for unusable ones
 
 
 def group_by_size(pairs: Iterable[tuple[int, Tensor]]) -> list[Group]:

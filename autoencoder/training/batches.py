@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from autoencoder.common.config import UserError, locate, resolve_target
 from autoencoder.images.failures import MAX_ERRORS, Failures
 from autoencoder.images.files import (
+    Group,
     Size,
     aspect_buckets,
     crop_to_size,
+    group_by_size,
     image_size,
     nearest_bucket,
     to_uint8_tensor,
@@ -140,16 +142,27 @@ DATA: dict[str, type[ManifestParams] | type[FolderParams]] = {
 
 
 class ImageDataset(Dataset):
-    """(position, crop (3, H, W) uint8), addressed by the key (position, index); `seed` None crops the middle."""
+    """(position, crop (3, H, W) uint8, whether it stands in for an unusable image), by the key (position, index).
+
+    seed: of the random crops; None crops the middle.
+    """
 
     def __init__(self, source: ImageSource, buckets: tuple[Size, ...], seed: int | None):
         self.source, self.buckets, self.seed = source, buckets, seed
 
-    def __getitem__(self, key: Key) -> tuple[int, Tensor]:
+    def __getitem__(self, key: Key) -> tuple[int, Tensor, bool]:
         position, index = key
-        image = self.source.load(index).image
+        image, _, found = self.source.load(index)
         rng = None if self.seed is None else sample_rng(self.seed, position)
-        return position, to_uint8_tensor(crop_to_size(image, nearest_bucket(image.size, self.buckets), rng))
+        crop = crop_to_size(image, nearest_bucket(image.size, self.buckets), rng)
+        return position, to_uint8_tensor(crop), found != index
+
+    @staticmethod
+    def collate(items: list[tuple[int, Tensor, bool]]) -> list[Group]:
+        """The images of a batch by size."""
+        replaced = {position for position, _, replaced in items if replaced}
+        groups = group_by_size((position, image) for position, image, _ in items)
+        return [group._replace(replaced=len(replaced.intersection(group.places))) for group in groups]
 
 
 class PlainLoader(DataLoader[T]):

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from autoencoder.common.config import UserError, build, resolve_target
 from autoencoder.common.processes import mean_over_processes, peak_memory
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
-from autoencoder.images.files import Group, group_by_size, to_float
+from autoencoder.images.files import Group, to_float
 from autoencoder.model import SVGAutoencoder
 from autoencoder.training.batches import DATA, BatchStream, CropSizes, ImageDataset, PlainLoader, validation_batches
 from autoencoder.training.losses import AutoencoderLoss
@@ -106,7 +106,7 @@ class ImageDataModule(LightningDataModule):
             dataset,
             batch_sampler=batches,
             num_workers=self.params.num_workers,
-            collate_fn=group_by_size,
+            collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -197,7 +197,7 @@ class AutoencoderModule(LightningModule):
             # The bare optimiser: Lightning does not count its steps.
             logs |= more_logs | self._turn("discriminator", loss, others[0].optimizer)
 
-        self.meter.add(logs, sum(map(len, images)))
+        self.meter.add(logs, sum(map(len, images)), sum(group.replaced for group in batch))
         if self.step_complete and self.global_step % self.training_config.log_every_n_steps == 0:
             self._report()
         self.meter.count_time()
@@ -234,6 +234,7 @@ class AutoencoderModule(LightningModule):
                 "model.base_learning_rate or add training.warmup_steps, and start from an earlier checkpoint"
             )
         metrics["images_per_s"] *= self.trainer.world_size
+        metrics["replaced"] *= self.trainer.world_size  # since the last report
         metrics["memory_gib"] = peak_memory(self.device)
         self._log("train", metrics)
         self.log("rec_loss", metrics["rec_loss"], prog_bar=True, logger=False)
@@ -300,7 +301,7 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.images = 0
+        self.images = self.replaced = 0
         self.busy = self.waited = 0.0  # seconds; waiting for data is part of being busy
         self.begin()
 
@@ -317,16 +318,22 @@ class Meter:
         self.busy += time.perf_counter() - self.since
         self.begin()
 
-    def add(self, logs: Mapping[str, Tensor], images: int) -> None:
+    def add(self, logs: Mapping[str, Tensor], images: int, replaced: int = 0) -> None:
+        """Logs of a micro-batch of so many images, of which some stand in for unusable ones."""
         for name, value in logs.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
-        self.images += images
+        self.images += images - replaced
+        self.replaced += replaced
 
     def read(self) -> dict[str, float]:
-        """Means over calls and processes; speed of this process, and its share of time without data. Starts afresh."""
+        """Means over calls and processes; speed of this process, and its share of time without data. Starts afresh.
+
+        Stand-ins for unusable images are counted apart (`replaced`): they are no new images.
+        """
         means = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()])  # (k,)
-        metrics = dict(zip(self.sums, mean_over_processes(means).tolist()))
+        means = torch.cat([means, torch.full_like(means[:1], self.replaced)])
+        metrics = dict(zip([*self.sums, "replaced"], mean_over_processes(means).tolist()))
         self.count_time()
         metrics |= {"images_per_s": self.images / self.busy, "data_wait": self.waited / self.busy}
         self.__init__()

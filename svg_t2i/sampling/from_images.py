@@ -182,10 +182,10 @@ def prepare_mask(mask: ImageInput, size: tuple[int, int]) -> Tensor:
 
 
 def to_rgb_image(image: ImageInput) -> Image.Image:
-    """A PIL image or file as RGB. UserError for tensors, which have no size to be changed to."""
+    """A PIL image or file as RGB, upright. UserError for tensors, which have no size to be changed to."""
     if isinstance(image, Tensor):
         raise UserError("an image tensor cannot be resized here; give a PIL image or a file")
-    return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+    return to_rgb(image, turn=True) if isinstance(image, Image.Image) else load_image(image)
 
 
 def as_list(image: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:

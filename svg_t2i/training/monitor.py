@@ -115,7 +115,7 @@ class Meter:
             "loss": loss / max(samples, 1),
             "grad_norm": grad_norm / max(self._updates * ranks - nonfinite, 1),
             "skipped": round(skipped / ranks),
-            "samples": round(samples),
+            "samples": round(samples - replaced),  # a stand-in for an unusable one is no sample learnt
             "replaced": self.total_replaced,
             "text_tokens": mean_text,
             "text_tokens_std": math.sqrt(max(squares / max(samples, 1) - mean_text**2, 0)),

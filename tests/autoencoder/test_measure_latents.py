@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.evaluation import crops as sweep
 from autoencoder.evaluation import latent_statistics
 from autoencoder.evaluation.crops import Crops
+from autoencoder.images import sources
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
 from autoencoder.images.opening import open_images, open_source
 from autoencoder.images.sources import JoinedSources, Reading
@@ -134,18 +134,18 @@ def test_compared_files_that_do_not_fit_are_warned_of_with_numbers(folder, caplo
 
 def interrupted(monkeypatch, folder, after, *more):
     """Run `main` until the image number `after` is to be read."""
-    load, calls = sweep.load_image, []
+    load, calls = sources.load_image, []
 
-    def load_image(path, name):
+    def load_image(path, **options):
         calls.append(path)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return load(path, name=name)
+        return load(path, **options)
 
-    monkeypatch.setattr(sweep, "load_image", load_image)
+    monkeypatch.setattr(sources, "load_image", load_image)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(folder, *more))
-    monkeypatch.setattr(sweep, "load_image", load)
+    monkeypatch.setattr(sources, "load_image", load)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(folder, monkeypatch, capsys):
@@ -173,7 +173,7 @@ def test_a_folder_is_measured_and_broken_images_count_nothing(folder, caplog):
     (images / "2.png").write_bytes((images / "1.png").read_bytes()[:300])
     main(arguments(folder, "--data", str(folder / "images"), "--output", str(folder / "t.safetensors")))
     (warning,) = caplog.messages
-    assert "left out" in warning
+    assert "skipped" in warning
     assert "2.png" in warning
     (images / "2.png").unlink()
     main(arguments(folder, "--data", str(folder / "images"), "--output", str(folder / "u.safetensors")))

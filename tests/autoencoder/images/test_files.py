@@ -48,12 +48,6 @@ def test_load_image_reads_what_phones_write():
     assert images.load_image(data).size == (32, 16)
 
 
-def test_exif_orientation_is_not_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90°
-    assert images.load_image(encoded(noise_image(40, 20), "JPEG", exif=exif)).size == (40, 20)
-
-
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(ImageError, match=r"gone\.png: no such image file"):
         images.load_image(tmp_path / "gone.png")
@@ -109,38 +103,6 @@ def test_size_limit_replaces_pillows_softer_one(monkeypatch):
 def test_extreme_aspect_ratios_are_refused():
     with pytest.raises(ImageError, match="700x10 is more elongated than 64:1"):
         images.load_image(encoded(noise_image(700, 10)))
-
-
-# --- RGB rules
-
-
-def test_rgba_is_pasted_on_white():
-    image = noise_image(20, 10, mode="RGBA")
-    colour, alpha = np.split(np.array(image).astype(float), [3], axis=2)
-    over_white = colour * alpha / 255 + 255 * (1 - alpha / 255)
-    assert np.abs(np.array(images.to_rgb(image)) - over_white).max() <= 1  # Pillow rounds in integers
-
-
-def test_grey_and_palette():
-    grey = noise_image(20, 10, mode="L")
-    assert np.array_equal(images.to_rgb(grey), np.repeat(np.array(grey)[..., None], 3, axis=2))
-    palette = noise_image(20, 10).quantize(16)
-    table = np.array(palette.getpalette()).reshape(-1, 3)
-    assert np.array_equal(images.to_rgb(palette), table[np.array(palette)])
-
-
-def test_transparent_palette_entries_become_white():
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putpixel((1, 0), 1)
-    loaded = images.load_image(encoded(palette, "PNG", transparency=1))
-    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
-
-
-@pytest.mark.parametrize("mode", ["CMYK", "LA", "I;16", "F", "1", "LAB"])
-def test_other_modes_are_refused(mode):
-    with pytest.raises(ImageError, match=f"image mode {mode} is not supported"):
-        images.to_rgb(Image.new(mode, (4, 4)))
 
 
 # --- buckets

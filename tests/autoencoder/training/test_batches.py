@@ -114,11 +114,11 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
 
     def load(world_size, rank, workers):
         batches = BatchStream(CropSizes(source, BUCKETS), (1, world_size, 4 // world_size), rank, range(5), 3, 64)
-        return list(PlainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=group_by_size))
+        return list(PlainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=ImageDataset.collate))
 
     def images(batches):
         groups = [group for batch in batches for group in batch]
-        return {position: image for positions, images in groups for position, image in zip(positions, images)}
+        return {position: image for group in groups for position, image in zip(group.places, group.images)}
 
     alone, worked = load(1, 0, 0), load(1, 0, 2)
     assert [[group.places for group in batch] for batch in alone] == [
@@ -133,9 +133,18 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
 def test_groups_keep_every_image_with_its_position():
     sizes = [(16, 32), (32, 16), (16, 32), (32, 32)]
     batch = group_by_size([(10 + i, torch.full((3, *size), float(i))) for i, size in enumerate(sizes)])
-    assert [tuple(group.shape) for _, group in batch] == [(2, 3, 16, 32), (1, 3, 32, 16), (1, 3, 32, 32)]
+    assert [tuple(group.images.shape) for group in batch] == [(2, 3, 16, 32), (1, 3, 32, 16), (1, 3, 32, 32)]
     assert batch[0].images[:, 0, 0, 0].tolist() == [0, 2]
     assert [group.places for group in batch] == [(10, 12), (11,), (13,)]
+
+
+def test_stand_ins_are_counted(tmp_path):
+    source = make_source(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    dataset = ImageDataset(source, BUCKETS, 0)
+    groups = dataset.collate([dataset[position, index] for position, index in enumerate([2, 3, 4, 3])])
+    assert sum(group.replaced for group in groups) == 2
+    assert sum(len(group.places) for group in groups) == 4
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
