@@ -1,15 +1,18 @@
-"""Folders of images."""
+"""Folders of images, with or without a text beside each image."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from autoencoder.common.config import UserError
+from autoencoder.images.captions import clean_text
+from autoencoder.images.files import Size
 from autoencoder.images.sources import (
     IMAGE_SUFFIXES,
     NOT_DATA,
@@ -17,42 +20,149 @@ from autoencoder.images.sources import (
     Reading,
     Sample,
     is_companion,
-    is_image_name,
 )
+
+SIDECARS = ("", ".txt", ".caption", ".TXT", ".CAPTION")  # what replaces the image's suffix; "": there is none
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass
+class Contents:
+    """What a folder and its subfolders hold: paths relative to it.
+
+    Attributes:
+        images: (name, which of `SIDECARS` lies beside it) of each.
+        others: the other files by their last suffix in lower case, such as ".tar".
+    """
+
+    images: list[tuple[bytes, int]] = field(default_factory=list)
+    others: dict[str, list[str]] = field(default_factory=dict)
+
+
+def survey(folder: Path | str) -> Contents:
+    """Look through a folder, links followed."""
+    contents = Contents()
+    for root, names in _folders(folder):
+        here, there = set(names), os.path.relpath(root, folder)
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            path = name if there == "." else os.path.join(there, name)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                beside = next((code for code, end in enumerate(SIDECARS) if code and stem + end in here), 0)
+                contents.images.append((os.fsencode(path), beside))
+            elif suffix not in SIDECARS:
+                contents.others.setdefault(suffix.lower(), []).append(path)
+    for paths in (contents.images, *contents.others.values()):
+        paths.sort()
+    return contents
 
 
 class ImageFolder(ImageSource):
-    """All images below root/split in the order of their names, without captions. (ImageNet's splits: train, val.)
+    """All images below root/split in the order of their names. (ImageNet's splits: train, val.)
+
+    The caption of photo.jpg is what photo.txt or photo.caption beside it says, if there is one. Where captions are
+    required, images without such a file are left out, each counted as an unusable sample.
+
+    contents: what `survey` found, if that was done.
 
     Raises:
-        UserError: the folder is missing or holds no image.
+        UserError: the folder is missing, holds no image, or no caption where captions are required.
     """
 
-    def __init__(self, root: Path | str, split: str = "", reading: Reading | None = None):
+    def __init__(
+        self, root: Path | str, split: str = "", reading: Reading | None = None, contents: Contents | None = None
+    ):
         self.folder = Path(root) / split
         super().__init__(str(self.folder), reading or Reading(require_captions=False))
         if not self.folder.is_dir():
             layout = f"; expected <data_root>/{split}/**/*.JPEG" if split else ""
             raise UserError(f"image folder {self.folder} does not exist{layout}")
-        names = [os.path.relpath(path, self.folder) for path in walk(self.folder) if is_image_name(path)]
-        if not names:
+        images = (contents or survey(self.folder)).images
+        if not images:
             raise UserError(f"image folder {self.folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         # One block of bytes: a million Python strings would be copied into every worker as they are touched.
-        self.names = np.sort(np.array([os.fsencode(name) for name in names]))
+        self.names = np.array([name for name, _ in images])
+        self.sidecars = np.array([code for _, code in images], dtype=np.int8)  # places in SIDECARS
         self.failures.expect(self.name, len(self))
+        if self.reading.require_captions:
+            self._leave_out_those_without_captions()
+
+    def _leave_out_those_without_captions(self) -> None:
+        captioned = self.sidecars > 0
+        if not captioned.any():
+            raise UserError(
+                f"image folder {self.folder} holds {len(self)} images and no captions; put a .txt or .caption beside "
+                "each image, or give a manifest or table of images and captions"
+            )
+        for name in self.names[~captioned]:
+            path = self.folder / os.fsdecode(name)
+            self.fail(path.name, f"{path}: has no caption: there is no {path.stem}.txt or .caption beside it")
+        self.names, self.sidecars = self.names[captioned], self.sidecars[captioned]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.folder / os.fsdecode(self.names[operator.index(index)]), (), "base")
+        path, sidecar = self._paths(index)
+        return Sample(path, _captions(sidecar, self.reading.require_captions), "base")
+
+    def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
+        _, sidecar = self._paths(index)
+        return None, () if sidecar is None else (sidecar.stat().st_size,)
+
+    def _identity(self, index: int) -> bytes:
+        return os.path.basename(bytes(self.names[index]))
+
+    def _paths(self, index: int) -> tuple[Path, Path | None]:
+        """The image at `index`, and the file that holds its caption."""
+        index = range(len(self))[operator.index(index)]  # IndexError, negative indices
+        path, code = self.folder / os.fsdecode(self.names[index]), self.sidecars[index]
+        return path, Path(os.path.splitext(path)[0] + SIDECARS[code]) if code else None
 
 
-def walk(folder: Path | str) -> Iterator[str]:
-    """All files below a folder, links followed, but for what systems and tools put there. Loops of links end."""
+def _captions(sidecar: Path | None, required: bool) -> tuple[str, ...]:
+    """The caption in a text file; none if it is empty or cannot be read and none is required."""
+    try:
+        text = "" if sidecar is None else read_text(sidecar)
+        if not text and required:
+            raise ValueError("holds an empty caption")
+    except (OSError, ValueError) as error:
+        if required:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"{sidecar}: {reason}") from None
+        text = ""
+    return (text,) if text else ()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, cleaned and without the blanks around it. ValueError if it is neither UTF-8 nor UTF-16."""
+    content = path.read_bytes()
+    return clean_text(content.decode("utf-16" if content[:2] in UTF16 else "utf-8")).strip()
+
+
+class ImageFiles(ImageSource):
+    """These image files, without captions. Those that are missing are found out when they are loaded."""
+
+    def __init__(self, paths: Sequence[Path], reading: Reading | None = None):
+        super().__init__("images", reading or Reading(require_captions=False))
+        self.paths = tuple(paths)
+        self.failures.expect(self.name, len(self))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.paths[operator.index(index)], (), "base")
+
+
+def _folders(folder: Path | str) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, links followed, with the files in each, but for what systems and tools put there.
+
+    Loops of links end.
+    """
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name not in NOT_DATA and not _leads_back(root, name)]
-        yield from (os.path.join(root, name) for name in files if not is_companion(name))
+        yield root, [name for name in files if not is_companion(name)]
 
 
 def _leads_back(root: str, name: str) -> bool:

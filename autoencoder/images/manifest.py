@@ -1,14 +1,15 @@
 """Manifests: files that list images and their captions.
 
-A manifest is a JSONL file, or a JSON list, of entries in one of the two published conventions:
+A manifest is a file of JSON lines, or a JSON list, of entries such as
 
     {"path": "images/0001.png", "prompt": "a red bird"}
     {"image_path": "images/0001.png", "super_high_quality_caption": ["a red bird", "a bird on a wire"]}
 
-Paths are relative to the manifest's folder unless absolute; a caption may be a list of alternatives. "width" and
-"height", where given, let training balance its batches without opening the image. Entries are parsed on access; their
-places are found by counting newlines, in memory or in a small memory-mapped index (see `images.spans`), so that a
-manifest of 100 M lines opens in seconds and costs next to nothing in every worker process.
+See `images.entries` for the other columns that are understood. Paths are relative to the manifest's folder unless
+absolute; a caption may be a list of alternatives. "width" and "height", where given, let training balance its batches
+without opening the image. Entries are parsed on access; their places are found by counting newlines, in memory or in a
+small memory-mapped index (see `images.spans`), so that a manifest of 100 M lines opens in seconds and costs next to
+nothing in every worker process. Tables and packed files are read from a copy in lines: `images.tables`.
 """
 
 from __future__ import annotations
@@ -18,40 +19,49 @@ import json
 import operator
 import re
 from array import array
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from autoencoder.common.config import UserError
-from autoencoder.images.captions import parse_captions
-from autoencoder.images.files import Size
-from autoencoder.images.sources import CaptionKind, ImageSource, Reading, Sample
+from autoencoder.images.entries import Entry, find_file, parse_line
+from autoencoder.images.sources import ImageSource, Reading, Sample
 from autoencoder.images.spans import MAPPED_BYTES, FileBytes, Lines, Spans, open_lines
 
 VALIDATED_ENTRIES = 200_000  # a manifest of so many is parsed when it is opened (seconds), of a larger one the first …
 FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
 
-# image field → its caption field, and which system prompt the text encoder puts before the caption
-CONVENTIONS: dict[str, tuple[str, CaptionKind]] = {
-    "path": ("prompt", "base"),
-    "image_path": ("super_high_quality_caption", "align"),
-}
+
+@dataclass(frozen=True)
+class Origin:
+    """The file that a user named, where its entries are read from a copy (see `images.tables`).
+
+    rows: an entry is row number … of a table; otherwise the copy has the lines of the original.
+    images: the file in which the copy keeps images that the original holds.
+    """
+
+    path: Path
+    rows: bool
+    images: Path | None = None
 
 
 class Manifest(ImageSource):
-    """The samples of a JSONL file or JSON list. Entries are read and parsed on access; make one with `open`."""
+    """The samples of a file of JSON lines or a JSON list. Entries are parsed on access; make one with `open`."""
 
-    def __init__(self, path: Path, spans: Spans | Lines, reading: Reading):
-        super().__init__(str(path), reading)
-        self.path = path
+    def __init__(self, path: Path, spans: Spans | Lines, reading: Reading, origin: Origin | None = None):
+        self.origin = origin or Origin(path, rows=False)
+        super().__init__(str(self.origin.path), reading)
         self.content = FileBytes(path)
+        self.images = FileBytes(self.origin.images) if self.origin.images else None
         self.spans = spans  # (first byte, end) of each entry
         self.left_out = np.zeros(0, dtype=np.int64)  # the broken ones among them, ascending
 
     @classmethod
-    def open(cls, path: Path | str, reading: Reading | None = None) -> Manifest:
+    def open(cls, path: Path | str, reading: Reading | None = None, origin: Origin | None = None) -> Manifest:
         """Find the entries of a manifest and check them: all up to 200,000, of more the first 20,000.
+
+        origin: the file that `path` is a copy of.
 
         Broken entries are left out, each counted as an unusable sample whose reason names file and line. Missing image
         files are found when they are loaded.
@@ -64,14 +74,14 @@ class Manifest(ImageSource):
             spans = Spans(_list_spans(path)) if _is_json_list(path) else open_lines(path, reading.index_folder)
         except OSError as error:
             raise UserError(f"manifest {path} cannot be read: {error.strerror}") from error
-        manifest = cls(path, spans, reading)
+        manifest = cls(path, spans, reading, origin)
         reading.failures.expect(manifest.name, len(spans))
         broken, reason = manifest._find_broken(len(spans) if len(spans) <= VALIDATED_ENTRIES else FIRST_ENTRIES)
         manifest.left_out = np.array(broken, dtype=np.int64)
         if not len(manifest):
             found = f"no usable entry; {reason}" if broken else "no entries"
             remedy = 'give it lines such as {"path": "a.png", "prompt": "a cat"}'
-            raise UserError(f"manifest {path} has {found}; {remedy}")
+            raise UserError(f"manifest {manifest.name} has {found}; {remedy}")
         return manifest
 
     def __len__(self) -> int:
@@ -79,7 +89,22 @@ class Manifest(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`; a `UserError` names file and line of a broken entry."""
-        return self._read(*self.spans[self._entry(index)])
+        return self._find(index).sample
+
+    def read(self, index: int) -> tuple[Path | bytes, Sample]:
+        sample, content = self._find(index)
+        if isinstance(content, tuple):
+            content = self.images.read(content[0], content[1] - content[0])
+        return sample.path if content is None else content, sample
+
+    def _find(self, index: int) -> Entry:
+        """The entry of sample `index`, with the path that its image really has."""
+        entry = self._parse(self._entry(index))
+        if entry.content is None:
+            path = find_file("", entry.sample.path)
+            if path != entry.sample.path:
+                return entry._replace(sample=replace(entry.sample, path=path))
+        return entry
 
     def _entry(self, index: int) -> int:
         """Which entry of the file is sample `index`."""
@@ -90,13 +115,25 @@ class Manifest(ImageSource):
         before = self.left_out - np.arange(len(self.left_out))
         return sample + int(before.searchsorted(sample, side="right"))
 
-    def _read(self, start: int, end: int) -> Sample:
+    def _parse(self, entry: int, span: tuple[int, ...] | None = None) -> Entry:
+        """The entry of this number, whose place may be known; its path is not looked for."""
+        start, end = span or self.spans[entry]
         try:
-            return parse_entry(self.content.read(start, end - start), self.path.parent, self.reading.require_captions)
+            line, label = self.content.read(start, end - start), f"{self.origin.path.name}/{entry:08d}"
+            if self.origin.rows and line.startswith(b'"'):  # what is wrong with a row, instead of its fields
+                raise ValueError(json.loads(line))
+            return parse_line(line, self.origin.path.parent, self.reading, label)
         except ValueError as error:
-            # counting the lines before would take long in a large file
-            line = f"byte {start}" if start > MAPPED_BYTES else self.content.read(0, start).count(b"\n") + 1
-            raise UserError(f"{self.path}:{line}: {error}") from None
+            raise UserError(f"{self._place(entry, start)}: {error}") from None
+
+    def _place(self, entry: int, start: int) -> str:
+        """What messages call an entry."""
+        if self.origin.rows:
+            return f"{self.name}:row {entry + 1}"
+        if start > MAPPED_BYTES:  # counting the lines before would take long in a large file
+            return f"{self.name}:byte {start}"
+        line = self.content.read(0, start).count(b"\n") + 1
+        return f"{self.name}:{line}"
 
     def _identity(self, index: int) -> bytes:
         start, end = self.spans[self._entry(index)]
@@ -107,7 +144,7 @@ class Manifest(ImageSource):
         broken, first = [], ""
         for entry, span in enumerate(itertools.islice(self.spans, limit)):
             try:
-                self._read(*span)
+                self._parse(entry, span)
             except UserError as error:
                 broken.append(entry)
                 first = first or str(error)
@@ -115,41 +152,14 @@ class Manifest(ImageSource):
         return broken, first
 
 
-def parse_entry(entry: bytes, folder: Path, require_captions: bool) -> Sample:
-    """One JSON object of a manifest in `folder` → its sample.
-
-    Raises:
-        ValueError: says what is wrong with the entry and what would be right.
-    """
-    try:
-        fields = json.loads(entry)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected an object with an image path and a caption, got {type(fields).__name__}")
-    image_field = next((name for name in CONVENTIONS if name in fields), None)
-    if image_field is None:
-        raise ValueError(f"needs a field {' or '.join(map(repr, CONVENTIONS))}; it has {sorted(fields)}")
-    path = fields[image_field]
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise ValueError(f"field {image_field!r} must be a file name, got {path!r}")
-    caption_field, kind = CONVENTIONS[image_field]
-    captions = parse_captions(fields, caption_field, image_field, require_captions)
-    return Sample(folder / path, captions, kind, size_of(fields))
-
-
-def size_of(fields: dict[str, Any]) -> Size | None:
-    """The fields width and height, if there are such."""
-    width, height = fields.get("width"), fields.get("height")
-    known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
-    return (width, height) if known else None
-
-
 def _is_json_list(path: Path) -> bool:
-    if path.suffix == ".jsonl":
-        return False
+    """Whether a JSON file is one list, rather than a line for each entry."""
     with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        beginning = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not beginning.startswith(b"["):
+        return False
+    first, second, *_ = [line.strip() for line in beginning.splitlines() if line.strip()] + [b""]
+    return first.endswith((b"[", b",")) or not second.startswith(b"{")  # else the first of many lines is broken
 
 
 def _list_spans(path: Path) -> np.ndarray:

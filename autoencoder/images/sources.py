@@ -1,7 +1,8 @@
 """What every source of images and captions offers: samples by index, and images in place of those that are unusable.
 
-The kinds of source are manifests (`images.manifest`), folders (`images.folders`) and tar shards (`images.tar_shards`);
-`images.opening` finds out which one a path is. In which order samples are visited is decided in `images.order`.
+The kinds of source are manifests and tables (`images.manifest`), folders (`images.folders`), tar shards
+(`images.tar_shards`) and data sets of the Hugging Face Hub (`images.hub`); `images.opening` finds out which one a path
+is. In which order samples are visited is decided in `images.order`.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Reading:
         require_captions: a sample without a caption is unusable.
         exif_orientation: "apply" turns images upright; "ignore" reads them as the published training data was read.
         index_folder: where the indexes of large sources are kept, see `images.spans`.
+        image_column, caption_column: of manifests and tables; None finds them by the usual names.
         failures: the count of unusable samples, one for all sources of a run.
     """
 
     require_captions: bool = True
     exif_orientation: str = "apply"
     index_folder: Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
     failures: Failures = field(default_factory=Failures)
 
     def __post_init__(self) -> None:
@@ -151,10 +155,10 @@ def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 
 class JoinedSources(ImageSource):
-    """Several sources as one, in their order."""
+    """Several sources as one, in their order. name: what messages call it, the sources' names by default."""
 
-    def __init__(self, sources: Sequence[ImageSource]):
-        super().__init__(", ".join(source.name for source in sources), sources[0].reading)
+    def __init__(self, sources: Sequence[ImageSource], name: str | None = None):
+        super().__init__(name or ", ".join(source.name for source in sources), sources[0].reading)
         self.sources = tuple(sources)
         self.ends = list(itertools.accumulate(map(len, sources)))
 
@@ -173,6 +177,10 @@ class JoinedSources(ImageSource):
     def read(self, index: int) -> tuple[Path | bytes, Sample]:
         source, index = self._find(index)
         return source.read(index)
+
+    def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
+        source, index = self._find(index)
+        return source.hint(index)
 
     def fail(self, index: int, reason: str) -> None:
         source, index = self._find(index)

@@ -7,7 +7,7 @@ index of an older version is never read; writing one removes its predecessors:
 
 Of tar shards it holds a row for each sample (`Spans`). Of a file of lines it holds how many entries begin before each
 block of 4 KiB (`Lines`): a five-hundredth of the file, counted about as fast as memory is read. An entry is then found
-by reading its block.
+by reading its block. Copies of tables as lines (`images.tables`) are kept in the same way, as `.jsonl` and `.images`.
 
 The folder is the one asked for, else `$SVG_T2I_INDEX`, else `.index` beside the file if it can be written to, else
 `~/.cache/svg_t2i/index`. Processes share the pages of a mapped index.
@@ -15,6 +15,7 @@ The folder is the one asked for, else `$SVG_T2I_INDEX`, else `.index` beside the
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -67,9 +68,14 @@ def _array(source: np.ndarray | Path) -> np.ndarray:
     return _mapped(source) if isinstance(source, Path) else source
 
 
-def index_path(name: str, version: object, folder: Path | None, beside: Path | None = None) -> Path:
-    """Where the index of file `name` at `version` is, or is to be: in `folder`, see the top for the default."""
-    file = f"{Path(name).name}-{_digest(name)}-{_digest(version)}.npy"
+def index_path(
+    name: str, version: object, folder: Path | None, beside: Path | None = None, suffix: str = ".npy", variant: str = ""
+) -> Path:
+    """Where the index of file `name` at `version` is, or is to be: in `folder`, see the top for the default.
+
+    variant: tells indexes of one file apart that were made in different ways; they do not replace each other.
+    """
+    file = f"{Path(name).name}-{_digest(name + variant)}-{_digest(version)}{suffix}"
     folders = [folder] if folder else _default_folders(beside)
     return next((path / file for path in folders if (path / file).is_file()), folders[0] / file)
 
@@ -80,11 +86,17 @@ def write_index(path: Path, rows: np.ndarray) -> None:
     Raises:
         OSError: its folder cannot be written to.
     """
-    outdated = [old for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npy") if old != path]
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, rows)
-    for old in outdated:
-        old.unlink(missing_ok=True)
+    remove_outdated(path)
+
+
+def remove_outdated(path: Path) -> None:
+    """Remove the indexes of older versions of the file that the index `path` describes."""
+    start = glob.escape(path.stem.rpartition("-")[0])
+    for old in path.parent.glob(f"{start}-*{path.suffix}"):
+        if old != path:
+            old.unlink(missing_ok=True)
 
 
 def _default_folders(beside: Path | None) -> list[Path]:

@@ -1,8 +1,12 @@
-"""Samples in tar shards, as WebDataset writes them: consecutive members that share a name up to its first dot.
+"""Samples in tar shards, as WebDataset writes them: members that share a name up to its first dot.
 
-    000017.jpg   the image, any of `IMAGE_SUFFIXES`
-    000017.json  captions in one of `CAPTION_FIELDS` (a text or a list of texts), optionally width and height
-    000017.txt   one caption, where the JSON has none
+    000017.jpg      the image, any of `IMAGE_SUFFIXES`
+    000017.json     captions in one of `CAPTION_FIELDS` (a text or a list of texts), optionally width and height
+    000017.txt      one caption, where the JSON has none; or 000017.caption
+    000017.seg.png  left alone, as all else
+
+Names with dots of their own, such as photo.0.jpg and photo.0.txt, share all up to the last dot (`images.tar_members`).
+The members of a sample need not follow one another.
 
 Shards are local files or anything fsspec opens (https://, s3://, gs://, filecache::https://, …). Each is read through
 once to note where its samples lie; from then on a sample is one seek, or one ranged request, so that any order can be
@@ -24,16 +28,16 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.images.captions import clean_text, parse_captions
+from autoencoder.images.entries import size_of
 from autoencoder.images.files import Size
-from autoencoder.images.manifest import size_of
 from autoencoder.images.sources import (
-    IMAGE_SUFFIXES,
     CaptionKind,
     ImageSource,
     Reading,
@@ -42,6 +46,7 @@ from autoencoder.images.sources import (
     is_companion,
 )
 from autoencoder.images.spans import THREADS, Spans, index_path, write_index
+from autoencoder.images.tar_members import caption_member, image_of, key_of, split_group
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ CAPTION_FIELDS: dict[str, CaptionKind] = {
     "caption": "base",
     "text": "base",
 }
+INDEX_FORMAT = 2  # of the rows; indexes without a format have rows of three numbers for samples in one piece
 READ_AHEAD = 1 << 23  # bytes, while a remote shard is read through
 
 
@@ -60,20 +66,22 @@ class TarShards(ImageSource):
 
     def __init__(self, name: str, shards: Sequence[str], tables: Sequence[Spans], reading: Reading):
         super().__init__(name, reading)
-        self.shards, self.tables = tuple(shards), tuple(tables)  # of a table: (first byte, end, caption bytes)
+        self.shards, self.tables = tuple(shards), tuple(tables)  # of a table: rows as `_scan` makes them
         self.ends = list(itertools.accumulate(map(len, tables)))
         self.failures.expect(name, len(self))
 
     @classmethod
-    def open(cls, pattern: str, reading: Reading | None = None) -> TarShards:
+    def open(cls, pattern: str, reading: Reading | None = None, shards: Sequence[str] | None = None) -> TarShards:
         """Find the shards and the positions of their members, several at a time; missing indexes are made.
+
+        shards: what `pattern` stands for, if that is known.
 
         A shard that is damaged at some byte serves the samples before it, with a warning; each counts as an error.
 
         Raises:
             UserError: no shard, no sample in them, too many damaged, or a shard that cannot be read.
         """
-        shards, reading = expand(pattern), reading or Reading()
+        shards, reading = shards or expand(pattern), reading or Reading()
         with ThreadPoolExecutor(THREADS) as pool:
             found = list(pool.map(lambda shard: _table(shard, reading.index_folder), shards))
         if not sum(len(table) for table, _ in found):
@@ -93,16 +101,18 @@ class TarShards(ImageSource):
         return self.read(index)[1]
 
     def read(self, index: int) -> tuple[bytes, Sample]:
-        shard, (start, end, _) = self._find(index)
+        shard, (start, end, _, *others) = self._find(index)
         try:
-            return parse_record(_fetch(shard, start, end), shard, self.reading.require_captions)
+            pieces = [(start, end), *zip(others[::2], others[1::2])]
+            record = b"".join(_fetch(shard, *piece) for piece in pieces if piece[1])
+            return parse_record(record, shard, self.reading.require_captions)
         except UserError:
             raise
         except Exception as error:  # tarfile has many for damaged members, json a few
             raise UserError(f"{shard}, sample at byte {start}: {str(error) or type(error).__name__}") from None
 
     def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
-        _, (_, _, caption_bytes) = self._find(index)
+        _, (_, _, caption_bytes, *_) = self._find(index)
         return None, (caption_bytes,)
 
     def _identity(self, index: int) -> bytes:
@@ -120,24 +130,23 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
     Raises:
         ValueError, tarfile.TarError: says what is wrong with it.
     """
-    image, fields, text, name = None, {}, None, ""
     with tarfile.open(fileobj=io.BytesIO(record), mode="r:") as tar:
-        for member in tar:
-            content, suffix = tar.extractfile(member), _suffix(member.name)
-            if content is None or is_companion(member.name):
-                continue
-            if suffix in IMAGE_SUFFIXES and image is None:
-                image, name = content.read(), member.name
-            elif suffix == ".json":
-                fields = json.loads(content.read())
-            elif suffix == ".txt":
-                text = clean_text(content.read().decode()).strip()
-    if image is None:
-        raise ValueError("its image is missing; was the shard changed after it was indexed?")
+        members = {member.name: member for member in tar if member.isfile() and not is_companion(member.name)}
+        name = image_of(members)
+        if name is None:
+            raise ValueError("its image is missing; was the shard changed after it was indexed?")
+
+        def content(suffix: str) -> bytes | None:
+            found = caption_member(members, name, suffix)
+            return None if found is None else tar.extractfile(members[found]).read()
+
+        image = tar.extractfile(members[name]).read()
+        fields, texts = json.loads(content(".json") or b"{}"), [content(".txt"), content(".caption")]
     if not isinstance(fields, dict):
         raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
     field = next((field for field in CAPTION_FIELDS if fields.get(field)), None)
     if field is None:
+        text = next((clean_text(text.decode()).strip() for text in texts if text is not None), None)
         fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
     captions = parse_captions(fields, field, name, require_captions)
     return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields))
@@ -146,13 +155,20 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
 # --- finding ----------------------------------------------------------------------------------------------------
 
 
+def matching(pattern: str) -> list[str]:
+    """The files that a pattern stands for: {000..127} and {a,b} written out, then *, ? and [ab] matched."""
+    if os.path.lexists(os.path.expanduser(pattern)):
+        return [os.path.expanduser(pattern)]
+    return list(itertools.chain.from_iterable(map(_matching, _braces(pattern))))
+
+
 def expand(pattern: str) -> list[str]:
-    """The shards that a pattern stands for: {000..127} and {a,b} written out, then * and ? matched.
+    """The shards that a pattern stands for.
 
     Raises:
         UserError: there is none, or one is compressed.
     """
-    shards = list(itertools.chain.from_iterable(map(_matching, _braces(pattern))))
+    shards = matching(pattern)
     if not shards:
         raise UserError(f"{pattern}: there is no tar shard of this name")
     compressed = [shard for shard in shards if re.search(r"\.(tgz|tar\.\w+)$", shard)]
@@ -181,19 +197,26 @@ def _matching(pattern: str) -> list[str]:
         files, path = fsspec.core.url_to_fs(pattern)
         return [files.unstrip_protocol(name) for name in sorted(files.glob(path))]
     pattern = os.path.expanduser(pattern)
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    # brackets may be part of a name rather than of a pattern
+    return sorted(glob.glob(pattern)) or sorted(glob.glob(pattern.replace("[", "[[]")))
 
 
 def _table(shard: str, folder: Path | None) -> tuple[Spans, str | None]:
     """Where the samples of a shard lie, and what is wrong with it; only a whole shard's index is kept."""
     try:
         name, version, beside = _version(shard)
-        path = index_path(name, version, folder, beside)
+        path = index_path(name, (INDEX_FORMAT, version), folder, beside)
         if not path.is_file():
             rows, damage = _scan(shard)
             if damage:
                 return Spans(rows), damage
-            write_index(path, rows)
+            try:
+                write_index(path, rows)
+            except OSError as error:
+                logger.warning("%s: no index was kept (%s); every start reads the shard through", shard, error)
+                return Spans(rows), None
         return Spans(path), None
     except UserError:
         raise
@@ -212,22 +235,64 @@ def _version(shard: str) -> tuple[str, object, Path | None]:
 
 
 def _scan(shard: str) -> tuple[np.ndarray, str | None]:
-    """(N, 3) first byte, end and caption bytes of each sample with an image; and where the shard turned out damaged."""
-    rows, end, damage = [], 0, None
+    """(N, 3 + 2 k) of each sample with an image: first byte, end and caption bytes, in the order of the first members.
+
+    Samples whose members do not follow one another go on in further pieces of (first byte, end), filled up with zeros.
+    The other result says where the shard turned out damaged.
+    """
+    groups: list[dict[str, Member]] = []  # by name; of equal ones the later counts
+    newest: dict[str, int] = {}  # name up to the first dot → its newest group
+    key, end, damage = None, 0, None
     try:
-        for _, group in itertools.groupby(_members(shard), key=lambda member: _key(member[0])):
-            members = list(group)  # (name, first byte, end, size)
-            end = members[-1][2]
-            sizes = {_suffix(name): size for name, _, _, size in members}
-            if sizes.keys() & IMAGE_SUFFIXES:
-                rows.append((members[0][1], end, sizes.get(".txt", sizes.get(".json", 0))))
-    except tarfile.TarError as error:
-        damage = f"{shard} is damaged behind byte {end} ({error}); it serves the {len(rows)} samples before"
-    return np.array(rows, dtype=np.int64).reshape(-1, 3), damage
+        for member in _members(shard):
+            if key_of(member.name) != key:
+                end = member.first if groups else 0
+                key = key_of(member.name)
+                # a name that comes again elsewhere begins another sample, as WebDataset has it
+                if key not in newest or member.name in groups[newest[key]]:
+                    newest[key] = len(groups)
+                    groups.append({})
+            groups[newest[key]][member.name] = member
+    except tarfile.TarError as error:  # what it broke off in may have had more members
+        groups = [{name: member for name, member in group.items() if member.end <= end} for group in groups]
+        damage = f"{shard} is damaged behind byte {end} ({error})"
+    rows = [row for group in groups for row in _rows(group)]
+    if damage:
+        damage += f"; it serves the {len(rows)} samples before"
+    table = np.zeros((len(rows), max(map(len, rows), default=3)), dtype=np.int64)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    return table, damage
 
 
-def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
-    """(name, first byte of the header, end of the padded data, size) of each file in a tar, reading it once through.
+def _rows(members: dict[str, Member]) -> Iterator[list[int]]:
+    """The rows of the samples that members with one name up to the first dot make."""
+    for names in split_group(list(members)):
+        image = image_of(names)
+        texts = (caption_member(names, image, suffix) for suffix in (".txt", ".caption", ".json"))
+        caption = next((members[name].size for name in texts if name is not None), 0)
+        pieces: list[list[int]] = []
+        for member in sorted((members[name] for name in names), key=lambda member: member.first):
+            if pieces and member.previous == pieces[-1][1]:
+                pieces[-1][1] = member.end
+            else:
+                pieces.append([member.first, member.end])
+        first, *others = pieces
+        yield [*first, caption, *itertools.chain.from_iterable(others)]
+
+
+class Member(NamedTuple):
+    """A file in a tar: where its header begins, its padded data end and the file before it ended; and its size."""
+
+    name: str
+    first: int
+    end: int
+    previous: int
+    size: int
+
+
+def _members(shard: str) -> Iterator[Member]:
+    """The files in a tar, without those that systems put there, reading it once through.
 
     Raises:
         tarfile.TarError: it breaks off, or goes on with something that is no header (which tarfile takes for the end).
@@ -235,26 +300,16 @@ def _members(shard: str) -> Iterator[tuple[str, int, int, int]]:
     files, path = fsspec.core.url_to_fs(shard)
     opened = files.open(path, "rb", block_size=READ_AHEAD, cache_type="readahead")
     with opened as file, tarfile.open(fileobj=file, mode="r|" if "://" in shard else "r:") as tar:
-        empty = tar.firstmember is None  # Python 3.10 fails to look for a next one
+        empty, previous = tar.firstmember is None, 0  # Python 3.10 fails to look for a next one
         while not empty and (member := tar.next()) is not None:
             if member.isfile() and not is_companion(member.name):
-                yield member.name, member.offset, tar.offset, member.size
+                yield Member(member.name, member.offset, tar.offset, previous, member.size)
+                previous = tar.offset
             tar.members.clear()  # it would remember them all
         end = tar.offset
     before = max(end - 1, 0)  # a range must not begin behind the end
     if any(_fetch(shard, before, end + tarfile.BLOCKSIZE)[end - before :]):
         raise tarfile.ReadError("no valid header")
-
-
-def _key(name: str) -> str:
-    """A member's name up to the first dot of its last part."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
-
-
-def _suffix(name: str) -> str:
-    """The rest of the name, in lower case: ".jpg", ".depth.png"."""
-    return "." + name.rpartition("/")[2].partition(".")[2].lower()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
