@@ -3,9 +3,10 @@
     python -m autoencoder.reconstruct CONFIG IMAGES... --resolution 256 512 1024 --output DIR
     python -m autoencoder.reconstruct CONFIG IMAGES... --resolution native
 
-IMAGES are image files, folders and manifests. At a resolution, images are cropped to the nearest aspect bucket, from
-the middle; `native` keeps every pixel: sides that 16 does not divide are padded for the autoencoder and cut again.
-Large images are decoded in little memory (`autoencoder.decoders.striped`): 4096×4096 takes 18 GB in fp32, 9 GB in bf16.
+IMAGES are image files, and all that holds images: folders, manifests, tables, tar shards, `hf://datasets/owner/name`.
+At a resolution, images are cropped to the nearest aspect bucket, from the middle; `native` keeps every pixel: sides
+that 16 does not divide are padded for the autoencoder and cut again. Large images are decoded in little memory
+(`autoencoder.decoders.striped`): 4096×4096 takes 18 GB in fp32, 9 GB in bf16.
 
     DIR/NAME_256.png    original | reconstruction; PSNR and colour shift in its text chunks
     DIR/sheet.png       all of them, small
@@ -31,29 +32,29 @@ from autoencoder.common.processes import start_world
 from autoencoder.decoders.striped import PLAIN_PIXELS
 from autoencoder.evaluation.crops import add_model_arguments, load_autoencoder, warn_of_batch_statistics
 from autoencoder.evaluation.metrics import colour_shift, psnr, to_8bit
-from autoencoder.images.failures import Failures
 from autoencoder.images.files import (
     LATENT_PIXELS,
-    ImageError,
     Size,
     aspect_buckets,
     crop_to_size,
     image_grid,
-    load_image,
     nearest_bucket,
     save_png,
     to_float,
     to_pil,
     to_uint8_tensor,
 )
+from autoencoder.images.folders import FileList
 from autoencoder.images.opening import open_images
-from autoencoder.images.sources import IMAGE_SUFFIXES
+from autoencoder.images.sources import IMAGE_SUFFIXES, ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
 
 logger = logging.getLogger(__name__)
 
 SHEET_SIDE = 256  # longest side of an image on the contact sheet
 SHEET_IMAGES = 200
+
+Found = tuple[ImageSource, int]  # an image: a source and a place in it
 
 
 class NamedImage(NamedTuple):
@@ -115,7 +116,7 @@ def equal_size_batches(jobs: Iterable[NamedImage], batch_size: int) -> Iterator[
     yield from waiting.values()
 
 
-def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -> Iterator[NamedImage]:
+def prepare(images: Sequence[Found], sizes: Mapping[str, Sequence[Size] | None]) -> Iterator[NamedImage]:
     """Every image at every resolution, cropped to the nearest of `sizes[name of the resolution]` (None: not at all).
 
     Unreadable images are left out, with a warning.
@@ -124,21 +125,22 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
         UserError: more are unreadable than may be, or all of them.
     """
     names: dict[str, int] = defaultdict(int)
-    failures = Failures()
-    failures.expect("images", len(paths))
-    for path in paths:
+    unreadable = 0
+    for source, index in images:
         try:
-            image = load_image(path)
-        except ImageError as error:
-            failures.add("images", str(path), str(error))
-            if len(failures) == len(paths):
-                raise UserError(f"all {len(paths)} images are unreadable; the last: {error}") from error
+            image, sample = source.load_exactly(index)
+        except UserError as error:
+            source.fail(index, str(error))
+            unreadable += 1
+            if unreadable == len(images):
+                raise UserError(f"all {len(images)} images are unreadable; the last: {error}") from error
             continue
-        names[path.stem] += 1
-        stem = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
+        stem = sample.path.stem
+        names[stem] += 1
+        name = stem if names[stem] == 1 else f"{stem}-{names[stem]}"
         for resolution, buckets in sizes.items():
             crop = image if buckets is None else crop_to_size(image, nearest_bucket(image.size, buckets))
-            yield NamedImage(f"{stem}_{resolution}", to_uint8_tensor(crop))
+            yield NamedImage(f"{name}_{resolution}", to_uint8_tensor(crop))
 
 
 # ---- the entry -----------------------------------------------------------------------------------------------------
@@ -147,8 +149,9 @@ def prepare(paths: Sequence[Path], sizes: Mapping[str, Sequence[Size] | None]) -
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
     parser = Parser("autoencoder.reconstruct", __doc__)
-    add_model_arguments(parser, words="image|folder|manifest|key.sub=value")
+    add_model_arguments(parser, words="image|folder|manifest|…|key.sub=value")
     parser.add_argument("--resolution", nargs="+", default=["native"], help="numbers, or native")
+    parser.add_argument("--image_column", help="of manifests and tables (default: found by the usual names)")
     parser.add_argument("--max_aspect", type=float, default=4.0, help="longest crop; 1: squares only")
     parser.add_argument("--max_images", type=int, help="only the first so many (default: all)")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, fewer if they are large")
@@ -156,7 +159,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     arguments = parser.parse_intermixed_args(argv)
     words = arguments.overrides
-    arguments.overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    arguments.overrides = [word for word in words if "=" in word and "://" not in word and not Path(word).exists()]
     arguments.images = [word for word in words if word not in arguments.overrides]
     if not arguments.images:
         raise UserError("no images: name image files, folders or manifests after the config")
@@ -173,22 +176,24 @@ def _sizes(resolution: str, max_aspect: float) -> Sequence[Size] | None:
     return None if resolution == "native" else aspect_buckets(int(resolution), max_aspect)
 
 
-def find_images(sources: Sequence[str]) -> list[Path]:
-    """The image files named, in the folders named and in the manifests named."""
-    paths: list[Path] = []
-    for source in map(Path, sources):
-        if source.suffix.lower() in IMAGE_SUFFIXES and not source.is_dir():
-            paths.append(source)  # a missing one is reported when it is read
+def find_images(words: Sequence[str], reading: Reading) -> list[Found]:
+    """The images that are named, and those in the folders, manifests, … that are named."""
+    images: list[Found] = []
+    for word in words:
+        path = Path(word).expanduser()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() and "://" not in word:
+            source: ImageSource = FileList([path], reading)  # a missing one is reported when it is read
         else:
-            paths += [sample.path for sample in open_images(source)]
-    return paths
+            source = open_images(word, reading)
+        images += [(source, index) for index in range(len(source))]
+    return images
 
 
 @command
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    paths = find_images(arguments.images)[: arguments.max_images]
-    jobs = prepare(paths, arguments.sizes)
+    images = find_images(arguments.images, Reading(image_column=arguments.image_column))[: arguments.max_images]
+    jobs = prepare(images, arguments.sizes)
     with start_world(arguments.device, timeout_minutes=60) as world:
         autoencoder = load_autoencoder(arguments, world.device)
         warn_of_batch_statistics(autoencoder, arguments.batch_size)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
+from autoencoder.images.failures import Failures
 from autoencoder.images.files import image_grid, load_image, save_png
+from autoencoder.images.folders import FileList
 from autoencoder.images.opening import open_images
+from autoencoder.images.sources import Reading, Sample
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, EvaluationConfig
@@ -86,32 +89,33 @@ def run_folder(arguments: argparse.Namespace, world: World) -> None:
     """folder: images of any prompts, or images that are there, and their metrics."""
     texts = [prompt.text for prompt in read_prompts(arguments.prompts)] if arguments.prompts else []
     check_folder_arguments(arguments, texts)
-    references = None if arguments.reference is None else [sample.path for sample in open_images(arguments.reference)]
+    references = None if arguments.reference is None else open_images(arguments.reference)
+    exactly = Reading(require_captions=False, failures=Failures(0))
     if arguments.images is None:
         sampling = sampling_of(arguments, world)
         pipeline, paths = make_images(arguments, "folder", suites.number_prompts(texts), sampling, world)
         numbers = [i for i in range(len(texts))[: arguments.limit] for _ in range(arguments.num_images_per_prompt)]
         captions = [texts[i] for i in numbers]
         own = numbers if references and len(references) == len(texts) and same_file(arguments) else None
-        autoencoder, size = pipeline.autoencoder, sampling.size
+        images, autoencoder, size = FileList(paths, exactly), pipeline.autoencoder, sampling.size
     else:
-        paths, captions = [sample.path for sample in open_images(arguments.images)], texts
-        if captions and len(captions) != len(paths):
-            raise UserError(f"{arguments.images} has {len(paths)} images, --prompts {len(captions)} captions")
-        own = None if references is None else match_names(paths, references)
-        size = arguments.resolution or tuple(side // 16 * 16 for side in load_image(paths[0]).size)
+        images, captions = open_images(arguments.images, exactly), texts
+        if captions and len(captions) != len(images):
+            raise UserError(f"{arguments.images} has {len(images)} images, --prompts {len(captions)} captions")
+        own = None if references is None else match_names(images, references)
+        size = arguments.resolution or tuple(side // 16 * 16 for side in images.load(0).image.size)
         autoencoder = None
         if arguments.autoencoder is not None:
             source = AutoencoderSource(arguments.autoencoder, arguments.autoencoder_checkpoint)
             autoencoder = source.load().to(world.device)
     # Only images that are there can be meant to look like the real ones, of whose captions new ones are just made.
-    pairs = None if own is None or arguments.images is None else ImageFiles([references[i] for i in own], size)
+    pairs = None if own is None or arguments.images is None else ImageFiles(references, size, own)
     report = measure(
-        ImageFiles(paths, size), arguments.metrics, captions=captions, autoencoder=autoencoder, clip=arguments.clip,
+        ImageFiles(images, size), arguments.metrics, captions=captions, autoencoder=autoencoder, clip=arguments.clip,
         references=None if references is None else ImageFiles(references, size), own=own, counterparts=pairs,
         batch_size=arguments.batch_size, world=world,
     )  # fmt: skip
-    counts = {"images": len(paths), "references": len(references or ())}
+    counts = {"images": len(images), "references": len(references or ())}
     write_metrics(describe_report(report) | counts, arguments.output, world)
 
 
@@ -224,15 +228,16 @@ def check_folder_arguments(arguments: argparse.Namespace, texts: Sequence[str]) 
         raise UserError("folder needs --prompts FILE to make images from, or --images FOLDER with images")
 
 
-def match_names(paths: list[Path], references: list[Path]) -> list[int] | None:
+def match_names(images: Iterable[Sample], references: Iterable[Sample]) -> list[int] | None:
     """Which reference has the name of each image, if every image has one."""
-    by_name = {path.stem: i for i, path in enumerate(references)}
-    return [by_name[path.stem] for path in paths] if all(path.stem in by_name for path in paths) else None
+    by_name = {sample.path.stem: i for i, sample in enumerate(references)}
+    names = [sample.path.stem for sample in images]
+    return [by_name[name] for name in names] if all(name in by_name for name in names) else None
 
 
 def same_file(arguments: argparse.Namespace) -> bool:
     """Whether captions and real images come from one manifest."""
-    return Path(arguments.prompts).resolve() == arguments.reference.resolve()
+    return Path(arguments.prompts).resolve() == Path(arguments.reference).resolve()
 
 
 def write_metrics(metrics: dict[str, Any], output: Path, world: World) -> None:
@@ -263,8 +268,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
     folder = add_sampler(commands, "folder", run_folder, "measure images of any prompts, or images that exist", 1)
     folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl) or manifest (default: none)")
-    folder.add_argument("--images", type=Path, help="measure these, in the size of the first (default: make images)")
-    folder.add_argument("--reference", type=Path, help="real images: a folder or a manifest (default: none)")
+    folder.add_argument("--images", help="measure these, in the size of the first (default: make images)")
+    folder.add_argument("--reference", help="real images: a folder, manifest, … as of training (default: none)")
     folder.add_argument(
         "--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="what to measure; no name: nothing"
     )

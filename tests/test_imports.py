@@ -44,6 +44,8 @@ ONLY_IN = {
     "torchmetrics": {"autoencoder.evaluation.metrics"},
     "matplotlib": {"autoencoder.latents.drift", "svg_t2i.evaluation.sweep"},
     "fsspec": {"autoencoder.images.tar_shards"},
+    "pyarrow": {"autoencoder.images.tables"},
+    "datasets": {"autoencoder.images.hub"},
     "gradio": {"svg_t2i.web.page"},
     "huggingface_hub": {"svg_t2i.sampling.loading"},
     "torch.distributed": {

@@ -152,8 +152,10 @@ def warn_of_batch_statistics(autoencoder: SVGAutoencoder, batch_size: int) -> No
 def add_image_arguments(parser: Parser, max_aspect: float) -> None:
     """What `open_crops` and `read_chunks` read."""
     parser.add_argument(
-        "--data", "--manifest", dest="data", required=True, help="folder of images, or manifest (.jsonl, .json)"
-    )
+        "--data", "--manifest", dest="data", required=True,
+        help="images: a folder, manifest, table, tar shards or hf://datasets/owner/name",
+    )  # fmt: skip
+    parser.add_argument("--image_column", help="of a manifest or table (default: found by the usual names)")
     parser.add_argument(
         "--resolution", type=int, nargs="+", required=True, help="one or several; crops have about this squared pixels"
     )
@@ -175,6 +177,10 @@ def open_crops(arguments: argparse.Namespace) -> Crops:
     require_positive(arguments, "batch_size", "max_images")
     if len(set(arguments.resolution)) < len(arguments.resolution):
         raise UserError(f"--resolution {' '.join(map(str, arguments.resolution))} names a resolution twice")
-    reading = Reading(exif_orientation=arguments.exif_orientation, failures=Failures(arguments.max_errors))
+    reading = Reading(
+        exif_orientation=arguments.exif_orientation,
+        image_column=arguments.image_column,
+        failures=Failures(arguments.max_errors),
+    )
     images = open_images(arguments.data, reading)
     return Crops(images, arguments.resolution, arguments.max_aspect, arguments.max_images)

@@ -125,4 +125,4 @@ def grey_to_8bit(values: np.ndarray) -> np.ndarray:
     white = next((white for white in whites if high <= white * (1 + slack) and low >= -white * slack), None)
     if white is None:
         values, white = values - low, high - low
-    return (values.clip(0, white) * (255 / white)).round().astype(np.uint8)
+    return (values.clip(0, white) * (255 / (white or 1))).round().astype(np.uint8)

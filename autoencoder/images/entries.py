@@ -77,7 +77,10 @@ def parse_fields(fields: Mapping[str, Any], folder: Path, reading: Reading, labe
         raise ValueError(missing_image(fields, reading))
     name, content = _image(fields[column], column)
     captions, kind = _captions(fields, column, reading)
-    path = folder / label if not name else folder / (os.path.basename(name) if content is not None else name)
+    if content is None:
+        path = folder / name
+    else:
+        path = (folder / label).with_name(os.path.basename(name)) if os.path.basename(name) else folder / label
     return Entry(Sample(path, captions, kind, size_of(fields)), content)
 
 

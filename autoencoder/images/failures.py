@@ -88,7 +88,7 @@ class Failures:
         first = "\n  ".join(list(self.reasons.values())[:3])
         return UserError(
             f"{names}: more than {self.limit} unusable samples (max_errors={self.max_errors:g} of "
-            f"{sum(self.sources.values())}): {self.summary()}. Repair or remove them{listed} or raise max_errors. The "
+            f"{sum(self.sources.values())}): {self.summary()}; repair or remove them{listed} or raise max_errors. The "
             f"first:\n  {first}"
         )
 

@@ -140,11 +140,11 @@ def read_text(path: Path) -> str:
     return clean_text(content.decode("utf-16" if content[:2] in UTF16 else "utf-8")).strip()
 
 
-class ImageFiles(ImageSource):
+class FileList(ImageSource):
     """These image files, without captions. Those that are missing are found out when they are loaded."""
 
     def __init__(self, paths: Sequence[Path], reading: Reading | None = None):
-        super().__init__("images", reading or Reading(require_captions=False))
+        super().__init__(", ".join(map(str, paths[:3])), reading or Reading(require_captions=False))
         self.paths = tuple(paths)
         self.failures.expect(self.name, len(self))
 

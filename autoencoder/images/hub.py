@@ -89,7 +89,7 @@ class HubDataset(ImageSource):
 
     def _parse(self, fields: dict[str, Any], index: int) -> Entry:
         try:
-            return parse_fields(fields, self.folder, self.reading, f"{index:08d}")
+            return parse_fields(fields, self.folder, self.reading, f"{self.name.partition('?')[0]}/{index:08d}")
         except ValueError as error:
             raise UserError(f"{self.name}:row {index + 1}: {error}") from None
 
@@ -143,7 +143,7 @@ def _load(name: str, reading: Reading, load: Callable[[ModuleType], Any], folder
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name} needs the library of Hugging Face data sets: pip install datasets") from None
+        raise UserError(f"{name} needs the library of Hugging Face data sets: pip install datasets (or svg-t2i[datasets])") from None
     try:
         rows = load(datasets)
     except Exception as error:  # network, names, scripts, damaged files: it has many

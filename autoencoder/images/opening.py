@@ -107,7 +107,8 @@ def _open_folder(folder: Path, reading: Reading) -> ImageSource:
     contents = survey(folder)
     others, images = contents.others, len(contents.images)
     metadata = [name for end in (".jsonl", ".csv", ".parquet") for name in others.get(end, [])]
-    metadata = sorted(name for name in metadata if os.path.basename(name) in METADATA)
+    beside = {os.path.dirname(name): name for name in reversed(metadata) if os.path.basename(name) in METADATA}
+    metadata = sorted(beside.values())  # one of each folder
     shards = [str(folder / name) for name in others.get(".tar", [])]
     if metadata:
         return _joined([_open_file(folder / name, reading) for name in metadata], str(folder))

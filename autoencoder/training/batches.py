@@ -11,7 +11,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from autoencoder.images.files import (
     to_uint8_tensor,
 )
 from autoencoder.images.folders import ImageFolder
-from autoencoder.images.manifest import Manifest
+from autoencoder.images.opening import open_source
 from autoencoder.images.order import SampleOrder, sample_rng
 from autoencoder.images.sources import ImageSource, Reading
 
@@ -44,7 +45,10 @@ HEADER_READERS = 16  # threads; on network storage a header takes milliseconds o
 
 @dataclass(frozen=True)
 class ManifestParams:
-    """Images of a manifest in their native aspect, about `train_resol`² pixels each; captions are not needed."""
+    """Images of a manifest, or of all else that `images.opening` knows, in their native aspect.
+
+    They have about `train_resol`² pixels each; captions are not needed.
+    """
 
     batch_size: int
     json_path: str
@@ -55,6 +59,8 @@ class ManifestParams:
     max_aspect: float = 4.0  # 1: squares only
     bucket_window: int = 4096  # images among which those of equal size are sought for a batch; 1: as they come
     val_json_path: str | None = None
+    image_column: str | None = None  # of a manifest or table; None: found by the usual names
+    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
     max_errors: float = MAX_ERRORS
     exif_orientation: str = "apply"
 
@@ -65,7 +71,9 @@ class ManifestParams:
 
     def sources(self) -> tuple[ImageSource, ImageSource | None, tuple[Size, ...]]:
         reading, paths = reading_of(self), [self.json_path, self.val_json_path]
-        train, validation = (Manifest.open(locate(path), reading) if path else None for path in paths)
+        folder = None if self.index_folder is None else Path(self.index_folder).expanduser()
+        reading = replace(reading, image_column=self.image_column, index_folder=folder)
+        train, validation = (open_source(path, reading) if path else None for path in paths)
         return train, validation, aspect_buckets(self.train_resol, self.max_aspect)
 
 
@@ -202,7 +210,7 @@ class CropSizes:
 
     def _read(self, index: int) -> int:
         try:
-            size = image_size(self.source[index].path, turn=self.source.reading.turn)
+            size = image_size(self.source.read(index)[0], turn=self.source.reading.turn)
         except UserError:
             return 0  # loading it will tell, and replace it
         return self.buckets.index(nearest_bucket(size, self.buckets))

@@ -47,7 +47,8 @@ from autoencoder.images.files import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.images.manifest import Manifest
+from autoencoder.images.opening import open_source
+from autoencoder.images.sources import ImageSource
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.text.encoder import make_toy_text_encoder
 
@@ -230,10 +231,10 @@ def run_on_shapes(recipe: Recipe) -> None:
         print("So few steps teach nothing; --short shows that everything runs. Leave it out to learn the shapes.")
 
 
-def run_on_data(recipe: Recipe, manifest: Manifest) -> None:
+def run_on_data(recipe: Recipe, source: ImageSource) -> None:
     """Trains on squares of the user's images; shows some, their reconstructions, and pictures for their captions."""
     with recipe.phase("data"):
-        samples = write_squares(manifest, recipe.manifest.parent, recipe.resolution)
+        samples = write_squares(source, recipe.manifest.parent, recipe.resolution)
         print(f"{len(samples)} squares of {recipe.resolution} px")
     recipe.train([caption for _, captions in samples for caption in captions])
     shown = samples[:: max(1, len(samples) // recipe.plan.prompts)][: recipe.plan.prompts]
@@ -256,15 +257,17 @@ def run_on_data(recipe: Recipe, manifest: Manifest) -> None:
     recipe.write_report({**report, "reconstruction_psnr_min": min(reconstruction), **own})
 
 
-def write_squares(manifest: Manifest, folder: Path, side: int) -> list[tuple[Path, tuple[str, ...]]]:
+def write_squares(source: ImageSource, folder: Path, side: int) -> list[tuple[Path, tuple[str, ...]]]:
     """Cuts the middle squares of all images, once: (file, captions) of each. Also writes their train.jsonl.
 
     The same crop at every visit is what lets a small model overfit a handful of images.
     """
     (folder / "images").mkdir(parents=True)
     samples = []
-    for index in range(len(manifest)):
-        image, sample = manifest.load(index)
+    for index in range(len(source)):
+        image, sample, found = source.load(index)
+        if found != index:  # unusable, and told so
+            continue
         path = folder / "images" / f"{index:05d}.png"
         save_png(crop_square(image, side, None), path)
         samples.append((path, sample.captions))
@@ -316,7 +319,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     description = "Autoencoder, DiT and pictures at toy size, with no download."
     parser = Parser(description=description, prog="bash scripts/quickstart.sh")
     parser.add_argument("--short", action="store_true", help="a few steps of everything: it runs, and learns nothing")
-    parser.add_argument("--data", type=Path, help='your images and captions: JSONL of {"path": ..., "prompt": ...}')
+    parser.add_argument("--data", help="your images and captions: folder, manifest, table, tar shards, hf://datasets/…")
     parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder to write")
     parser.add_argument("--pictures", action="store_true", help="train nothing: draw the README's pictures")
@@ -327,15 +330,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     output, own_data = args.output.resolve(), args.data is not None
-    if own_data and not args.data.is_file():
-        raise UserError(f"--data {args.data}: there is no such file; give a JSONL of {{path, prompt}}")
     if args.pictures:
         draw_pictures(output)
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
     if own_data:  # complain before anything is written
-        manifest = Manifest.open(args.data)
+        source = open_source(args.data)
         aspect_buckets(args.resolution, max_aspect=1)
     output.mkdir(parents=True, exist_ok=True)
     processes, threads = divide_cores()
@@ -347,7 +348,7 @@ def main(argv: list[str]) -> None:
         threads=threads,
     )
     if own_data:
-        run_on_data(recipe, manifest)
+        run_on_data(recipe, source)
     else:
         run_on_shapes(recipe)
     print(f"\n{sum(recipe.seconds.values()):.0f} seconds. Look at {output / 'samples.png'} and report.json beside it.")

@@ -15,11 +15,13 @@ class DataSource:
     The same images may be listed twice with different resolutions: that is how a run trains on several of them.
     """
 
-    path: str  # manifest (.jsonl, .json) or tar shards: a file, folder, pattern or URL
+    path: str  # whatever holds images and captions, see images.opening
     weight: float | None = None  # share of the samples seen; None for all sources: by their number of samples
     resolution: int | None = None
     system_prompt: str | None = None
     feature_cache: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class DataConfig:
     jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
     max_errors: float = MAX_ERRORS  # unusable samples that are replaced: a share of all (16 at least), or a number
     exif_orientation: str = "apply"  # turn images upright; "ignore" reads them as the published data was read
+    image_column: str | None = None  # of manifests and tables; None: found by the usual names, see images.entries
+    caption_column: str | None = None
     index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
 
     def __post_init__(self) -> None:
@@ -68,13 +72,15 @@ class DataConfig:
 
     @property
     def all_sources(self) -> tuple[DataSource, ...]:
-        """The sources, one or several, with resolution and system prompt filled in."""
+        """The sources, one or several, with what they leave to the section filled in."""
         alone = DataSource(self.path or "", feature_cache=self.feature_cache)
         return tuple(
             replace(
                 source,
                 resolution=source.resolution or self.resolution,
                 system_prompt=source.system_prompt or self.system_prompt,
+                image_column=source.image_column or self.image_column,
+                caption_column=source.caption_column or self.caption_column,
             )
             for source in self.sources or (alone,)
         )

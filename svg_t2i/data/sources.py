@@ -186,15 +186,18 @@ class T2IDataset(Dataset[TrainItem]):
 
 
 def open_sources(config: DataConfig) -> list[ImageSource]:
-    """The manifests and shards that the settings name. Indexes are made where they are missing."""
+    """The sources that the settings name, sharing one count of unusable samples. Missing indexes are made."""
     reading = Reading(
         exif_orientation=config.exif_orientation,
         index_folder=None if config.index_folder is None else Path(config.index_folder).expanduser(),
         failures=Failures(config.max_errors),
     )
     return [
-        open_source(path if "://" in path else str(locate(path)), reading)
-        for path in (source.path for source in config.all_sources)
+        open_source(
+            source.path,
+            replace(reading, image_column=source.image_column, caption_column=source.caption_column),
+        )
+        for source in config.all_sources
     ]
 
 

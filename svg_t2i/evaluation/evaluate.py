@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +33,10 @@ from torch.nn.functional import normalize
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.evaluation.metrics import ImageMetrics, Unavailable, build_inception
-from autoencoder.images.files import Size, crop_to_size, load_image, to_float, to_uint8_tensor
-from autoencoder.images.manifest import Manifest
+from autoencoder.images.failures import Failures
+from autoencoder.images.files import Size, crop_to_size, to_float, to_uint8_tensor
+from autoencoder.images.opening import open_source
+from autoencoder.images.sources import ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
 from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
@@ -58,16 +59,22 @@ class Report:
 
 
 class ImageFiles(Sequence[Tensor]):
-    """Images on disk as uint8 (3, H, W), read on access, scaled and cropped from the middle to `size`."""
+    """Images of a source as uint8 (3, H, W), read on access, scaled and cropped from the middle to `size`.
 
-    def __init__(self, paths: Sequence[Path], size: Size):
-        self.paths, self.size = paths, size
+    An unusable image is replaced by its neighbour, unless the source's limit of failures is 0.
+
+    places: of the images in the source, in the order wanted; None takes all.
+    """
+
+    def __init__(self, source: ImageSource, size: Size, places: Sequence[int] | None = None):
+        self.source, self.size = source, size
+        self.places = range(len(source)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_uint8_tensor(crop_to_size(load_image(self.paths[index]), self.size))
+        return to_uint8_tensor(crop_to_size(self.source.load(self.places[index]).image, self.size))
 
 
 def evaluate(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world: World | None = None) -> dict[str, float]:
@@ -105,13 +112,18 @@ def evaluate_shapes(pipeline: SVGT2IPipeline, settings: EvaluationConfig, world:
 
 
 def load_references(settings: EvaluationConfig) -> tuple[list[str], ImageFiles]:
-    """`num_images` captions spread evenly over the manifest, and their images in the size that is sampled."""
-    manifest = Manifest.open(settings.manifest)
-    spread = np.linspace(0, len(manifest) - 1, min(settings.num_images, len(manifest))).round().astype(int)
-    if len(spread) < 2:
+    """`num_images` captions spread evenly over the data, and their images in the size that is sampled."""
+    reading = Reading(exif_orientation=settings.exif_orientation, failures=Failures(settings.max_errors))
+    source = open_source(settings.manifest, reading)
+    captions: dict[int, str] = {}
+    for place in np.linspace(0, len(source) - 1, min(settings.num_images, len(source))).round().astype(int).tolist():
+        try:
+            captions[place] = source[place].captions[0]
+        except UserError as error:
+            source.fail(place, str(error))
+    if len(captions) < 2:
         raise UserError(f"evaluation.manifest={settings.manifest} has one sample; distances need two or more")
-    samples = [manifest[i] for i in spread]
-    return [s.captions[0] for s in samples], ImageFiles([s.path for s in samples], settings.sampling.size)
+    return list(captions.values()), ImageFiles(source, settings.sampling.size, list(captions))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from autoencoder.common.config import UserError, require
+from autoencoder.images.failures import MAX_ERRORS
 from svg_t2i.sampling.options import SamplingOptions
 
 METRICS = ("mmd", "fid", "clip_score", "shapes")
@@ -22,6 +23,8 @@ class EvaluationConfig:
     clip: str = "openai/clip-vit-large-patch14"  # Hugging Face folder or id
     seed: int = 0  # image i has seed + i
     batch_size: int = 16
+    max_errors: float = MAX_ERRORS  # unusable samples of the manifest, as in `data`
+    exif_orientation: str = "apply"
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(height=256, width=256))
 
     def __post_init__(self) -> None:

@@ -196,7 +196,7 @@ def test_refusals_come_before_the_work(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         main(arguments(folder, "--data", str(folder / "empty")))
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
         main(arguments(folder, "--data", str(folder / "nowhere")))
     (folder / "s.safetensors").write_text("precious")
     with pytest.raises(UserError, match="exists.*--overwrite"):

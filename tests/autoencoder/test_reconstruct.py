@@ -130,7 +130,7 @@ def test_refusals(folder):
     (folder / "empty").mkdir()
     for more, message in (
         ([folder / "empty"], "empty holds no image"),
-        ([folder / "nowhere"], "nowhere does not exist"),
+        ([folder / "nowhere"], "nowhere cannot be read: No such file"),
         ([folder / "missing.png"], "1 images are unreadable.*missing.png"),
         (["a.b=1"], "no images: name"),
         ([folder / "photos", "--resolution", "wide"], "--resolution wide"),

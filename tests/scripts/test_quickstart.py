@@ -135,7 +135,7 @@ def test_data_set_is_deterministic_and_a_manifest(draw, score, tmp_path):
     things = {thing.caption: thing for thing in draw.all_things()}
     manifest = Manifest.open(tmp_path / "a" / "train.jsonl")
     for index in range(0, len(manifest), 10):
-        image, sample = manifest.load(index)
+        image, sample, _ = manifest.load(index)
         assert all(score.read_picture(image).matches(things[sample.captions[0]]).values())
 
 
@@ -155,7 +155,7 @@ def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
     ("arguments", "message"),
     [
         (["--output", "full"], "full is not empty"),
-        (["--data", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["--data", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["--data", str(EXAMPLE), "--resolution", "100"], "100 is not a positive multiple of 16"),
     ],
 )
@@ -191,7 +191,7 @@ def test_squares_of_the_users_images(score, tmp_path):
     captions = ["a red field", "red"]
     (tmp_path / "my.jsonl").write_text(json.dumps({"path": "wide.png", "prompt": captions}))
     recipe.write_squares(Manifest.open(tmp_path / "my.jsonl"), tmp_path / "data", 32)
-    image, sample = Manifest.open(tmp_path / "data" / "train.jsonl").load(0)
+    image, sample, _ = Manifest.open(tmp_path / "data" / "train.jsonl").load(0)
     assert (image.size, sample.captions) == ((32, 32), tuple(captions))
     assert image.getpixel((3, 3)) == (255, 0, 0)
 

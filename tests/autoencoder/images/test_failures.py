@@ -60,7 +60,7 @@ def test_the_message_counts_kinds_and_names_what_to_do(tmp_path):
     with pytest.raises(UserError) as caught:
         failures.add("data", 7, "7.png: no such image file")
     message = str(caught.value)
-    assert "max_errors=3 of 50): 3 × no such image file, 1 × not valid JSON." in message
+    assert "max_errors=3 of 50): 3 × no such image file, 1 × not valid JSON;" in message
     assert f"delete {tmp_path / 'run' / 'unusable.jsonl'}" in message
     assert message.endswith("0.png: no such image file\n  1.png: no such image file\n  m.jsonl:3: not valid JSON: oops")
 

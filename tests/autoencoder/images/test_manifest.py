@@ -16,9 +16,10 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images import manifest as manifest_module
+from autoencoder.images.entries import size_of
 from autoencoder.images.failures import Failures
 from autoencoder.images.folders import ImageFolder
-from autoencoder.images.manifest import Manifest, size_of
+from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import sample_rng
 from autoencoder.images.sources import Reading, Sample
 
@@ -94,7 +95,7 @@ def test_memory_and_pickling(tmp_path):
 
 
 def test_captions_are_optional_in_stage_1(tmp_path):
-    path = write_lines(tmp_path / "m.jsonl", {"path": "a.png"}, {"image_path": "b.png", "prompt": "other convention"})
+    path = write_lines(tmp_path / "m.jsonl", {"path": "a.png"}, {"image_path": "b.png", "words": "not a caption"})
     assert [sample.captions for sample in Manifest.open(path, Reading(require_captions=False))] == [(), ()]
     with pytest.raises(UserError, match=r"m\.jsonl:1: field 'prompt', the caption of 'path', is missing"):
         Manifest.open(path)
@@ -105,7 +106,7 @@ def test_captions_are_optional_in_stage_1(tmp_path):
 BROKEN = {
     '{"path": "a.png", "prompt": "x"': "not valid JSON",
     '["a.png", "x"]': "expected an object with an image path and a caption, got list",
-    '{"file": "a.png", "prompt": "x"}': r"needs a field 'path' or 'image_path'; it has \['file', 'prompt'\]",
+    '{"picked": "a.png", "prompt": "x"}': r"needs a field for the image path.*it has \['picked', 'prompt'\]; name it",
     '{"path": 3, "prompt": "x"}': "field 'path' must be a file name, got 3",
     '{"path": "", "prompt": "x"}': "field 'path' must be a file name, got ''",
     '{"path": "a\\u0000.png", "prompt": "x"}': "field 'path' must be a file name",
@@ -114,7 +115,7 @@ BROKEN = {
     '{"path": "a.png", "prompt": []}': "field 'prompt', the caption of 'path', is an empty list",
     '{"path": "a.png", "prompt": null}': "field 'prompt', the caption of 'path', is null",
     '{"path": "a.png", "prompt": ["", " "]}': "field 'prompt', the caption of 'path', holds an empty caption",
-    '{"image_path": "a.png", "prompt": "x"}': "field 'super_high_quality_caption', the caption of 'image_path'",
+    '{"image_path": "a.png", "words": "x"}': "field 'super_high_quality_caption', the caption of 'image_path'",
     "[" * 100_000: "not valid JSON",
 }
 
@@ -141,7 +142,7 @@ def test_lines_that_are_not_utf8(tmp_path):
 def test_too_many_broken_lines(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", item(1), *["oops"] * 5)
     assert len(Manifest.open(path, Reading(failures=Failures(5)))) == 1
-    message = r"more than 4 unusable samples.*: 5 × not valid JSON\. Repair or remove (.|\n)*jsonl:2: (.|\n)*jsonl:4: "
+    message = r"more than 4 unusable samples.*: 5 × not valid JSON; repair or remove (.|\n)*jsonl:2: (.|\n)*jsonl:4: "
     with pytest.raises(UserError, match=message):
         Manifest.open(path, Reading(failures=Failures(4)))
 
@@ -249,7 +250,7 @@ def test_image_folder(tmp_path):
     folder = ImageFolder(tmp_path, "train")
     expected = ["c.jpg", "n01/a.JPEG", "n01/é.png", "n02/b.JPEG", "n03/a.JPEG", "n03/é.png"]
     assert [str(sample.path.relative_to(tmp_path / "train")) for sample in folder] == expected
-    image, sample = folder.load(2)
+    image, sample, _ = folder.load(2)
     assert image.size == (8, 8)
     assert sample.captions == ()
     assert len(pickle.loads(pickle.dumps(folder))) == 6

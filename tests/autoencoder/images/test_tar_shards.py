@@ -161,9 +161,11 @@ def test_fingerprints_tell_sources_apart(shards):
 
 
 def test_mistakes_are_named(shards, tmp_path):
-    for pattern in (f"{shards}/no-*.tar", str(tmp_path)):
-        with pytest.raises(UserError, match="there is no tar shard of this name"):
-            open_source(pattern)
+    with pytest.raises(UserError, match="there is no tar shard of this name"):
+        open_source(f"{shards}/no-*.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no image, no tar shard and no table; it holds nothing; give a folder"):
+        open_source(str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"gone\.tar cannot be read: FileNotFoundError"):
         open_source(str(shards / "gone.tar"))
     with pytest.raises(UserError, match=r"compressed shard; unpack it"):
