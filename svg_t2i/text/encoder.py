@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, locate
+from autoencoder.images.captions import clean_text
 from svg_t2i.transformer.packing import TextFeatures
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
@@ -44,6 +45,7 @@ SYSTEM_PROMPTS = {
     "empty": "",
 }
 
+SHOWN_CHARACTERS = 80  # of a text in a truncation warning
 MAX_CUT_REPORTS = 20  # truncation warnings per encoder: enough to see the pattern, few enough to read
 
 
@@ -192,7 +194,8 @@ class TextEncoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens: at least one, at most `max_length`. Cuts are logged."""
-        rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        texts = [clean_text(text) for text in texts]
+        rows = self.tokenizer(texts, verbose=False)["input_ids"]
         for i, row in enumerate(rows):
             if len(row) > self.max_length:
                 rows[i] = self.tokenizer(texts[i], truncation=True, max_length=self.max_length)["input_ids"]
@@ -215,13 +218,12 @@ class TextEncoder:
         self._num_cut += 1
         if self._num_cut > MAX_CUT_REPORTS:
             return
-        content = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        cut = content[self.max_length - self.tokenizer.num_special_tokens_to_add() :]
         log.warning(
-            "a text of %d tokens was cut to text_encoder.max_length=%d; lost: %r%s",
+            "a text of %d characters and %d tokens was cut to text_encoder.max_length=%d; it begins: %r%s",
+            len(text),
             num_tokens,
             self.max_length,
-            self.tokenizer.decode(cut),
+            text[:SHOWN_CHARACTERS],
             " (further cuts are not reported)" if self._num_cut == MAX_CUT_REPORTS else "",
         )
 

@@ -32,7 +32,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if path.suffix == ".txt":

@@ -126,7 +126,7 @@ def test_long_text_is_cut_at_the_right_and_reported(toy_folder, caplog):
     assert len(caplog.records) == 1
     assert "8 tokens" in caplog.text
     assert "max_length=5" in caplog.text
-    assert "lost: 'left of blue'" in caplog.text
+    assert "it begins: 'a large red circle left of blue'" in caplog.text
     for _ in range(2 * MAX_CUT_REPORTS):
         encoder.tokenize(["a large red circle left"])
     assert len(caplog.records) == MAX_CUT_REPORTS
@@ -139,7 +139,16 @@ def test_cut_keeps_the_end_token(toy_folder, tmp_path, caplog):
     encoder = TextEncoder.from_pretrained(tmp_path, max_length=3)
     ids = encoder.tokenize(["large red circle"])[0]
     assert encoder.tokenizer.convert_ids_to_tokens(ids) == ["large", "red", "<eos>"]
-    assert "lost: 'circle'" in caplog.text
+    assert "16 characters and 4 tokens was cut to text_encoder.max_length=3" in caplog.text
+    caplog.clear()
+    encoder.tokenize(["red " * 9000])
+    assert "it begins: '" + "red " * 20 + "'" in caplog.text
+    assert len(caplog.text) < 400
+
+
+def test_halves_of_characters_are_left_out(toy_folder):
+    encoder = TextEncoder.from_pretrained(toy_folder)
+    assert encoder.tokenize(["a \ud83dred circle", "\ufeffa red circle"]) == encoder.tokenize(["a red circle"] * 2)
 
 
 def rebuild_tokenizer(folder, template, special, **tokens):

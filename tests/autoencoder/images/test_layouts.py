@@ -1,0 +1,364 @@
+"""What paths people give, and the images and captions that are found there."""
+
+import base64
+import csv
+import gzip
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoencoder.common.config import UserError
+from autoencoder.images import tables, tar_shards
+from autoencoder.images.failures import Failures
+from autoencoder.images.folders import ImageFolder
+from autoencoder.images.opening import open_images, open_source
+from autoencoder.images.sources import Reading
+
+COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
+CAPTIONS = ("a red square", "a green square", 'blue, "quoted"\nand on two lines')
+FOUND = list(zip(COLOURS, CAPTIONS, strict=True))
+
+
+def png(colour, size=(10, 6)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def pictures(folder, names=("0.png", "1.png", "2.png")):
+    for name, colour in zip(names, COLOURS, strict=True):
+        put(folder / name, png(colour))
+    return names
+
+
+def lines(*entries):
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def table(folder, image, caption, delimiter=","):
+    file = io.StringIO()
+    rows = csv.writer(file, delimiter=delimiter)
+    rows.writerows([[image, caption, "score"], *zip(pictures(folder), CAPTIONS, "123", strict=True)])
+    return file.getvalue()
+
+
+def parquet(path, **columns):
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
+    writer = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def tar(path, members, mode="w"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as file:
+        for name, content in members:
+            content = content if isinstance(content, bytes) else content.encode()
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            file.addfile(header, io.BytesIO(content))
+    return path
+
+
+def seen(source):
+    """(colour, first caption) of every sample."""
+    loaded = [source.load(index) for index in range(len(source))]
+    assert [found.index for found in loaded] == list(range(len(source)))
+    assert not len(source.failures)
+    return [(found.image.getpixel((0, 0)), *found.sample.captions) for found in loaded]
+
+
+# --- layouts: each writes the three squares and returns the path to give -------------------------------------------
+
+
+def sidecars(folder):
+    for name, text in zip(pictures(folder), CAPTIONS, strict=True):
+        put(folder / name.replace("png", "txt"), "\ufeff" + text + "\n")
+    put(folder / ".DS_Store", b"\0")
+    put(folder / "._0.png", b"\0")
+    put(folder / ".ipynb_checkpoints" / "0-checkpoint.png", b"\0")
+    return folder
+
+
+def captions_beside(folder):
+    for name, text in zip(pictures(folder / "deeper"), CAPTIONS, strict=True):
+        put(folder / "deeper" / name.replace("png", "caption"), text)
+    return folder
+
+
+def img2dataset_files(folder):
+    for name, text in zip(pictures(folder / "00000"), CAPTIONS, strict=True):
+        put(folder / "00000" / name.replace("png", "txt"), text)
+        put(folder / "00000" / name.replace("png", "json"), json.dumps({"caption": text, "url": "https://x/y"}))
+    put(folder / "00000_stats.json", "{}")
+    return folder
+
+
+def imagefolder_lines(folder):
+    entries = zip(pictures(folder / "train"), CAPTIONS, strict=True)
+    put(folder / "train" / "metadata.jsonl", lines(*({"file_name": name, "text": text} for name, text in entries)))
+    return folder
+
+
+def imagefolder_csv(folder):
+    put(folder / "metadata.csv", table(folder, "file_name", "text"))
+    return folder
+
+
+def imagefolder_parquet(folder):
+    parquet(folder / "metadata.parquet", file_name=list(pictures(folder)), caption=list(CAPTIONS))
+    return folder
+
+
+def json_list(folder):
+    entries = zip(pictures(folder), CAPTIONS, strict=True)
+    content = [{"img_path": name, "caption": [text]} for name, text in entries]
+    return put(folder / "captions.txt", json.dumps(content))
+
+
+def json_lines(folder):
+    entries = zip(pictures(folder), CAPTIONS, strict=True)
+    return put(folder / "data", "\ufeff" + lines(*({"Image Path": name, "Prompt": text} for name, text in entries)))
+
+
+def gzip_lines(folder):
+    entries = zip(pictures(folder), CAPTIONS, strict=True)
+    return put(folder / "d.jsonl.gz", gzip.compress(lines(*({"path": n, "prompt": t} for n, t in entries)).encode()))
+
+
+def llava(folder):
+    entries = []
+    for name, text in zip(pictures(folder), CAPTIONS, strict=True):
+        question = {"from": "human", "value": "<image>\nDescribe it."}
+        entries.append({"id": name, "image": name, "conversations": [question, {"from": "gpt", "value": text}]})
+    return put(folder / "llava.json", json.dumps(entries))
+
+
+def images_as_bytes(folder):
+    return parquet(
+        folder / "train-00000-of-00001.parquet",
+        image=[{"bytes": png(colour), "path": f"{i}.png"} for i, colour in enumerate(COLOURS)],
+        caption=list(CAPTIONS),
+    )
+
+
+def images_in_lines(folder):
+    entries = [
+        {"image": {"bytes": base64.b64encode(png(colour)).decode()}, "text": text}
+        for colour, text in zip(COLOURS, CAPTIONS, strict=True)
+    ]
+    return put(folder / "held.jsonl", lines(*entries))
+
+
+def parquet_folder(folder):
+    for i, (colour, text) in enumerate(FOUND):
+        parquet(folder / "data" / f"train-0000{i}.parquet", jpg=[png(colour)], txt=[text])
+    return folder
+
+
+def shards(folder):
+    for i, (colour, text) in enumerate(FOUND):
+        tar(folder / f"{i:05d}.tar", [(f"{i}.png", png(colour)), (f"{i}.txt", text), (f"{i}.json", '{"key": 1}')])
+        put(folder / f"{i:05d}_stats.json", "{}")
+    return folder
+
+
+def unsorted_tar(folder):
+    images = [(f"{i}.png", png(colour)) for i, colour in enumerate(COLOURS)]
+    return tar(folder / "u.tar", [*images, *((f"{i}.txt", text) for i, text in reversed([*enumerate(CAPTIONS)]))])
+
+
+def dotted_tar(folder):
+    members = []
+    for i, (colour, text) in enumerate(FOUND):
+        members += [(f"./photo.{i}.png", png(colour)), (f"./photo.{i}.txt", text), (f"./._photo.{i}.png", b"\0")]
+    return tar(folder / "d.tar", members)
+
+
+def saved_dataset(folder):
+    datasets = pytest.importorskip("datasets", reason="saved data sets need the datasets library")
+    images = [{"bytes": png(colour), "path": None} for colour in COLOURS]
+    rows = datasets.Dataset.from_dict({"picture": images, "text": list(CAPTIONS)})
+    rows.cast_column("picture", datasets.Image()).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+LAYOUTS = (
+    sidecars, captions_beside, img2dataset_files, imagefolder_lines, imagefolder_csv, imagefolder_parquet, json_list,
+    json_lines, gzip_lines, llava, images_as_bytes, images_in_lines, parquet_folder, shards, unsorted_tar, dotted_tar,
+    saved_dataset,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layouts(layout, tmp_path):
+    path = layout(tmp_path / "data")
+    assert seen(open_source(path)) == FOUND
+    assert seen(open_source(path)) == FOUND  # from indexes and copies that are there already
+    assert [colour for colour, *_ in seen(open_images(str(path)))] == list(COLOURS)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("image", ["path", "image", "image_path", "file_name", "filepath"])
+@pytest.mark.parametrize("caption", ["prompt", "caption", "text", "captions"])
+def test_columns_of_tables(image, caption, delimiter, tmp_path):
+    path = put(tmp_path / "t.csv", table(tmp_path, image, caption, delimiter))
+    assert seen(open_source(path)) == FOUND
+
+
+def test_classes_need_no_captions(tmp_path):
+    pictures(tmp_path, ("n01/a.JPEG", "n01/b.JPEG", "n02/a.JPEG"))
+    assert [colour for colour, *_ in seen(open_images(tmp_path))] == list(COLOURS)
+    with pytest.raises(UserError, match=r"holds 3 images and no captions; put a \.txt or \.caption beside each"):
+        open_source(tmp_path)
+
+
+def test_an_image_without_a_text_is_left_out(tmp_path):
+    sidecars(tmp_path)
+    (tmp_path / "1.txt").unlink()
+    source = open_source(tmp_path)
+    assert [sample.captions for sample in source] == [(CAPTIONS[0],), (CAPTIONS[2],)]
+    assert "1.png: has no caption: there is no 1.txt or .caption beside it" in next(
+        iter(source.failures.reasons.values())
+    )
+    with pytest.raises(UserError, match="has no caption"):
+        open_source(tmp_path, Reading(failures=Failures(0)))
+
+
+def test_a_table_that_changes_is_read_anew(tmp_path):
+    path = put(tmp_path / "t.csv", table(tmp_path, "path", "prompt"))
+    before = open_source(path)
+    put(path, f"path,prompt\n0.png,{'other words' * 3}\n")
+    after = open_source(path)
+    assert (len(before), len(after), after[0].captions) == (3, 1, ("other words" * 3,))
+    assert before.fingerprint() != after.fingerprint()
+
+
+def test_rows_that_are_broken_are_named(tmp_path):
+    pictures(tmp_path)
+    path = put(tmp_path / "t.csv", b"path,prompt\n0.png,fine\n1.png,a,b\n2.png,\n2.png,caf\xe9\n")
+    source = open_source(path)
+    assert [sample.captions for sample in source] == [("fine",)]
+    reasons = "\n".join(source.failures.reasons.values())
+    assert "t.csv:row 2: it has 3 fields, the header 2; quote fields that hold ','" in reasons
+    assert "t.csv:row 3: field 'prompt', the caption of 'path', holds an empty caption" in reasons
+    assert "t.csv:row 4: column 'prompt' is not UTF-8" in reasons
+
+
+# --- columns that cannot be guessed -------------------------------------------------------------------------------
+
+
+def test_unknown_columns_list_what_is_there_and_the_setting(tmp_path):
+    path = put(tmp_path / "t.csv", table(tmp_path, "bild", "worte"))
+    with pytest.raises(UserError, match=r"needs a field for the image path.*'bild', 'score', 'worte'.*image_column"):
+        open_source(path)
+    with pytest.raises(UserError, match=r"caption of 'bild', is missing; .*'worte'.*data\.caption_column"):
+        open_source(path, Reading(image_column="bild"))
+    named = Reading(image_column="bild", caption_column="worte")
+    assert seen(open_source(path, named)) == FOUND
+    with pytest.raises(UserError, match="there is no image_column 'picture'"):
+        open_source(path, Reading(image_column="picture"))
+
+
+@pytest.mark.parametrize("column", ["url", "path"])
+def test_urls_must_be_local(column, tmp_path):
+    path = put(tmp_path / "m.jsonl", lines({column: "https://host/a.jpg", "prompt": "x"}))
+    with pytest.raises(UserError, match=r"images must be local files or in tar shards; img2dataset downloads"):
+        open_source(path)
+
+
+# --- paths --------------------------------------------------------------------------------------------------------
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    composed, decomposed = (unicodedata.normalize(form, "café.png") for form in ("NFC", "NFD"))
+    names = ("in/0.png", decomposed, "a [1].png")
+    pictures(tmp_path, names)
+    given = ("in\\0.png", composed, f"file://{tmp_path}/a%20[1].png")
+    entries = [{"path": name, "prompt": text} for name, text in zip(given, CAPTIONS, strict=True)]
+    manifest = put(tmp_path / "m [x].jsonl", lines(*entries))
+    for path in (manifest, str(manifest), "~/m [x].jsonl", f"file://{manifest}".replace(" ", "%20")):
+        assert seen(open_source(path)) == FOUND
+    home = put(tmp_path / "h.jsonl", lines({"path": "~/in/0.png", "prompt": CAPTIONS[0]}))
+    assert seen(open_source(home)) == FOUND[:1]
+
+
+def test_loops_of_links_are_visited_once(tmp_path):
+    pictures(tmp_path / "a")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert len(ImageFolder(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("layout", [unsorted_tar, gzip_lines], ids=lambda layout: layout.__name__)
+def test_an_index_that_cannot_be_written_is_kept_for_the_run(layout, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tar_shards, "write_index", refuse)
+    monkeypatch.setattr(tables, "_check_space", refuse)
+    caplog.set_level(logging.WARNING)
+    assert seen(open_source(layout(tmp_path / "data"))) == FOUND
+    assert "Permission denied); every start" in caplog.text
+
+
+# --- what is nothing of all this ----------------------------------------------------------------------------------
+
+
+def test_refusals(tmp_path):
+    pictures(tmp_path)
+    compressed = tar(tmp_path / "s.tar.gz", [("0.png", png(COLOURS[0]))], "w:gz")
+    cut = put(tmp_path / "cut.jsonl.gz", gzip.compress(os.urandom(4000).hex().encode())[:2000])
+    for path, message in {
+        compressed: "cannot be found in a compressed shard; unpack it to a plain .tar",
+        shutil.copy(compressed, tmp_path / "renamed"): "compressed shard",
+        tmp_path / "0.png": "0.png is an image; give a folder of images, a manifest",
+        put(tmp_path / "z.zip", b"PK\x03\x04" + bytes(40)): "is a zip archive; unpack it",
+        put(tmp_path / "p.parquet", b"PAR1" + bytes(40)): "is not a readable Parquet file",
+        put(tmp_path / "prose", "Once there was a manifest.\n"): "prose is neither JSON nor a table",
+        put(tmp_path / "noise", bytes(range(256))): "noise is neither text nor Parquet nor a tar",
+        cut: "damaged",
+        tmp_path / "nowhere": "nowhere cannot be read: No such file or directory; give a folder of images",
+        "https://host/list.jsonl": "only tar shards are read over the network",
+        "hf://models/x": "is no data set of the Hub; give hf://datasets/owner/name",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            pytest.fail(f"{path}: {open_source(path)}")
+
+
+def test_the_hub_is_read_through_datasets(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the Hub needs the datasets library")
+    asked = []
+
+    def load_dataset(name, config, **settings):
+        asked.append((name, config, settings))
+        images = [{"bytes": png(colour), "path": None} for colour in COLOURS]
+        rows = datasets.Dataset.from_dict({"image": images, "text": list(CAPTIONS)})
+        return datasets.DatasetDict(train=rows.cast_column("image", datasets.Image()), test=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("hf://datasets/owner/name@v2?config=small")
+    assert seen(source) == FOUND
+    assert asked == [("owner/name", "small", {"split": None, "revision": "v2"})]
+    assert source.hint(1) == (None, (len(CAPTIONS[1]),))
+    assert np.asarray(source.load(2).image).shape == (6, 10, 3)
+    with pytest.raises(UserError, match=r"'part' is not one of \['config', 'revision', 'split'\]"):
+        open_source("hf://datasets/owner/name?part=1")
+    assert Path(source[0].path).parent.name == "name@v2"
