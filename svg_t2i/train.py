@@ -13,7 +13,7 @@ import argparse
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,10 @@ def run(config: TrainConfig, world: World) -> bool:
     transformer = make_transformer(config, frozen, first=newest is None, world=world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
+    contents = {source.name: source.content_fingerprint() for source in sources} if world.is_main else {}
     if newest is not None:
         resume(config, state, frozen, newest)
+        warn_of_other_data(checkpoint.read_meta(newest).get("data", {}), contents)
     if world.is_main:
         save_config(config, Path(config.results_dir) / "config.yaml")
         describe(config, state, frozen, manifest, world)
@@ -100,7 +102,8 @@ def run(config: TrainConfig, world: World) -> bool:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return False
     loader = make_loader(config, sources, frozen, state.step, world)
-    return train(config, state, objective, frozen, iter(loader), world)
+    meta = checkpoint_meta(config, state, frozen) | {"data": contents}
+    return train(config, state, objective, frozen, iter(loader), meta, world)
 
 
 def open_results(config: TrainConfig, world: World) -> Path | None:
@@ -150,6 +153,17 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
         log.info("changed since the checkpoint: %s", change)
 
 
+def warn_of_other_data(recorded: Mapping[str, str], present: Mapping[str, str]) -> None:
+    """Say which sources are not what they were. recorded, present: the name of each source → its fingerprint."""
+    for name in sorted(recorded.keys() & present.keys()):
+        if recorded[name] != present[name]:
+            log.warning(
+                "THE DATA CHANGED: %s lists other samples or captions than at the checkpoint (%s, was %s). The run "
+                "goes on with what is there now; samples may come twice or not at all",
+                name, present[name], recorded[name],
+            )  # fmt: skip
+
+
 def make_loader(
     config: TrainConfig, sources: list[ImageSource], frozen: FrozenNetworks, first_step: int, world: World
 ) -> TrainLoader:
@@ -179,9 +193,13 @@ def train(
     objective: torch.nn.Module,
     frozen: FrozenNetworks,
     steps: Iterator[list[TrainBatch | FeatureBatch]],
+    meta: dict[str, Any],
     world: World,
 ) -> bool:
-    """Steps, log lines, pictures and checkpoints up to `train.max_steps`; -> whether it was asked to stop before."""
+    """Steps, log lines, pictures and checkpoints up to `train.max_steps`; -> whether it was asked to stop before.
+
+    meta: recorded in every checkpoint.
+    """
     loop = config.train
     meter, logger = Meter(world, config, state.transformer.config), ProgressLogger(config, state.step, world)
     saver = saving.Saver(
@@ -190,7 +208,6 @@ def train(
         keep_last=loop.keep_last,
         keep_every=loop.keep_every,
     )
-    meta = checkpoint_meta(config, state, frozen)
     asked, stop = AnyRank(world), False
     with profiling(config, world) as next_step, StopRequest() as request:
         while state.step < loop.max_steps and not stop:

@@ -118,3 +118,34 @@ def saved_pipeline(toy_pipeline, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved_pipeline")
     toy_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def odd_images(tmp_path) -> Path:
+    """A folder as people have it: pictures of many modes and their texts, one damaged, and what is no picture."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    picture = Image.linear_gradient("L").resize((90, 70)).convert("RGB")
+    grey = picture.convert("L")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.merge("LA", (grey, grey)).save(folder / "grey_alpha.png")
+    picture.convert("1").save(folder / "bilevel.png")
+    picture.convert("P").save(folder / "palette.gif", transparency=3)
+    picture.convert("RGBA").save(folder / "alpha.webp")
+    Image.fromarray(np.asarray(grey, np.uint16) * 257).save(folder / "grey16.png")
+    Image.fromarray(np.asarray(grey, np.float32) / 255).save(folder / "float.tif")
+    picture.save(folder / "colour_key.png", transparency=(20, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "on its side [1].jpg", exif=exif)
+    content = (folder / "cmyk.jpg").read_bytes()
+    (folder / "damaged.jpg").write_bytes(content[: len(content) // 2])
+    for path in sorted(folder.iterdir()):
+        path.with_suffix(".txt").write_text(f"\ufeffa picture called {path.stem}", encoding="utf-8")
+    for name in ("._cmyk.jpg", ".DS_Store", "__MACOSX/cmyk.jpg", ".ipynb_checkpoints/cmyk-checkpoint.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bytes(40))
+    return folder

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import shlex
+import shutil
+import tarfile
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -16,6 +18,7 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
+from autoencoder.images.opening import open_source
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.model import DiTConfig
 from tests.test_commands import parsers
@@ -257,17 +260,39 @@ def test_commands_run_one_after_another(place, monkeypatch):
     assert [name for name in made if not (place / "outputs" / name).exists()] == []
 
 
+def example_as(layout: str, folder: Path) -> Path:
+    """The example's images and captions in another layout; returns the path to give."""
+    samples = [(sample.path, sample.captions[0]) for sample in open_source(REPO_ROOT / "configs" / "example.jsonl")]
+    if layout == "manifest":
+        return REPO_ROOT / "configs" / "example.jsonl"
+    for number, (path, caption) in enumerate(samples):
+        shutil.copy(path, folder / f"{number}{path.suffix}")
+        (folder / f"{number}.txt").write_text(caption)
+    if layout == "ImageFolder":
+        names = [f"{number}{path.suffix}" for number, (path, _) in enumerate(samples)]
+        lines = [{"file_name": name, "text": caption} for name, (_, caption) in zip(names, samples, strict=True)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if layout == "tar":
+        with tarfile.open(folder.parent / "shard.tar", "w") as shard:
+            shard.add(folder, ".")
+        return folder.parent / "shard.tar"
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
-def test_the_quickstart_runs_on_own_images(place, recipe, monkeypatch):
+@pytest.mark.parametrize("layout", ["manifest", "folder", "ImageFolder", "tar"])
+def test_the_quickstart_runs_on_own_images(layout, place, recipe, monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    data, output = example_as(layout, tmp_path / "data"), tmp_path / "example"
     monkeypatch.chdir(place)
     monkeypatch.setattr(recipe, "ON_DATA", replace(recipe.ON_DATA, autoencoder_steps=1, transformer_steps=1, prompts=3))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    recipe.main(["--data", "configs/example.jsonl", "--resolution", "64", "--output", "outputs/example"])
-    report = json.loads((place / "outputs" / "example" / "report.json").read_text())
+    recipe.main(["--data", str(data), "--resolution", "64", "--output", str(output)])
+    report = json.loads((output / "report.json").read_text())
     assert (report["images"], report["pictures"]) == (8, 3)
     assert 0 <= report["own_image"] <= 1
     assert 0 < report["reconstruction_psnr_min"] <= report["reconstruction_psnr"] < 30
-    with Image.open(place / "outputs" / "example" / "reconstructions.png") as grid:
+    with Image.open(output / "reconstructions.png") as grid:
         assert grid.width > 3 * 64 * 2
 
 

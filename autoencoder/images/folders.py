@@ -113,6 +113,9 @@ class ImageFolder(ImageSource):
     def _identity(self, index: int) -> bytes:
         return os.path.basename(bytes(self.names[index]))
 
+    def _listing(self) -> Iterator[bytes | np.ndarray]:
+        yield from (np.ascontiguousarray(self.names), self.sidecars)
+
     def _paths(self, index: int) -> tuple[Path, Path | None]:
         """The image at `index`, and the file that holds its caption."""
         index = range(len(self))[operator.index(index)]  # IndexError, negative indices

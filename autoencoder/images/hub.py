@@ -143,7 +143,7 @@ def _load(name: str, reading: Reading, load: Callable[[ModuleType], Any], folder
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name} needs the datasets library: pip install datasets (or svg-t2i[datasets])") from None
+        raise UserError(f"{name} needs the datasets library: pip install datasets") from None
     try:
         rows = load(datasets)
     except Exception as error:  # network, names, scripts, damaged files: it has many

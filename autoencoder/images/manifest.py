@@ -19,6 +19,7 @@ import json
 import operator
 import re
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy as np
 from autoencoder.common.config import UserError
 from autoencoder.images.entries import Entry, find_file, parse_line
 from autoencoder.images.sources import ImageSource, Reading, Sample
-from autoencoder.images.spans import MAPPED_BYTES, FileBytes, Lines, Spans, open_lines
+from autoencoder.images.spans import MAPPED_BYTES, FileBytes, FileChanged, Lines, Spans, open_lines
 
 VALIDATED_ENTRIES = 200_000  # a manifest of so many is parsed when it is opened (seconds), of a larger one the first …
 FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
@@ -94,7 +95,7 @@ class Manifest(ImageSource):
     def read(self, index: int) -> tuple[Path | bytes, Sample]:
         sample, content = self._find(index)
         if isinstance(content, tuple):
-            content = self.images.read(content[0], content[1] - content[0])
+            content = self.images.read_exactly(content[0], content[1] - content[0])
         return sample.path if content is None else content, sample
 
     def _find(self, index: int) -> Entry:
@@ -119,10 +120,12 @@ class Manifest(ImageSource):
         """The entry of this number, whose place may be known; its path is not looked for."""
         start, end = span or self.spans[entry]
         try:
-            line, label = self.content.read(start, end - start), f"{self.origin.path.name}/{entry:08d}"
+            line, label = self.content.read_exactly(start, end - start), f"{self.origin.path.name}/{entry:08d}"
             if self.origin.rows and line.startswith(b'"'):  # what is wrong with a row, instead of its fields
                 raise ValueError(json.loads(line))
             return parse_line(line, self.origin.path.parent, self.reading, label)
+        except FileChanged:
+            raise
         except ValueError as error:
             raise UserError(f"{self._place(entry, start)}: {error}") from None
 
@@ -138,6 +141,11 @@ class Manifest(ImageSource):
     def _identity(self, index: int) -> bytes:
         start, end = self.spans[self._entry(index)]
         return self.content.read(start, end - start).strip()
+
+    def _listing(self) -> Iterator[bytes]:
+        with self.content.path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                yield piece
 
     def _find_broken(self, limit: int) -> tuple[list[int], str]:
         """The broken ones among the first `limit` entries, counted as failures; and what is wrong with the first."""

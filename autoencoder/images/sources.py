@@ -12,7 +12,7 @@ import itertools
 import operator
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +23,7 @@ from PIL import Image
 from autoencoder.common.config import UserError, require
 from autoencoder.images.failures import Failures
 from autoencoder.images.files import Size, load_image
+from autoencoder.images.spans import FileChanged
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"}
@@ -108,6 +109,8 @@ class ImageSource(Sequence[Sample]):
                 continue
             try:
                 return Loaded(*self.load_exactly(candidate, shrink), candidate)
+            except FileChanged:
+                raise
             except UserError as error:
                 self.fail(candidate, str(error))
         reason = self.failures.reasons[self.name, first]
@@ -141,6 +144,20 @@ class ImageSource(Sequence[Sample]):
         for index in np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int).tolist():
             digest.update(self._identity(index))
         return digest.hexdigest()[:16]
+
+    def content_fingerprint(self) -> str:
+        """16 hex digits of all that the source lists, with its captions where these lie in a manifest or table.
+
+        Images are not read. A second per GB of a manifest.
+        """
+        digest = hashlib.sha256(self.fingerprint().encode())
+        for part in self._listing():
+            digest.update(part)
+        return digest.hexdigest()[:16]
+
+    def _listing(self) -> Iterator[bytes | np.ndarray]:
+        """All that the source lists, piece by piece."""
+        return iter(())
 
     def _identity(self, index: int) -> bytes:
         """What names one sample among others."""
@@ -185,6 +202,9 @@ class JoinedSources(ImageSource):
     def fail(self, index: int, reason: str) -> None:
         source, index = self._find(index)
         source.fail(index, reason)
+
+    def _listing(self) -> Iterator[bytes]:
+        return (source.content_fingerprint().encode() for source in self.sources)
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         number, index = find_part(self.ends, index)

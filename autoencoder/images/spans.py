@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from autoencoder.common.config import UserError
 from autoencoder.common.weights import replacing
 
 try:
@@ -51,6 +52,11 @@ class Spans:
     def __init__(self, rows: np.ndarray | Path):
         self._source = rows
         self._length = len(_array(rows))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(N, numbers of a row) int64."""
+        return _array(self._source)
 
     def __len__(self) -> int:
         return self._length
@@ -133,15 +139,37 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 # --- lines ------------------------------------------------------------------------------------------------------
 
 
+class FileChanged(UserError):
+    """A file is not what it was when the run opened it. This ends the run: no sample of it can be trusted."""
+
+    @classmethod
+    def of(cls, path: Path) -> FileChanged:
+        return cls(
+            f"{path} was changed while it was in use; put the old one back or give the new one a name of its own, and "
+            "start the same command again: a training run goes on from its last checkpoint"
+        )
+
+
 class FileBytes:
-    """The bytes of a file by their place. It has no position, so forked processes share it; pickles as its name."""
+    """The bytes of a file by their place. It has no position, so forked processes share it; pickles as its name.
+
+    Once opened it stays what it was, even if another file takes its name.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.version = _version(path.stat())
 
     def read(self, first: int, count: int) -> bytes:
         """Up to `count` bytes from byte `first` on, fewer at the end of the file."""
         return os.pread(self._descriptor, count, first)
+
+    def read_exactly(self, first: int, count: int) -> bytes:
+        """`count` bytes from byte `first` on. FileChanged if there are no longer so many."""
+        content = self.read(first, count)
+        if len(content) < count:
+            raise FileChanged.of(self.path)
+        return content
 
     def line(self, first: int) -> bytes:
         """The line that begins at byte `first`, newline included."""
@@ -160,18 +188,31 @@ class FileBytes:
         while done < len(buffer):
             count = os.preadv(self._descriptor, [buffer[done:]], first + done)
             if not count:
-                raise OSError(f"{self.path} became shorter while it was read")
+                raise FileChanged.of(self.path)
             done += count
 
     @property
     def _descriptor(self) -> int:
         file: FileIO | None = self.__dict__.get("_file")
         if file is None:  # of threads that come at once one wins: no descriptor in use is closed with a lost file
-            file = self.__dict__.setdefault("_file", self.path.open("rb", buffering=0))
+            file = self.__dict__.setdefault("_file", self._open())
         return file.fileno()
 
+    def _open(self) -> FileIO:
+        try:
+            file = self.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise FileChanged.of(self.path) from None
+        if _version(os.fstat(file.fileno())) != self.version:
+            raise FileChanged.of(self.path)
+        return file
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "version": self.version}
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 class Lines:
@@ -194,8 +235,11 @@ class Lines:
             raise IndexError(f"line {index} of {self._length}")
         counts = _array(self._source)
         block = int(counts.searchsorted(index, side="right")) - 1
-        first = next(islice(self._beginnings(block), index - int(counts[block]), None))
-        return first, first + len(self.content.line(first))
+        first = next(islice(self._beginnings(block), index - int(counts[block]), None), None)
+        line = b"" if first is None else self.content.line(first)
+        if not line or not (line.endswith(b"\n") or first + len(line) == self.content.version[0]):
+            raise FileChanged.of(self.content.path)
+        return first, first + len(line)
 
     def _beginnings(self, block: int) -> Iterator[int]:
         """First bytes of the lines that begin in a block."""

@@ -259,9 +259,7 @@ def _parquet_rows(path: Path, reading: Reading) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"{path} is a Parquet file, which needs pyarrow: pip install pyarrow (or svg-t2i[datasets])"
-        ) from None
+        raise UserError(f"{path} is a Parquet file, which needs pyarrow: pip install pyarrow") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -119,6 +119,11 @@ class TarShards(ImageSource):
         shard, span = self._find(index)
         return f"{PurePosixPath(shard).name}:{span}".encode()
 
+    def _listing(self) -> Iterator[bytes | np.ndarray]:
+        for shard, table in zip(self.shards, self.tables, strict=True):
+            yield PurePosixPath(shard).name.encode()
+            yield np.ascontiguousarray(table.rows)
+
     def _find(self, index: int) -> tuple[str, tuple[int, ...]]:
         number, index = find_part(self.ends, index)
         return self.shards[number], self.tables[number][index]

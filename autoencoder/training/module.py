@@ -18,6 +18,7 @@ the stream). So neither workers nor the number of processes matter, and a checkp
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ from autoencoder.training.batches import DATA, BatchStream, CropSizes, ImageData
 from autoencoder.training.losses import AutoencoderLoss
 from autoencoder.training.settings import DataSection, TrainingConfig
 
+logger = logging.getLogger("autoencoder")
+
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -52,6 +55,7 @@ class ImageDataModule(LightningDataModule):
         self.params = build(params, section.params, "data.params")
         self.training = training
         self.train_source, self.val_source, self.buckets = self.params.sources()
+        self.content = self.train_source.content_fingerprint()
         self.position = 0  # samples consumed before `self.first_step`
         self.first_step = 0
 
@@ -65,17 +69,23 @@ class ImageDataModule(LightningDataModule):
         trainer = self.training.trainer
         return trainer.max_steps or trainer.max_epochs * self.steps_per_epoch(world_size)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         steps = self.trainer.global_step - self.first_step
         position = self.position + steps * self.images_per_step(self.trainer.world_size)
-        return {"position": position, "seed": self.training.seed}
+        return {"position": position, "seed": self.training.seed, "content": self.content}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["seed"] != self.training.seed:
             raise UserError(
                 f"training.seed = {self.training.seed}, but the run was started with {state['seed']}, which fixes its "
                 "data order: keep the seed, or start a new run in another training.logdir"
             )
+        if state.get("content", self.content) != self.content:  # older checkpoints do not tell
+            logger.warning(
+                "THE DATA CHANGED: %s lists other images than at the checkpoint (%s, was %s). The run goes on with "
+                "what is there now; images may come twice or not at all",
+                self.train_source.name, self.content, state["content"],
+            )  # fmt: skip
         self.position = state["position"]
 
     def train_dataloader(self) -> DataLoader:

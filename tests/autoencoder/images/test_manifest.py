@@ -22,6 +22,7 @@ from autoencoder.images.folders import ImageFolder
 from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import sample_rng
 from autoencoder.images.sources import Reading, Sample
+from autoencoder.images.spans import FileChanged
 
 
 def write_lines(path, *entries):
@@ -325,3 +326,48 @@ def test_a_fingerprint_is_the_hash_of_the_count_and_the_entries(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", "one", *map(item, range(3)))
     entries = path.read_bytes().splitlines()[1:]
     assert Manifest.open(path).fingerprint() == hashlib.sha256(b"3" + b"".join(entries)).hexdigest()[:16]
+
+
+# --- files that change while they are in use -----------------------------------------------------------------------
+
+
+def test_a_manifest_that_is_replaced_stays_what_was_opened(tmp_path):
+    path = write_lines(tmp_path / "m.jsonl", *map(item, range(50)))
+    manifest = Manifest.open(path)
+    write_lines(tmp_path / "new.jsonl", *(item(9, prompt="other") for _ in range(3))).replace(path)
+    assert [sample.captions[0] for sample in manifest] == [f"caption {number}" for number in range(50)]
+    with pytest.raises(FileChanged, match=r"m\.jsonl was changed while it was in use; put the old one back"):
+        pickle.loads(pickle.dumps(manifest))[0]  # as a worker process would open it
+    path.unlink()
+    with pytest.raises(FileChanged):
+        pickle.loads(pickle.dumps(manifest))[0]
+
+
+@pytest.mark.parametrize("size", [0, 25])
+def test_a_manifest_that_is_cut_short_ends_the_run_in_one_line(size, tmp_path):
+    path = write_lines(tmp_path / "m.jsonl", *map(item, range(50)))
+    write_image(tmp_path / "0.png")
+    manifest = Manifest.open(path, Reading(failures=Failures(1000)))
+    os.truncate(path, size)
+    for index in (0, 20, 49):
+        with pytest.raises(FileChanged, match="was changed while it was in use"):
+            manifest.load(index)  # it is no sample's fault, so none is replaced
+    assert not len(manifest.failures)
+
+
+def test_content_fingerprints_see_every_caption(tmp_path):
+    path = write_lines(tmp_path / "m.jsonl", *map(item, range(1000)))
+    before, quick = Manifest.open(path).content_fingerprint(), Manifest.open(path).fingerprint()
+    assert Manifest.open(path).content_fingerprint() == before
+    path.write_text(path.read_text().replace("caption 780", "caption 7x0"))
+    assert Manifest.open(path).content_fingerprint() != before
+    assert Manifest.open(path).fingerprint() == quick  # a look at 64 entries
+
+
+def test_content_fingerprints_of_folders(tmp_path):
+    for name in "abc":
+        write_image(tmp_path / f"{name}.png")
+    before = ImageFolder(tmp_path).content_fingerprint()
+    assert ImageFolder(tmp_path).content_fingerprint() == before
+    write_image(tmp_path / "d.png")
+    assert ImageFolder(tmp_path).content_fingerprint() != before

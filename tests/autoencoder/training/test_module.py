@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -57,12 +58,26 @@ def test_a_resumed_run_equals_an_uninterrupted_run(shared_toy, whole, assert_equ
     ours, theirs = toy.read(resumed, 6), toy.read(whole, 6)
     for part in ("state_dict", "ema_state_dict", "optimizer_states", "ImageDataModule", "global_step"):
         assert_equal(ours[part], theirs[part], part)
+    content = theirs["ImageDataModule"].pop("content")
     assert theirs["ImageDataModule"] == {"position": 6 * 2, "seed": 0}
+    assert re.fullmatch("[0-9a-f]{16}", content)
     assert len(theirs["optimizer_states"]) == 2
     assert (whole / "checkpoints" / "last.ckpt").resolve().name == "step_0000006.ckpt"
     ours, theirs = (toy.scalars(folder)[0] for folder in (resumed, whole))
     for tag in ("train/rec_loss", "train/disc_loss", "lr-Adam/decoder"):
         assert ours[tag] == {step: theirs[tag][step] for step in (4, 5, 6)}, tag
+
+
+def test_a_folder_of_odd_files_trains(toy, odd_images, caplog):
+    steps = ["training.trainer.max_steps=2", "data.params.batch_size=10", "data.params.max_aspect=1"]
+    folder = toy.run(f"data.params.json_path={odd_images}", *steps, logdir="odd")
+    assert toy.read(folder, 2)["global_step"] > 0
+    (line,) = (folder / "unusable.jsonl").read_text().splitlines()
+    assert "damaged.jpg: not a readable image" in json.loads(line)["reason"]
+    assert "THE DATA CHANGED" not in caplog.text
+    (odd_images / "bilevel.png").unlink()
+    toy.run(f"data.params.json_path={odd_images}", "training.trainer.max_steps=3", *steps[1:], logdir="odd")
+    assert f"THE DATA CHANGED: {odd_images} lists other images" in caplog.text
 
 
 def test_everything_is_trained_averaged_and_loaded(shared_toy, whole):

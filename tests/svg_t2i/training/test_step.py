@@ -1,5 +1,6 @@
 """The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
 
+import json
 import math
 import subprocess
 from dataclasses import replace
@@ -127,6 +128,34 @@ def test_fresh_run_does_not_touch_a_folder_in_use(train):
     with pytest.raises(UserError, match=r"results_dir=.*not empty; nothing was overwritten.*resume=true"):
         train("run", "resume=false")
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+def test_a_folder_of_odd_files_trains_and_resumes_past_the_damaged_one(train, odd_images):
+    settings = (f"data.path={odd_images}", "data.max_aspect=1", "train.global_batch_size=12")
+    straight = train("straight", *settings, "train.max_steps=2")
+    broken = train("broken", *settings, "train.max_steps=1")
+    train("broken", *settings, "train.max_steps=2")
+    assert largest_difference(weights(straight, 2), weights(broken, 2)) == 0
+    for folder in (straight, broken):
+        (line,) = (folder / "unusable.jsonl").read_text().splitlines()
+        assert "damaged.jpg: not a readable image" in json.loads(line)["reason"]
+    with pytest.raises(UserError, match=r"more than 0 unusable samples .*1 × not a readable image"):
+        train("strict", *settings, "data.max_errors=0")
+
+
+def test_a_resume_on_other_data_says_so(train, toy_parts, tmp_path, capsys):
+    manifest = tmp_path / "manifest.jsonl"
+    lines = [json.loads(line) for line in (toy_parts / "manifest.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["path"] = str(toy_parts / line["path"])
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    train("run", f"data.path={manifest}", "train.max_steps=1")
+    train("run", f"data.path={manifest}", "train.max_steps=2")
+    assert "THE DATA CHANGED" not in capsys.readouterr().out
+    lines[1]["prompt"] = "something else"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    train("run", f"data.path={manifest}", "train.max_steps=3")
+    assert f"THE DATA CHANGED: {manifest} lists other samples or captions" in capsys.readouterr().out
 
 
 def test_finished_run_stays_as_it_is(train, capsys):
