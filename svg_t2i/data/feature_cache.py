@@ -222,6 +222,7 @@ class CachedDataset:
 
 # --- files ------------------------------------------------------------------------------------------------------
 
+RECORDED_LATER = ("content", "EXIF orientation")  # keys of the fingerprint that older caches do not have
 REMEDY = "fill it with: python -m svg_t2i.cache_features --config THE_SAME_YAML"
 
 
@@ -256,7 +257,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 def check_fingerprint(folder: Path, meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     """UserError naming each difference between what a cache was made for and what it is needed for."""
-    made = meta["fingerprint"]
+    made = {key: fingerprint.get(key) for key in RECORDED_LATER} | meta["fingerprint"]
     differing = [f"{key}: {made.get(key)} ≠ {value}" for key, value in fingerprint.items() if made.get(key) != value]
     if differing:
         raise UserError(

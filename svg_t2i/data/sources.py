@@ -249,11 +249,13 @@ def cache_fingerprint(dataset: T2IDataset, fingerprints: Mapping[str, Any]) -> d
     )
     return {
         "source": dataset.manifest.fingerprint(),
+        "content": dataset.manifest.content_fingerprint(),
         "samples": len(dataset),
         "resolution": dataset.resolution,
         "crop sizes": hashlib.sha256(repr(dataset.buckets).encode()).hexdigest()[:16],
         "crops per image": dataset.augmentation.crops_per_image,
         "jpeg draft": dataset.jpeg_draft,
+        "EXIF orientation": dataset.manifest.reading.exif_orientation,
         **{f"autoencoder {name}": value for name, value in fingerprints["autoencoder"].items()},
         "text encoder": fingerprints["text_encoder"],
         "caption tokens": dataset.max_caption_tokens,

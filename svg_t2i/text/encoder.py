@@ -45,7 +45,8 @@ SYSTEM_PROMPTS = {
     "empty": "",
 }
 
-SHOWN_CHARACTERS = 80  # of a text in a truncation warning
+PROMPT_START = "<Prompt Start> "  # ends every system prompt
+SHOWN_CHARACTERS = 80  # of a prompt in a truncation warning
 MAX_CUT_REPORTS = 20  # truncation warnings per encoder: enough to see the pattern, few enough to read
 
 
@@ -218,12 +219,13 @@ class TextEncoder:
         self._num_cut += 1
         if self._num_cut > MAX_CUT_REPORTS:
             return
+        prompt = text.rpartition(PROMPT_START)[2]
         log.warning(
-            "a text of %d characters and %d tokens was cut to text_encoder.max_length=%d; it begins: %r%s",
+            "a text of %d characters and %d tokens was cut to text_encoder.max_length=%d; its prompt begins: %r%s",
             len(text),
             num_tokens,
             self.max_length,
-            text[:SHOWN_CHARACTERS],
+            prompt[:SHOWN_CHARACTERS],
             " (further cuts are not reported)" if self._num_cut == MAX_CUT_REPORTS else "",
         )
 

@@ -14,6 +14,7 @@ from autoencoder.latents.statistics import LatentStats
 from svg_t2i import cache_features, train
 from svg_t2i.cache_features import CacheWriter
 from svg_t2i.checkpoints.weights import read_transformer
+from svg_t2i.data.feature_cache import check_fingerprint
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import load_frozen
@@ -174,6 +175,7 @@ def test_a_cache_of_anything_else_is_refused(toy_parts, parts, cache, tmp_path):
         "data.crops_per_image=3": "crops per image: 2 ≠ 3",
         "data.system_prompt=real": "system prompts: ",
         "data.jpeg_draft=true": "jpeg draft: False ≠ True",
+        "data.exif_orientation=ignore": "EXIF orientation: apply ≠ ignore",
         "text_encoder.max_length=64": "caption tokens: 256 ≠ 64",
     }.items():
         with pytest.raises(UserError, match=f"was made for something else .*{named}"):
@@ -182,6 +184,18 @@ def test_a_cache_of_anything_else_is_refused(toy_parts, parts, cache, tmp_path):
     loaders(toy_parts, parts, cache, "data.caption_dropout_prob=0.5", "train.seed=9", "data.num_workers=1")
     with pytest.raises(UserError, match="was made for something else .*crops per image"):
         make(toy_parts, parts, cache, "data.crops_per_image=3")
+
+
+def test_one_edited_caption_among_many_is_noticed_and_older_caches_are_read(toy_parts, parts, cache, tmp_path):
+    made = json.loads((cache / "cache.json").read_text())
+    fingerprint = dict(made["fingerprint"])
+    check_fingerprint(cache, made, fingerprint)
+    with pytest.raises(UserError, match="was made for something else .*content: "):
+        check_fingerprint(cache, made, fingerprint | {"content": "0" * 16})
+    for name in ("content", "EXIF orientation"):
+        del made["fingerprint"][name]
+    check_fingerprint(cache, made, fingerprint)
+    check_fingerprint(cache, made, fingerprint | {"content": "0" * 16})
 
 
 def test_mistakes_are_named(toy_parts, parts, cache, tmp_path):

@@ -126,7 +126,7 @@ def test_long_text_is_cut_at_the_right_and_reported(toy_folder, caplog):
     assert len(caplog.records) == 1
     assert "8 tokens" in caplog.text
     assert "max_length=5" in caplog.text
-    assert "it begins: 'a large red circle left of blue'" in caplog.text
+    assert "its prompt begins: 'a large red circle left of blue'" in caplog.text
     for _ in range(2 * MAX_CUT_REPORTS):
         encoder.tokenize(["a large red circle left"])
     assert len(caplog.records) == MAX_CUT_REPORTS
@@ -142,7 +142,7 @@ def test_cut_keeps_the_end_token(toy_folder, tmp_path, caplog):
     assert "16 characters and 4 tokens was cut to text_encoder.max_length=3" in caplog.text
     caplog.clear()
     encoder.tokenize(["red " * 9000])
-    assert "it begins: '" + "red " * 20 + "'" in caplog.text
+    assert "its prompt begins: '" + "red " * 20 + "'" in caplog.text
     assert len(caplog.text) < 400
 
 
