@@ -43,9 +43,9 @@ from autoencoder.evaluation.crops import (
 )
 from autoencoder.evaluation.metrics import PER_IMAGE
 from autoencoder.evaluation.reconstruction import Networks, Result, evaluate
-from autoencoder.images.failures import FILE_NAME
 from autoencoder.latents.drift import drift
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.failures import FILE_NAME
 
 logger = logging.getLogger(__name__)
 

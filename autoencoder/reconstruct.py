@@ -44,10 +44,10 @@ from autoencoder.images.files import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.images.folders import FileList
-from autoencoder.images.opening import open_images
-from autoencoder.images.sources import IMAGE_SUFFIXES, ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.folders import FileList
+from autoencoder.sources.opening import open_images
+from autoencoder.sources.source import IMAGE_SUFFIXES, ImageSource, Reading
 
 logger = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World, start_world
 from autoencoder.common.weights import write_json
-from autoencoder.images.failures import Failures
 from autoencoder.images.files import image_grid, load_image, save_png
-from autoencoder.images.folders import FileList
-from autoencoder.images.opening import open_images
-from autoencoder.images.sources import Reading, Sample
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.folders import FileList
+from autoencoder.sources.opening import open_images
+from autoencoder.sources.source import Reading, Sample
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, EvaluationConfig

@@ -29,9 +29,9 @@ from torch.utils.data import Dataset
 from autoencoder.common.commands import Parser, command, require_positive
 from autoencoder.common.config import UserError, load_config, locate
 from autoencoder.common.processes import World, start_world
-from autoencoder.images.failures import FILE_NAME
 from autoencoder.images.files import LATENT_PIXELS, to_float
-from autoencoder.images.sources import JoinedSources
+from autoencoder.sources.failures import FILE_NAME
+from autoencoder.sources.source import JoinedSources
 from svg_t2i.data import feature_cache
 from svg_t2i.data.loader import read_ahead
 from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from autoencoder.common.config import UserError
-from autoencoder.images.folders import list_images
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.folders import list_images
 from svg_t2i.sampling import from_images, steps
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.from_images import ImageInput, Match

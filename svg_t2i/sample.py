@@ -33,7 +33,7 @@ from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
-from autoencoder.images.folders import list_images
+from autoencoder.sources.folders import list_images
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.pipeline import DECODE_PIXELS, SVGT2IPipeline
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render

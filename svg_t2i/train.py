@@ -24,8 +24,8 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError, load_config, save_config, to_dict
 from autoencoder.common.processes import AnyRank, World, start_world
 from autoencoder.common.stopping import StopRequest
-from autoencoder.images.failures import FILE_NAME
-from autoencoder.images.sources import ImageSource, JoinedSources
+from autoencoder.sources.failures import FILE_NAME
+from autoencoder.sources.source import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
 from svg_t2i.checkpoints import weights as checkpoint
 from svg_t2i.data.batching import split_evenly
@@ -103,7 +103,10 @@ def run(config: TrainConfig, world: World) -> bool:
         return False
     loader = make_loader(config, sources, frozen, state.step, world)
     meta = checkpoint_meta(config, state, frozen) | {"data": contents}
-    return train(config, state, objective, frozen, iter(loader), meta, world)
+    stopped = train(config, state, objective, frozen, iter(loader), meta, world)
+    if world.is_main:
+        manifest.failures.report()
+    return stopped
 
 
 def open_results(config: TrainConfig, world: World) -> Path | None:

@@ -18,7 +18,7 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
-from autoencoder.images.opening import open_source
+from autoencoder.sources.opening import open_source
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.model import DiTConfig
 from tests.test_commands import parsers

@@ -12,6 +12,7 @@ FLOORS = {
     "autoencoder": [
         {"common"},
         {"images", "encoders", "decoders", "latents"},
+        {"sources"},
         {"model"},
         {"evaluation"},
         {"training"},
@@ -43,9 +44,9 @@ ONLY_IN = {
     "omegaconf": {"autoencoder.common.config"},
     "torchmetrics": {"autoencoder.evaluation.metrics"},
     "matplotlib": {"autoencoder.latents.drift", "svg_t2i.evaluation.sweep"},
-    "fsspec": {"autoencoder.images.tar_shards"},
-    "pyarrow": {"autoencoder.images.tables"},
-    "datasets": {"autoencoder.images.hub"},
+    "fsspec": {"autoencoder.sources.tar_shards"},
+    "pyarrow": {"autoencoder.sources.tables"},
+    "datasets": {"autoencoder.sources.hub"},
     "gradio": {"svg_t2i.web.page"},
     "huggingface_hub": {"svg_t2i.sampling.loading"},
     "torch.distributed": {

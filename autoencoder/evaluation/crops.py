@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from autoencoder.common.commands import Parser, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import ALONE, World
-from autoencoder.images.failures import MAX_ERRORS, Failures
 from autoencoder.images.files import (
     Group,
     Size,
@@ -32,9 +31,10 @@ from autoencoder.images.files import (
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.opening import open_images
-from autoencoder.images.sources import ORIENTATIONS, ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.failures import MAX_ERRORS, Failures
+from autoencoder.sources.opening import open_images
+from autoencoder.sources.source import ORIENTATIONS, ImageSource, Reading
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoencoder.common.config import UserError, locate, resolve_target
-from autoencoder.images.failures import MAX_ERRORS, Failures
 from autoencoder.images.files import (
     Group,
     Size,
@@ -31,10 +30,11 @@ from autoencoder.images.files import (
     nearest_bucket,
     to_uint8_tensor,
 )
-from autoencoder.images.folders import ImageFolder
-from autoencoder.images.opening import open_source
 from autoencoder.images.order import SampleOrder, sample_rng
-from autoencoder.images.sources import ImageSource, Reading
+from autoencoder.sources.failures import MAX_ERRORS, Failures
+from autoencoder.sources.folders import ImageFolder
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import ImageSource, Reading
 
 T = TypeVar("T")
 Key = tuple[int, int]  # position in the training stream, index in the source
@@ -45,7 +45,7 @@ HEADER_READERS = 16  # threads; on network storage a header takes milliseconds o
 
 @dataclass(frozen=True)
 class ManifestParams:
-    """Images of a manifest, or of all else that `images.opening` knows, in their native aspect.
+    """Images of a manifest, or of all else that `sources.opening` knows, in their native aspect.
 
     They have about `train_resol`² pixels each; captions are not needed.
     """
@@ -60,7 +60,7 @@ class ManifestParams:
     bucket_window: int = 4096  # images among which those of equal size are sought for a batch; 1: as they come
     val_json_path: str | None = None
     image_column: str | None = None  # of a manifest or table; None: found by the usual names
-    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
+    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see sources.spans
     max_errors: float = MAX_ERRORS
     exif_orientation: str = "apply"
 

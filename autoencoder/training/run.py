@@ -22,8 +22,8 @@ from autoencoder.common.config import UserError, locate, save_config, to_dict
 from autoencoder.common.processes import peak_memory
 from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
 from autoencoder.encoders.encoder import build_encoder
-from autoencoder.images.failures import FILE_NAME
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.failures import FILE_NAME
 from autoencoder.training.callbacks import (
     AtomicCheckpointIO,
     AveragedWeights,
@@ -67,6 +67,7 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     started = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=last)
     if trainer.is_global_zero:
+        data.train_source.failures.report()
         minutes = (time.perf_counter() - started) / 60
         memory = peak_memory(trainer.strategy.root_device)
         steps = total_steps - first_step

@@ -47,9 +47,9 @@ from autoencoder.images.files import (
     to_pil,
     to_uint8_tensor,
 )
-from autoencoder.images.opening import open_source
-from autoencoder.images.sources import ImageSource
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import ImageSource
 from svg_t2i.text.encoder import make_toy_text_encoder
 
 AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"

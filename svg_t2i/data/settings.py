@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from autoencoder.common.config import require
-from autoencoder.images.failures import MAX_ERRORS
+from autoencoder.sources.failures import MAX_ERRORS
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class DataSource:
     The same images may be listed twice with different resolutions: that is how a run trains on several of them.
     """
 
-    path: str  # whatever holds images and captions, see images.opening
+    path: str  # whatever holds images and captions, see sources.opening
     weight: float | None = None  # share of the samples seen; None for all sources: by their number of samples
     resolution: int | None = None
     system_prompt: str | None = None
@@ -57,9 +57,9 @@ class DataConfig:
     jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
     max_errors: float = MAX_ERRORS  # unusable samples that are replaced: a share of all (16 at least), or a number
     exif_orientation: str = "apply"  # turn images upright; "ignore" reads them as the published data was read
-    image_column: str | None = None  # of manifests and tables; None: found by the usual names, see images.entries
+    image_column: str | None = None  # of manifests and tables; None: found by the usual names, see sources.entries
     caption_column: str | None = None
-    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see images.spans
+    index_folder: str | None = None  # where indexes of large sources are kept; None: beside them, see sources.spans
 
     def __post_init__(self) -> None:
         require((self.path is None) != (not self.sources), "path", self.path, "given, or sources, and not both")

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, locate
-from autoencoder.images.failures import Failures
 from autoencoder.images.files import LATENT_PIXELS, aspect_buckets, crop_to_size, nearest_bucket, to_uint8_tensor
-from autoencoder.images.opening import open_source
-from autoencoder.images.sources import ImageSource, Reading, Sample
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import ImageSource, Reading, Sample
 from svg_t2i.data.draws import Augmentation, crop_rng
 from svg_t2i.data.feature_cache import CachedDataset, FeatureCache
 from svg_t2i.data.settings import DataConfig

@@ -33,11 +33,11 @@ from torch.nn.functional import normalize
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.evaluation.metrics import ImageMetrics, Unavailable, build_inception
-from autoencoder.images.failures import Failures
 from autoencoder.images.files import Size, crop_to_size, to_float, to_uint8_tensor
-from autoencoder.images.opening import open_source
-from autoencoder.images.sources import ImageSource, Reading
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import ImageSource, Reading
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
 from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
 from svg_t2i.evaluation.settings import EvaluationConfig

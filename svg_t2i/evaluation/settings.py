@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from autoencoder.common.config import UserError, require
-from autoencoder.images.failures import MAX_ERRORS
+from autoencoder.sources.failures import MAX_ERRORS
 from svg_t2i.sampling.options import SamplingOptions
 
 METRICS = ("mmd", "fid", "clip_score", "shapes")

@@ -14,9 +14,9 @@ from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.evaluation.crops import Crops
 from autoencoder.evaluation.latent_statistics import measure
-from autoencoder.images.sources import ImageSource
 from autoencoder.latents.drift import drift
 from autoencoder.latents.statistics import pooled
+from autoencoder.sources.source import ImageSource
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.features.settings import AutoencoderSource, TextSource

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, locate
-from autoencoder.images.captions import clean_text
+from autoencoder.sources.captions import clean_text
 from svg_t2i.transformer.packing import TextFeatures
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for

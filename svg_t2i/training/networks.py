@@ -10,7 +10,7 @@ import torch
 
 from autoencoder.common.config import locate
 from autoencoder.common.processes import World
-from autoencoder.images.sources import ImageSource
+from autoencoder.sources.source import ImageSource
 from svg_t2i.checkpoints import weights
 from svg_t2i.features.frozen import FrozenNetworks, load_frozen
 from svg_t2i.features.preparation import make_text_encoder, measure_statistics, warn_of_statistics

@@ -12,13 +12,13 @@ from PIL import Image
 from autoencoder.common.config import UserError
 from autoencoder.evaluation import latent_statistics
 from autoencoder.evaluation.crops import Crops
-from autoencoder.images import sources
 from autoencoder.images.files import aspect_buckets, crop_to_size, nearest_bucket, to_float, to_uint8_tensor
-from autoencoder.images.opening import open_images, open_source
-from autoencoder.images.sources import JoinedSources, Reading
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.measure_latents import main
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources import source as sources
+from autoencoder.sources.opening import open_images, open_source
+from autoencoder.sources.source import JoinedSources, Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 D = 48

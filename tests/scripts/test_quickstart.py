@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from autoencoder.common.config import UserError
-from autoencoder.images.manifest import Manifest
+from autoencoder.sources.manifest import Manifest
 from svg_t2i.sampling.options import PRESETS
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"

@@ -9,9 +9,9 @@ from PIL import Image
 
 from autoencoder.common.config import ConfigError, UserError, build
 from autoencoder.images.files import aspect_buckets, group_by_size, nearest_bucket
-from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import SampleOrder
-from autoencoder.images.sources import Reading
+from autoencoder.sources.manifest import Manifest
+from autoencoder.sources.source import Reading
 from autoencoder.training.batches import (
     DATA,
     BatchStream,

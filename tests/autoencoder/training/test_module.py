@@ -74,6 +74,7 @@ def test_a_folder_of_odd_files_trains(toy, odd_images, caplog):
     assert toy.read(folder, 2)["global_step"] > 0
     (line,) = (folder / "unusable.jsonl").read_text().splitlines()
     assert "damaged.jpg: not a readable image" in json.loads(line)["reason"]
+    assert "1 unusable samples were replaced: 1 × not a readable image; all are listed in" in caplog.text
     assert "THE DATA CHANGED" not in caplog.text
     (odd_images / "bilevel.png").unlink()
     toy.run(f"data.params.json_path={odd_images}", "training.trainer.max_steps=3", *steps[1:], logdir="odd")

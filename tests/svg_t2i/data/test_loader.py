@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autoencoder.common.config import UserError, build
-from autoencoder.images.manifest import Manifest
+from autoencoder.sources.manifest import Manifest
 from svg_t2i.data.draws import Augmentation
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.settings import DataConfig

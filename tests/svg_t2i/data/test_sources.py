@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images.failures import Failures
-from autoencoder.images.folders import ImageFolder
-from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import SampleOrder
-from autoencoder.images.sources import Reading
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.folders import ImageFolder
+from autoencoder.sources.manifest import Manifest
+from autoencoder.sources.source import Reading
 from svg_t2i.data.draws import Augmentation
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import T2IDataset

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autoencoder.images.manifest import Manifest
+from autoencoder.sources.manifest import Manifest
 from svg_t2i.evaluation import shapes
 from svg_t2i.evaluation.shapes import all_scenes, benchmark_scenes, connected_patches, draw_scene, judge, score_scenes
 

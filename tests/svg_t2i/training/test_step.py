@@ -130,12 +130,13 @@ def test_fresh_run_does_not_touch_a_folder_in_use(train):
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
 
 
-def test_a_folder_of_odd_files_trains_and_resumes_past_the_damaged_one(train, odd_images):
+def test_a_folder_of_odd_files_trains_and_resumes_past_the_damaged_one(train, odd_images, capsys):
     settings = (f"data.path={odd_images}", "data.max_aspect=1", "train.global_batch_size=12")
     straight = train("straight", *settings, "train.max_steps=2")
     broken = train("broken", *settings, "train.max_steps=1")
     train("broken", *settings, "train.max_steps=2")
     assert largest_difference(weights(straight, 2), weights(broken, 2)) == 0
+    assert capsys.readouterr().out.count("1 unusable samples were replaced: 1 × not a readable image; all") == 3
     for folder in (straight, broken):
         (line,) = (folder / "unusable.jsonl").read_text().splitlines()
         assert "damaged.jpg: not a readable image" in json.loads(line)["reason"]

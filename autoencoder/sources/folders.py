@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from autoencoder.common.config import UserError
-from autoencoder.images.captions import clean_text
 from autoencoder.images.files import Size
-from autoencoder.images.sources import (
+from autoencoder.sources.captions import clean_text
+from autoencoder.sources.source import (
     IMAGE_SUFFIXES,
     NOT_DATA,
     ImageSource,

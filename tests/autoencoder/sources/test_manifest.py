@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images import manifest as manifest_module
-from autoencoder.images.entries import size_of
-from autoencoder.images.failures import Failures
-from autoencoder.images.folders import ImageFolder
-from autoencoder.images.manifest import Manifest
 from autoencoder.images.order import sample_rng
-from autoencoder.images.sources import Reading, Sample
-from autoencoder.images.spans import FileChanged
+from autoencoder.sources import manifest as manifest_module
+from autoencoder.sources.entries import size_of
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.folders import ImageFolder
+from autoencoder.sources.manifest import Manifest
+from autoencoder.sources.source import Reading, Sample
+from autoencoder.sources.spans import FileChanged
 
 
 def write_lines(path, *entries):

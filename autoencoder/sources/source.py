@@ -1,8 +1,8 @@
 """What every source of images and captions offers: samples by index, and images in place of those that are unusable.
 
-The kinds of source are manifests and tables (`images.manifest`), folders (`images.folders`), tar shards
-(`images.tar_shards`) and data sets of the Hugging Face Hub (`images.hub`); `images.opening` finds out which one a path
-is. In which order samples are visited is decided in `images.order`.
+The kinds of source are manifests and tables (`sources.manifest`), folders (`sources.folders`), tar shards
+(`sources.tar_shards`) and data sets of the Hugging Face Hub (`sources.hub`); `sources.opening` finds out which one a
+path is. In which order samples are visited is decided in `images.order`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 
 from autoencoder.common.config import UserError, require
-from autoencoder.images.failures import Failures
 from autoencoder.images.files import Size, load_image
-from autoencoder.images.spans import FileChanged
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.spans import FileChanged
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"}
@@ -58,7 +58,7 @@ class Reading:
     Attributes:
         require_captions: a sample without a caption is unusable.
         exif_orientation: "apply" turns images upright; "ignore" reads them as the published training data was read.
-        index_folder: where the indexes of large sources are kept, see `images.spans`.
+        index_folder: where the indexes of large sources are kept, see `sources.spans`.
         image_column, caption_column: of manifests and tables; None finds them by the usual names.
         failures: the count of unusable samples, one for all sources of a run.
     """

@@ -8,7 +8,7 @@ as much room as the images do.
 
     <index folder>/<name>-<hash>-<hash of size and time>.jsonl, .images
 
-Copies lie where indexes do and are renewed with their table, see `images.spans`. Where nothing can be written, they
+Copies lie where indexes do and are renewed with their table, see `sources.spans`. Where nothing can be written, they
 lie in a temporary folder while the run lasts.
 """
 
@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, TextIO
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import replacing
-from autoencoder.images.entries import (
+from autoencoder.sources.entries import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     caption_column,
@@ -40,9 +40,9 @@ from autoencoder.images.entries import (
     missing_image,
     usual_columns,
 )
-from autoencoder.images.manifest import Manifest, Origin
-from autoencoder.images.sources import Reading
-from autoencoder.images.spans import index_path, one_at_a_time, remove_outdated
+from autoencoder.sources.manifest import Manifest, Origin
+from autoencoder.sources.source import Reading
+from autoencoder.sources.spans import index_path, one_at_a_time, remove_outdated
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ A manifest is a file of JSON lines, or a JSON list, of entries such as
     {"path": "images/0001.png", "prompt": "a red bird"}
     {"image_path": "images/0001.png", "super_high_quality_caption": ["a red bird", "a bird on a wire"]}
 
-See `images.entries` for the other columns that are understood. Paths are relative to the manifest's folder unless
+See `sources.entries` for the other columns that are understood. Paths are relative to the manifest's folder unless
 absolute; a caption may be a list of alternatives. "width" and "height", where given, let training balance its batches
 without opening the image. Entries are parsed on access; their places are found by counting newlines, in memory or in a
-small memory-mapped index (see `images.spans`), so that a manifest of 100 M lines opens in seconds and costs next to
-nothing in every worker process. Tables and packed files are read from a copy in lines: `images.tables`.
+small memory-mapped index (see `sources.spans`), so that a manifest of 100 M lines opens in seconds and costs next to
+nothing in every worker process. Tables and packed files are read from a copy in lines: `sources.tables`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from autoencoder.common.config import UserError
-from autoencoder.images.entries import Entry, find_file, parse_line
-from autoencoder.images.sources import ImageSource, Reading, Sample
-from autoencoder.images.spans import MAPPED_BYTES, FileBytes, FileChanged, Lines, Spans, open_lines
+from autoencoder.sources.entries import Entry, find_file, parse_line
+from autoencoder.sources.source import ImageSource, Reading, Sample
+from autoencoder.sources.spans import MAPPED_BYTES, FileBytes, FileChanged, Lines, Spans, open_lines
 
 VALIDATED_ENTRIES = 200_000  # a manifest of so many is parsed when it is opened (seconds), of a larger one the first …
 FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
@@ -36,7 +36,7 @@ FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
 
 @dataclass(frozen=True)
 class Origin:
-    """The file that a user named, where its entries are read from a copy (see `images.tables`).
+    """The file that a user named, where its entries are read from a copy (see `sources.tables`).
 
     rows: an entry is row number … of a table; otherwise the copy has the lines of the original.
     images: the file in which the copy keeps images that the original holds.

@@ -7,7 +7,7 @@
 
 The library downloads the data set once and maps it into memory from its cache ($HF_HOME): training visits samples in a
 seeded order and resumes at any of them, for which a stream would not do. Folders that `Dataset.save_to_disk` wrote are
-read in the same way. Images come as the files that they were made from; their columns are those of `images.entries`,
+read in the same way. Images come as the files that they were made from; their columns are those of `sources.entries`,
 and a column of the type Image is the image whatever its name.
 """
 
@@ -23,7 +23,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from autoencoder.common.config import UserError
-from autoencoder.images.entries import (
+from autoencoder.images.files import Size
+from autoencoder.sources.entries import (
     CAPTION_COLUMNS,
     Entry,
     caption_column,
@@ -34,8 +35,7 @@ from autoencoder.images.entries import (
     parse_fields,
     usual_columns,
 )
-from autoencoder.images.files import Size
-from autoencoder.images.sources import ImageSource, Reading, Sample
+from autoencoder.sources.source import ImageSource, Reading, Sample
 
 FORM = "hf://datasets/owner/name, with ?split=train&config=name where it has several"
 SETTINGS = {"split", "config", "revision"}

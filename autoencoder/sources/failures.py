@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.common.config import UserError
-from autoencoder.images.spans import one_at_a_time
+from autoencoder.sources.spans import one_at_a_time
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,14 @@ class Failures:
             f"{sum(self.sources.values())}): {self.summary()}; repair or remove them{listed} or raise max_errors. The "
             f"first:\n  {first}"
         )
+
+    def report(self) -> None:
+        """Log at the end of a run how many samples were unusable and why; nothing if none was."""
+        if self.path is not None:
+            self._read()
+        if self.reasons:
+            listed = "" if self.path is None else f"; all are listed in {self.path}"
+            logger.warning("%d unusable samples were replaced: %s%s", len(self), self.summary(), listed)
 
     def summary(self) -> str:
         """How many there are of each kind, the most frequent first: "3 × not a readable image, 1 × no such …"."""

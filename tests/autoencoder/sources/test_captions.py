@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoencoder.images.captions import clean_text, parse_captions
+from autoencoder.sources.captions import clean_text, parse_captions
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8")))

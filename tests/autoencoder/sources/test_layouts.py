@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images import tables, tar_shards
-from autoencoder.images.failures import Failures
-from autoencoder.images.folders import ImageFolder
-from autoencoder.images.opening import open_images, open_source
-from autoencoder.images.sources import Reading
+from autoencoder.sources import tables, tar_shards
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.folders import ImageFolder
+from autoencoder.sources.opening import open_images, open_source
+from autoencoder.sources.source import Reading
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
 CAPTIONS = ("a red square", "a green square", 'blue, "quoted"\nand on two lines')

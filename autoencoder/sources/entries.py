@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from autoencoder.images.captions import parse_captions
 from autoencoder.images.files import Size
-from autoencoder.images.sources import CaptionKind, Reading, Sample
+from autoencoder.sources.captions import parse_captions
+from autoencoder.sources.source import CaptionKind, Reading, Sample
 
 # fmt: off
 IMAGE_COLUMNS = (
@@ -185,7 +185,7 @@ def _image(value: Any, column: str) -> tuple[str, bytes | tuple[int, int] | None
         return "", value
     if isinstance(value, Mapping):
         name = value.get("path") if isinstance(value.get("path"), str) else ""
-        if isinstance(value.get("at"), list):  # in a table's copy, see `images.tables`
+        if isinstance(value.get("at"), list):  # in a table's copy, see `sources.tables`
             return name, tuple(value["at"])
         content = value.get("bytes")
         if content is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from autoencoder.images.sources import IMAGE_SUFFIXES
+from autoencoder.sources.source import IMAGE_SUFFIXES
 
 CAPTION_SUFFIXES = (".json", ".txt", ".caption")
 

@@ -5,13 +5,13 @@
     000017.txt      one caption, where the JSON has none; or 000017.caption
     000017.seg.png  left alone, as all else
 
-Names with dots of their own, such as photo.0.jpg and photo.0.txt, share all up to the last dot (`images.tar_members`).
+Names with dots of their own, such as photo.0.jpg and photo.0.txt, share all up to the last dot (`sources.tar_members`).
 The members of a sample need not follow one another.
 
 Shards are local files or anything fsspec opens (https://, s3://, gs://, filecache::https://, …). Each is read through
 once to note where its samples lie; from then on a sample is one seek, or one ranged request, so that any order can be
 followed and resumed on any number of machines without reading more than what is used. The notes are kept as indexes
-(`autoencoder.images.spans`): a thousand shards open in seconds.
+(`autoencoder.sources.spans`): a thousand shards open in seconds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import fsspec
 import numpy as np
 
 from autoencoder.common.config import UserError
-from autoencoder.images.captions import clean_text, parse_captions
-from autoencoder.images.entries import size_of
 from autoencoder.images.files import Size
-from autoencoder.images.sources import (
+from autoencoder.sources.captions import clean_text, parse_captions
+from autoencoder.sources.entries import size_of
+from autoencoder.sources.source import (
     CaptionKind,
     ImageSource,
     Reading,
@@ -45,8 +45,8 @@ from autoencoder.images.sources import (
     find_part,
     is_companion,
 )
-from autoencoder.images.spans import THREADS, Spans, index_path, write_index
-from autoencoder.images.tar_members import caption_member, image_of, key_of, split_group
+from autoencoder.sources.spans import THREADS, Spans, index_path, write_index
+from autoencoder.sources.tar_members import caption_member, image_of, key_of, split_group
 
 logger = logging.getLogger(__name__)
 

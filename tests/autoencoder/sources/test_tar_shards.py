@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from autoencoder.images import tar_shards
-from autoencoder.images.failures import Failures
-from autoencoder.images.manifest import Manifest
-from autoencoder.images.opening import open_source
-from autoencoder.images.sources import Reading
-from autoencoder.images.tar_shards import TarShards, expand
+from autoencoder.sources import tar_shards
+from autoencoder.sources.failures import Failures
+from autoencoder.sources.manifest import Manifest
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import Reading
+from autoencoder.sources.tar_shards import TarShards, expand
 
 
 def picture(number, kind="PNG"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoencoder.common.config import UserError
-from autoencoder.images.failures import Failures
+from autoencoder.sources.failures import Failures
 
 
 def filled(max_errors, samples, count):

@@ -7,7 +7,7 @@ index of an older version is never read; writing one removes its predecessors:
 
 Of tar shards it holds a row for each sample (`Spans`). Of a file of lines it holds how many entries begin before each
 block of 4 KiB (`Lines`): a five-hundredth of the file, counted about as fast as memory is read. An entry is then found
-by reading its block. Copies of tables as lines (`images.tables`) are kept in the same way, as `.jsonl` and `.images`.
+by reading its block. Copies of tables as lines (`sources.tables`) are kept in the same way, as `.jsonl` and `.images`.
 
 The folder is the one asked for, else `$SVG_T2I_INDEX`, else `.index` beside the file if it can be written to, else
 `~/.cache/svg_t2i/index`. Processes share the pages of a mapped index.

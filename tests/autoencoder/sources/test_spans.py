@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autoencoder.images import spans as spans_module
-from autoencoder.images.manifest import Manifest
-from autoencoder.images.sources import Reading
-from autoencoder.images.spans import open_lines
+from autoencoder.sources import spans as spans_module
+from autoencoder.sources.manifest import Manifest
+from autoencoder.sources.source import Reading
+from autoencoder.sources.spans import open_lines
 
 LINES = [b'{"path": "%d.png", "prompt": "%s"}' % (i, b"x" * (1 + i % 50)) for i in range(300)]
 
