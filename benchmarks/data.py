@@ -1,5 +1,8 @@
 """Time what a large data source costs: opening it, looking up its order, reading its samples, decoding its JPEGs.
 
+JPEG file → crop → uint8 tensor is timed against Pillow with torchvision and, where it is installed, against the
+webdataset library with the same transform reading a tar; all in one process, taking turns.
+
     python -m benchmarks.data [--lines 2000000 --jpegs 64 --folder DIR]
     python -m benchmarks.data --lines 100000000 --short     # 6.7 GB on the disk while it runs
 
@@ -10,26 +13,35 @@ A manifest of `--lines` lines like those of web data sets is written to a tempor
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as vision
 
-from autoencoder.images.manifest import Manifest
+from autoencoder.images.files import crop_square, load_image, to_uint8_tensor
 from autoencoder.images.order import SampleOrder
+from autoencoder.sources.manifest import Manifest
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import T2IDataset
 
+ROUNDS = 5
 OPEN = """
 import re, sys, time
-import autoencoder.images.manifest as m
+import autoencoder.sources.manifest as m
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024  # MiB
 imported, started = peak(), time.perf_counter()
 manifest = m.Manifest.open(sys.argv[1])
@@ -91,15 +103,63 @@ def opening(path: Path, label: str) -> None:
     print(f"{label:<40}{took:8.2f} s   {peak:6.0f} MiB at most, of which imports (torch) {imported:.0f}")
 
 
-def jpegs(folder: Path, count: int) -> Path:
+def jpegs(folder: Path, count: int) -> list[Path]:
     """Photograph-like images of 3 megapixels."""
-    rng, lines = np.random.default_rng(0), []
-    for i in range(count):
+    rng, paths = np.random.default_rng(0), [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:
         small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        small.resize((2048, 1536), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
-        lines.append(json.dumps({"path": f"{i}.jpg", "prompt": f"picture {i}", "width": 2048, "height": 1536}))
-    (folder / "jpegs.jsonl").write_text("\n".join(lines))
-    return folder / "jpegs.jsonl"
+        small.resize((2048, 1536), Image.Resampling.BICUBIC).save(path, quality=90)
+    return paths
+
+
+def ours(paths: Sequence[Path], side: int, draft: bool) -> Iterator[Tensor]:
+    for path in paths:
+        image = load_image(path, shrink=(lambda _: (side, side)) if draft else None)
+        yield to_uint8_tensor(crop_square(image, side, None))
+
+
+def transform(image: Image.Image, side: int) -> Tensor:
+    """The usual one of torchvision."""
+    scaled = vision.resize(image, side, vision.InterpolationMode.BICUBIC)
+    return vision.pil_to_tensor(vision.center_crop(scaled, [side, side]))
+
+
+def torchvision_reads(paths: Sequence[Path], side: int) -> Iterator[Tensor]:
+    for path in paths:
+        with Image.open(path) as image:
+            yield transform(image.convert("RGB"), side)
+
+
+def webdataset_reads(shard: Path, side: int) -> Iterator[Tensor]:
+    import webdataset
+
+    samples = webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil").to_tuple("jpg")
+    return (transform(image, side) for (image,) in samples)
+
+
+def decoding(folder: Path, count: int) -> None:
+    """Milliseconds an image and ratios: medians over rounds in which the readers take turns."""
+    paths, shard = jpegs(folder, count), folder / "shard.tar"
+    with tarfile.open(shard, "w") as file:
+        for path in paths:
+            file.add(path, path.name)
+    for side in (256, 512):
+        readers: dict[str, Callable[[], Iterator[Tensor]]] = {
+            "ours": lambda side=side: ours(paths, side, draft=False),
+            "ours, jpeg_draft": lambda side=side: ours(paths, side, draft=True),
+            "Pillow and torchvision": lambda side=side: torchvision_reads(paths, side),
+        }
+        if importlib.util.find_spec("webdataset") is not None:
+            readers["webdataset"] = lambda side=side: webdataset_reads(shard, side)
+        taken: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(ROUNDS):
+            for name, read in readers.items():
+                taken[name].append(1000 / count * seconds(lambda read=read: deque(read(), maxlen=0)))
+        for name in ("ours", "ours, jpeg_draft"):
+            for peer in list(readers)[2:]:
+                ratio = statistics.median(b / a for a, b in zip(taken[name], taken[peer], strict=True))
+                own, other = statistics.median(taken[name]), statistics.median(taken[peer])
+                print(f"2048×1536 JPEG → {side} px  {name:<18}{own:6.1f} ms   {peer:<24}{other:6.1f} ms   {ratio:.2f}×")
 
 
 def main() -> None:
@@ -109,6 +169,7 @@ def main() -> None:
     parser.add_argument("--jpegs", type=int, default=64)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         path = folder / "large.jsonl"
@@ -136,11 +197,7 @@ def main() -> None:
         planned = seconds(lambda: [planner[step] for step in range(4)]) / 4
         print(f"dealing a step of 1536 samples by tokens to 64 processes: {1000 * planned:.0f} ms")
 
-        pictures = Manifest.open(jpegs(folder, arguments.jpegs))
-        for draft in (False, True):
-            dataset = T2IDataset(pictures, 256, jpeg_draft=draft)
-            rate = arguments.jpegs / seconds(lambda d=dataset: [d[i, i] for i in range(arguments.jpegs)])
-            print(f"2048×1536 JPEG to 256 px, jpeg_draft={draft}: {rate:.0f} images/s on one core")
+        decoding(folder, arguments.jpegs)
 
 
 if __name__ == "__main__":
