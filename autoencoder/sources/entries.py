@@ -80,7 +80,7 @@ def parse_fields(fields: Mapping[str, Any], folder: Path, reading: Reading, labe
     if content is None:
         path = folder / name
     else:
-        path = (folder / label).with_name(os.path.basename(name)) if os.path.basename(name) else folder / label
+        path = (folder / label).with_name(os.path.basename(name) or os.path.basename(label))
     return Entry(Sample(path, captions, kind, size_of(fields)), content)
 
 
@@ -170,7 +170,8 @@ def _first_answer(turns: Sequence[Mapping[str, Any]]) -> str | None:
         if str(turn.get("from", turn.get("role"))).lower() in ANSWERERS:
             said = turn.get("value", turn.get("content"))
             if isinstance(said, list):  # parts, of which some are texts
-                said = " ".join(part["text"] for part in said if isinstance(part, Mapping) and part.get("text"))
+                texts = [part.get("text") for part in said if isinstance(part, Mapping)]
+                said = " ".join(text for text in texts if isinstance(text, str) and text)
             return said
     return None
 

@@ -283,6 +283,14 @@ def test_urls_must_be_local(column, tmp_path):
         open_source(path)
 
 
+def test_an_answer_in_parts_is_joined_and_what_is_no_text_left_out(tmp_path):
+    pictures(tmp_path)
+    parts = [{"type": "text", "text": "a red"}, {"text": 3}, {"image": 1}, "stray", {"text": "square"}]
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": parts}]
+    path = put(tmp_path / "chat.jsonl", lines({"image": "0.png", "messages": turns}))
+    assert seen(open_source(path)) == FOUND[:1]
+
+
 # --- paths --------------------------------------------------------------------------------------------------------
 
 
