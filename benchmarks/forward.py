@@ -68,21 +68,22 @@ def lumina2_state_dict(model: SVGDiT) -> dict[str, Tensor]:
 def lumina2_peer(model: SVGDiT) -> Lumina2Transformer2DModel:
     """Lumina2Transformer2DModel with the sizes and weights of `model` (which must have query/key norms)."""
     config = model.config
-    peer = Lumina2Transformer2DModel(
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        hidden_size=config.dim,
-        num_layers=config.n_layers,
-        num_refiner_layers=config.n_refiner_layers,
-        num_attention_heads=config.n_heads,
-        num_kv_heads=config.kv_heads,
-        multiple_of=config.multiple_of,
-        ffn_dim_multiplier=config.ffn_dim_multiplier,
-        norm_eps=config.norm_eps,
-        axes_dim_rope=config.axes_dims,
-        axes_lens=config.axes_lens,
-        cap_feat_dim=config.cap_feat_dim,
-    )
+    with next(model.parameters()).device:
+        peer = Lumina2Transformer2DModel(
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            hidden_size=config.dim,
+            num_layers=config.n_layers,
+            num_refiner_layers=config.n_refiner_layers,
+            num_attention_heads=config.n_heads,
+            num_kv_heads=config.kv_heads,
+            multiple_of=config.multiple_of,
+            ffn_dim_multiplier=config.ffn_dim_multiplier,
+            norm_eps=config.norm_eps,
+            axes_dim_rope=config.axes_dims,
+            axes_lens=config.axes_lens,
+            cap_feat_dim=config.cap_feat_dim,
+        )
     peer.load_state_dict(lumina2_state_dict(model))
     for module in peer.modules():
         if hasattr(module, "norm_q"):

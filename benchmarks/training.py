@@ -6,8 +6,10 @@ wants them. Steps alternate, so that a busy machine slows all alike. Timings are
 
     python -m benchmarks.training                # two small models, CPU, uniform and ragged captions
     python -m benchmarks.training --compile      # compiled blocks against eager ones, too
-    python -m benchmarks.training --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner --peer none \
-        --pixels 1024 --batch 8 --compile [--live]                 # model FLOP utilisation on a GPU
+    python -m benchmarks.training --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner \
+        --pixels 1024 --batch 2 --compile [--live] [--peer none] [--profile]   # model FLOP utilisation on a GPU
+
+Models of the table of sizes take turns case by case, not step by step: two of them do not fit one GPU.
 
 On a GPU every measured step of ours runs under torch.cuda.set_sync_debug_mode("error"): one that waited for the device
 would end the benchmark. --live adds steps that begin with images and captions: DINOv3 ViT-S+/16 and a model of
@@ -17,9 +19,9 @@ Gemma-2-2b's size, both with random weights, encode them.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -180,26 +182,37 @@ def model_sizes(options: argparse.Namespace) -> DiTConfig:
     )  # fmt: skip
 
 
+def random_model(sizes: DiTConfig, device: torch.device) -> SVGDiT:
+    """The same weights at every call."""
+    with device:
+        model = SVGDiT(sizes)
+    randomise(model)
+    return model
+
+
 def our_cases(
-    model: SVGDiT, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
+    sizes: DiTConfig, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
 ) -> dict[str, Callable[[], None]]:
-    """Steps of a copy of the model, by the name of the case."""
-    trainer = Ours(copy.deepcopy(model).to(device), options, World(device=device), compile)
+    """Steps of the model, by the name of the case."""
+    trainer = Ours(random_model(sizes, device), options, World(device=device), compile)
+    start = time.perf_counter()
     trainer.step(batch.packed)  # compiles, which waits for the device
+    if compile:
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     cases = {"ours, compiled" if compile else "ours": lambda: trainer.step(batch.packed)}
     if not compile and len(set(batch.lengths)) > 1:
         cases["ours, padded"] = lambda: trainer.step(batch.padded)
     if options.live and compile == options.compile:
-        frozen, live = frozen_networks(options, model.config.in_channels, device), live_batch(options, batch.lengths)
+        frozen, live = frozen_networks(options, sizes.in_channels, device), live_batch(options, batch.lengths)
         cases["ours, encoding live"] = lambda: trainer.step(live, frozen)
     return {name: checked(step, device) for name, step in cases.items()}
 
 
 def peer_cases(
-    model: SVGDiT, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
+    sizes: DiTConfig, batch: Batch, options: argparse.Namespace, device: torch.device, compile: bool
 ) -> dict[str, Callable[[], None]]:
-    """Steps of the peer with the weights of the model."""
-    peer = Peer(lumina2_peer(model).to(device), options, compile)
+    """Steps of the peer with the same weights."""
+    peer = Peer(lumina2_peer(random_model(sizes, device)), options, compile)
     name = "diffusers, compiled" if compile else "diffusers"
     return {name: lambda: peer.step(batch.clean, batch.captions, batch.mask)}
 
@@ -208,32 +221,51 @@ def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], de
     """Print a table for one distribution of caption lengths."""
     torch._dynamo.reset()  # what earlier tables compiled counts against a limit
     sizes, gpu = model_sizes(options), device.type == "cuda"
-    with device:
-        model = SVGDiT(sizes)
-        batch = Batch(model, options, lengths, device)
-    randomise(model)
-    model.cpu()  # every case trains a copy of its own
+    with torch.device("meta"):
+        shapes = SVGDiT(sizes)
+    batch = Batch(shapes, options, lengths, device)
     kinds = [our_cases] if options.peer == "none" else [our_cases, peer_cases]
-    made = (make(model, batch, options, device, compile) for make in kinds for compile in {False, options.compile})
+    made = (make(sizes, batch, options, device, compile) for make in kinds for compile in {False, options.compile})
     seconds: dict[str, float] = {}
-    if options.peer == "none":
-        for cases in made:  # one after the other: two models of full size do not fit one GPU
-            seconds |= timings(cases, options.repeats, device)
-            cases.clear()  # the generator holds the mapping as well
-            gc.collect()
-    else:
+    memory: dict[str, int] = {}
+    if options.model is None:
         seconds = timings({case: step for cases in made for case, step in cases.items()}, options.repeats, device)
+    else:
+        for cases in made:
+            for case, step in cases.items():
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats(device)
+                seconds |= timings({case: step}, options.repeats, device)
+                memory[case] = torch.cuda.max_memory_allocated(device) if gpu else 0
+                print(f"{case}: {1000 * seconds[case]:.1f} ms, {memory[case] / 2**30:.1f} GiB", flush=True)
+                if options.profile:
+                    print_profile(case, step)
+            cases.clear()  # the generator holds the mapping as well
+            step = None
+            gc.collect()
     peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if gpu else None)
     tokens = sum(lengths) + sum(batch.image_tokens)
     print(f"\n{options.precision}, {name} captions: {min(lengths)} to {max(lengths)} tokens; {tokens} tokens a step")
-    print(f"{'':24s}{'ms a step':>12s}{'images/s':>12s}{'TFLOP/s':>12s}{'utilisation':>13s}{'vs diffusers':>14s}")
+    heads = ("ms a step", "images/s", "TFLOP/s", "utilisation", "vs diffusers", "GiB")
+    print(f"{'':24s}{''.join(f'{head:>13s}' for head in heads)}")
     for case, value in seconds.items():
         rate = batch.operations(sizes) / value / 1e12
         used = f"{rate / peak:.1%}" if peak else "–"
         times = f"{seconds['diffusers'] / value:.2f}×" if "diffusers" in seconds else "–"
-        print(f"{case:24s}{1000 * value:12.1f}{len(lengths) / value:12.1f}{rate:12.2f}{used:>13s}{times:>14s}")
-    if gpu:
-        print(f"memory: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most, all cases together")
+        held = f"{memory[case] / 2**30:.1f}" if memory.get(case) else "–"
+        numbers = f"{1000 * value:13.1f}{len(lengths) / value:13.1f}{rate:13.2f}"
+        print(f"{case:24s}{numbers}{used:>13s}{times:>13s}{held:>13s}")
+
+
+def print_profile(case: str, step: Callable[[], None]) -> None:
+    """The operations of one step that take most of the device's time."""
+    with torch.profiler.profile() as profile:
+        step()
+    events = [event for event in profile.key_averages() if event.self_device_time_total]
+    total = sum(event.self_device_time_total for event in events)
+    print(f"\n{case}: {total / 1000:.1f} ms on the device")
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:30]:
+        print(f"  {event.self_device_time_total / 1000:9.2f} ms{event.count:6d} × {event.key[:110]}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -253,6 +285,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--compile", action="store_true", help="measure compiled blocks as well")
     parser.add_argument("--live", action="store_true", help="measure steps that encode images and captions as well")
+    parser.add_argument("--profile", action="store_true", help="list the operations of a step; with --model")
     parser.add_argument("--peak-tflops", type=float, help="of the device, where it is not known")
     return parser.parse_args(argv)
 

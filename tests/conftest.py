@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two thread pools on two cores stall each other
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # sums on a GPU differ from run to run in the last bits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
         default=str(REPO_ROOT.parent / "shared" / "parity"),
         help="folder of numeric vectors of the published release (see tests/parity/harness.py)",
     )
+    parser.addoption("--parity-device", default="cpu", help="device to compare the vectors on: cpu or cuda")
 
 
 @pytest.fixture(autouse=True)

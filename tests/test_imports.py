@@ -55,7 +55,18 @@ ONLY_IN = {
 }  # fmt: skip
 # The method itself: torch, the standard library and each other, nothing else. No files, no settings, no processes.
 TORCH_ONLY = {"svg_t2i.flow", "svg_t2i.transformer.attention", "svg_t2i.transformer.cpu_kernels"}
-PURE = {"collections", "dataclasses", "functools", "inspect", "itertools", "math", "re", "typing", "__future__"}
+PURE = {
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "itertools",
+    "math",
+    "re",
+    "typing",
+    "__future__",
+}
 
 MODULES = {
     ".".join(path.relative_to(REPO_ROOT).with_suffix("").parts): path

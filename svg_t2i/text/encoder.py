@@ -91,6 +91,7 @@ class TextEncoder:
         self.hidden_size: int = config.hidden_size
         self.last_layer = _last_layer(model)
         self._most_positions = _most_positions(model, tokenizer)
+        self._causal_width = config.sliding_window if config.model_type == "gemma2" else 0
         self._num_cut = 0
         self._fingerprint = _fingerprint(model, tokenizer)
         if not tokenizer.num_special_tokens_to_add() < max_length <= self._most_positions:
@@ -237,6 +238,8 @@ class TextEncoder:
     def _before_last_layer(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Run the model up to, and without, its last layer. (B, L), (B, L) → (B, L, D)."""
         hook = self.last_layer.register_forward_pre_hook(_leave, with_kwargs=True)
+        if mask.shape[1] <= self._causal_width:
+            mask = causal_mask(mask, self.model.dtype)  # that of transformers copies a number, waiting for the device
         try:
             self.model(input_ids=input_ids, attention_mask=mask)
         except _LastLayerReached as reached:
@@ -244,6 +247,14 @@ class TextEncoder:
         finally:
             hook.remove()
         raise RuntimeError(f"{type(self.model).__name__} finished without running {type(self.last_layer).__name__}")
+
+
+def causal_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """mask (B, L), nonzero at true tokens -> (B, 1, L, L), to be added to logits: the least number where a token must
+    not look, behind itself or at padding."""
+    earlier = mask.new_ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    seen = earlier & mask.bool()[:, None, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def _last_layer(model: PreTrainedModel) -> nn.Module:

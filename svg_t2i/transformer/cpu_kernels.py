@@ -9,6 +9,7 @@ formulas; tests hold both to float64.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TypeVar
 
@@ -36,6 +37,11 @@ def without_autocast(function: Callable[..., R]) -> Callable[..., R]:
     return plain
 
 
+def given_dtypes(device: torch.device) -> AbstractContextManager:
+    """Inside, autocast is off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def works_fast(*tensors: Tensor | None) -> bool:
     """Whether tensors are float32 or bfloat16 on the CPU, in eager mode."""
     if torch.compiler.is_compiling():
@@ -46,9 +52,28 @@ def works_fast(*tensors: Tensor | None) -> bool:
 # ----------------------------------------------------------------------------------------------------------- RMS norm
 
 
+class _PerToken(torch.autograd.Function):
+    """Rows of gain (B, D) by owner (T,). Backward is a matrix product: adding up rows one by one, as that of
+    `index_select` does, takes atomic additions on a GPU, which are slow, round at every step and differ by run."""
+
+    @staticmethod
+    def forward(ctx, gain: Tensor, owner: Tensor) -> Tensor:
+        ctx.save_for_backward(owner)
+        ctx.samples = len(gain)
+        return gain.index_select(0, owner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (owner,) = ctx.saved_tensors
+        samples = torch.arange(ctx.samples, dtype=owner.dtype, device=owner.device)
+        with given_dtypes(grad.device):
+            return (samples[:, None] == owner).to(grad.dtype) @ grad, None
+
+
 def per_token(gain: Tensor, owner: Tensor | None) -> Tensor:
     """(B, D) per sample -> (T, D) per token; (1, D) or (D,), the same for all, stays as it is."""
-    return gain if gain.ndim == 1 or len(gain) == 1 else gain.index_select(0, owner)
+    return gain if gain.ndim == 1 or len(gain) == 1 else _PerToken.apply(gain, owner)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -110,9 +135,11 @@ def rms_norm(
     """
     if x.ndim == 2 and works_fast(x, weight, residual):
         return _RMSNorm.apply(x, weight, eps, segments, residual)
-    weight = per_token(weight, None if segments is None else segments.owner)
-    out = (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
-    return out if residual is None else residual + out
+    weight = per_token(weight.to(x.dtype), None if segments is None else segments.owner)
+    with given_dtypes(x.device):  # autocast would make it float32, of twice the memory
+        normed = F.rms_norm(x, x.shape[-1:], weight if weight.ndim == 1 else None, eps)
+        normed = normed if weight.ndim == 1 else normed * weight
+    return normed if residual is None else residual + normed
 
 
 # ------------------------------------------------------------------------------------------------------- feed-forward

@@ -37,10 +37,10 @@ class Vectors:
     exempted: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, json_path: Path) -> Vectors:
+    def load(cls, json_path: Path, device: str = "cpu") -> Vectors:
         meta = json.loads(json_path.read_text())
         tensor_file = json_path.with_suffix(".safetensors")
-        return cls(json_path, meta, load_file(tensor_file) if tensor_file.exists() else {})
+        return cls(json_path, meta, load_file(tensor_file, device) if tensor_file.exists() else {})
 
     @property
     def directory(self) -> Path:
@@ -55,7 +55,7 @@ class Vectors:
 
     def compare(self, key: str, actual: torch.Tensor | float | int, atol: float | None = None) -> None:
         """Record |actual − published| for one tensor; excess is reported at the end, with all others."""
-        expected = self.tensors[key]
+        expected = self.tensors[key].cpu()
         actual = torch.as_tensor(actual).detach().cpu()
         if tuple(actual.shape) != tuple(expected.shape):
             self.rows.append(Row(key, 0, 0, 0, f"shape {tuple(actual.shape)}, published {tuple(expected.shape)}"))
