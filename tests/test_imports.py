@@ -33,7 +33,7 @@ FLOORS = {
 FACES = {"autoencoder.model", "svg_t2i.pipeline"}
 COMMANDS = {
     "autoencoder": {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
-    "svg_t2i": {"train", "sample", "benchmark", "cache_features", "export", "app"},
+    "svg_t2i": {"train", "sample", "benchmark", "cache_features", "inspect_data", "export", "app"},
 }
 # Heavy or process-wide libraries, and the only rooms or modules that may import them.
 ONLY_IN = {
@@ -43,7 +43,7 @@ ONLY_IN = {
     "pytorch_lightning": {"autoencoder.training"},
     "omegaconf": {"autoencoder.common.config"},
     "torchmetrics": {"autoencoder.evaluation.metrics"},
-    "matplotlib": {"autoencoder.latents.drift", "svg_t2i.evaluation.sweep"},
+    "matplotlib": {"autoencoder.latents.drift", "svg_t2i.data.inspection", "svg_t2i.evaluation.sweep"},
     "fsspec": {"autoencoder.sources.tar_shards"},
     "pyarrow": {"autoencoder.sources.tables"},
     "datasets": {"autoencoder.sources.hub"},

@@ -215,7 +215,12 @@ def to_dict(config: Any) -> Any:
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
     """Write a dataclass or mapping as YAML; reading it back gives the same config."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """A config, or plain values, as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def resolve_target(name: str, field: str, table: Mapping[str, T]) -> T:

@@ -102,7 +102,7 @@ class Failures:
 
     def summary(self) -> str:
         """How many there are of each kind, the most frequent first: "3 × not a readable image, 1 × no such …"."""
-        kinds = Counter(reason.partition(": ")[2].partition(":")[0] or reason for reason in self.reasons.values())
+        kinds = Counter(map(kind_of_failure, self.reasons.values()))
         return ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
 
     def _share(self, found: dict[tuple[str, Any], str]) -> None:
@@ -137,3 +137,8 @@ class Failures:
                 continue
             if source in self.sources:  # an earlier start may have had other data
                 self.reasons[source, sample] = reason
+
+
+def kind_of_failure(reason: str) -> str:
+    """What a reason says behind the name of the file, without the details: "not a readable image"."""
+    return reason.partition(": ")[2].partition(":")[0] or reason

@@ -121,7 +121,6 @@ class TextEncoder:
             AutoConfig,
             AutoModel,
             AutoModelForTextEncoding,
-            AutoTokenizer,
         )
 
         source = checked_source(path_or_id)
@@ -139,7 +138,6 @@ class TextEncoder:
                 ignore_mismatched_sizes=True,  # they are reported below
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(_loading_advice(source, error)) from error
         mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # names in 4.x
@@ -150,7 +148,7 @@ class TextEncoder:
                 f"text_encoder.path={source!r} lacks {len(unset)} weights of the {config.model_type!r} model in its "
                 f"config.json, or has them in another shape ({', '.join(unset[:3])} …); give a complete checkpoint"
             )
-        return cls(model.to(device), tokenizer, max_length)
+        return cls(model.to(device), load_tokenizer(source), max_length)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model and tokenizer in Hugging Face format, as `from_pretrained` reads them."""
@@ -297,6 +295,21 @@ def checked_source(path_or_id: str | os.PathLike) -> str:
             "(config.json, weights, tokenizer) or the name of a model on the Hub such as 'google/gemma-2-2b'"
         )
     return str(path_or_id)
+
+
+def load_tokenizer(path_or_id: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a text encoder, from a folder in Hugging Face format or from the Hub.
+
+    Raises:
+        UserError: as `TextEncoder.from_pretrained`.
+    """
+    from transformers import AutoTokenizer
+
+    source = checked_source(path_or_id)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_loading_advice(source, error)) from error
 
 
 def _loading_advice(source: str, error: Exception) -> str:
