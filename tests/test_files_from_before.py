@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -22,6 +23,7 @@ from svg_t2i.pipeline import SVGT2IPipeline
 
 FILES = Path(__file__).parent / "data" / "before_rooms"
 EXPECTED = json.loads((FILES / "expected.json").read_text())
+ROUNDING = 1e-5 if torch.__version__ >= "2.14" else 2e-3  # of the version that made them; others add up otherwise
 LAST = "logs/stage1/checkpoints/last.ckpt"
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
@@ -32,6 +34,9 @@ def place(tmp_path, monkeypatch) -> Path:
     """A copy of the files, to stand in: all paths in them are relative."""
     with tarfile.open(FILES / "files.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
+    if transformers.__version__.startswith("4."):  # the files are of transformers 5, whose class has another name here
+        for path in tmp_path.rglob("tokenizer_config.json"):
+            path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the numbers are a CPU's
     return tmp_path
@@ -53,7 +58,7 @@ def checksum(tensors) -> list[float]:
 def check(name: str, found: dict) -> None:
     assert found.keys() == EXPECTED[name].keys()
     for part, values in found.items():
-        assert values == pytest.approx(EXPECTED[name][part], rel=1e-5, abs=1e-5), f"{name}: {part}"
+        assert values == pytest.approx(EXPECTED[name][part], rel=ROUNDING, abs=ROUNDING), f"{name}: {part}"
 
 
 # -- what a run has reached -------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(case, tmp_path, repo_
     own = {"train/images_per_s", "train/data_wait", "train/memory_gib"}
     assert two.keys() == one.keys() >= {"train/total_loss", "train/d_weight", "train/disc_loss", "train/g_loss"}
     for tag in one.keys() - own:
-        rtol = 2e-2 if "grad_norm" in tag else 1e-3  # Adam's first steps turn rounding into whole steps
+        rounded = "grad_norm" in tag or "d_weight" in tag  # Adam's first steps turn rounding into whole steps
+        rtol = 2e-2 if rounded else 1e-3
         torch.testing.assert_close(two[tag], one[tag], rtol=rtol, atol=1e-5, msg=lambda text, tag=tag: f"{tag}: {text}")
     assert len(one["train/disc_loss"]) == 3
     assert max(one["train/d_weight"]) < 0.5e4
