@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 -m svg_t2i.cache_features --config …
 
 Afterwards train with the same config and overrides. Every source of the config needs its own `feature_cache`. Interrupt
-and start again at will, on any number of processes: shards that are there are kept. `data.feature_cache` draws the
-folder.
+and start again at will, on any number of processes: shards that are there are kept, but for those whose captions or
+image files have changed since.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from autoencoder.sources.failures import FILE_NAME
 from autoencoder.sources.source import JoinedSources
 from svg_t2i.data import feature_cache
 from svg_t2i.data.loader import read_ahead
-from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources
+from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources, samples_digest
 from svg_t2i.features.frozen import FrozenNetworks, mixed_precision
 from svg_t2i.training.networks import prepare_frozen
 from svg_t2i.training.settings import TrainConfig
@@ -133,7 +134,9 @@ class CacheWriter:
         if meta is None:
             fitting = max(1, int(SHARD_BYTES / (latents + text)))
             feature_cache.write_meta(self.folder, fingerprint, shard_size or min(fitting, len(self.dataset)))
-            meta = feature_cache.read_meta(self.folder)
+        elif self.world.is_main:
+            self._drop_what_changed(meta, fingerprint)
+        meta = feature_cache.read_meta(self.folder)
         feature_cache.check_fingerprint(self.folder, meta, fingerprint)
         files = feature_cache.cache_files(self.folder, meta)
         missing = [path for path in files[1:] if not path.is_file()]
@@ -142,18 +145,52 @@ class CacheWriter:
         if not files[0].is_file():
             feature_cache.write_unconditional(self.folder, self.text_encoder.encode([""]).features.cpu())
 
+    def _drop_what_changed(self, meta: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+        """Delete the shards whose samples are not what they were, so that `run` makes them anew.
+
+        Raises:
+            UserError: the settings or networks are others; or all of several shards changed: most likely the folder is
+                the cache of other data.
+        """
+        differing = feature_cache.differences(meta, fingerprint)
+        if not differing.keys() <= set(feature_cache.OF_THE_DATA):
+            return  # which is refused next
+        present = meta | {"fingerprint": fingerprint}
+        shards = [path for path in feature_cache.cache_files(self.folder, meta)[1:] if path.is_file()]
+        kept = feature_cache.cache_files(self.folder, present)[1:]
+        stale = [
+            path for path in shards if path not in kept or self._is_stale(path, present, kept.index(path), differing)
+        ]
+        if len(stale) == len(shards) > 1:
+            feature_cache.check_fingerprint(self.folder, meta, fingerprint)
+            raise UserError(
+                f"feature cache {self.folder}: the image files of all {len(shards)} shards have another size or time "
+                "than when it was made; give another folder, or delete this one if its images were replaced"
+            )
+        if stale:
+            log.info("%s: captions or images of %d of %d shards have changed; these are made anew", self.folder,
+                     len(stale), len(shards))  # fmt: skip
+        for path in stale:
+            path.unlink()
+        if differing:
+            feature_cache.write_meta(self.folder, fingerprint, meta["shard_size"])
+
+    def _is_stale(self, path: Path, meta: dict[str, Any], number: int, differing: dict[str, str]) -> bool:
+        samples = feature_cache.shard_range(meta, number)
+        return not feature_cache.is_current(path, samples_digest(self.dataset.manifest, samples), not differing)
+
     def run(self, num_workers: int, prefetch: int) -> None:
         """Write this rank's shards that are not there."""
         meta = feature_cache.read_meta(self.folder)
         shards = feature_cache.cache_files(self.folder, meta)[1:]
         mine = range(self.world.rank, len(shards), self.world.size)
         mine = [number for number in mine if not shards[number].is_file()]
-        size, count = meta["shard_size"], len(self.dataset)
-        ranges = [range(number * size, min((number + 1) * size, count)) for number in mine]
+        ranges = [feature_cache.shard_range(meta, number) for number in mine]
         loaded = iter(read_ahead(_Samples(self.dataset), list(chain(*ranges)), num_workers, prefetch * 8))
         started, replaced = time.perf_counter(), 0
         for done, (number, indices) in enumerate(zip(mine, ranges), start=1):
-            replaced += self._write(shards[number], islice(loaded, len(indices)))
+            digest = samples_digest(self.dataset.manifest, indices)  # before they are read: a change meanwhile shows
+            replaced += self._write(shards[number], islice(loaded, len(indices)), digest)
             seconds = time.perf_counter() - started
             log.info(
                 "%s: %d of %d shards here, %.1f images/s, %.0f min left",
@@ -163,16 +200,16 @@ class CacheWriter:
         if replaced:
             log.warning("%s: %d unusable samples hold the features of the ones after them", self.folder, replaced)
 
-    def _write(self, path: Path, samples: Iterator[_Loaded]) -> int:
+    def _write(self, path: Path, samples: Iterator[_Loaded], digest: str) -> int:
         """Encode and write one shard; how many samples were replaced."""
-        latents, text, lengths, replaced = [], [], [], 0
+        latents, text, lengths, replaced = [], [], [], []
         while chunk := list(islice(samples, 4 * self.batch_size)):
             latents += self._encode_crops([crops for crops, _, _ in chunk])
             text += self._encode_texts([texts for _, texts, _ in chunk])
             lengths += [list(map(len, texts)) for _, texts, _ in chunk]
-            replaced += sum(stand_in for _, _, stand_in in chunk)
-        feature_cache.write_shard(path, latents, text, lengths)
-        return replaced
+            replaced += [stand_in for _, _, stand_in in chunk]
+        feature_cache.write_shard(path, latents, text, lengths, replaced, digest)
+        return sum(replaced)
 
     @torch.no_grad()
     def _encode_crops(self, samples: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

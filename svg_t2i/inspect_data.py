@@ -72,7 +72,6 @@ def main(argv: list[str]) -> None:
     """Inspect, write the report, print a summary."""
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("autoencoder.sources.failures").setLevel(logging.ERROR)  # the report lists them
     output = Path(arguments.output).expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
     reading = Reading(
         require_captions=not arguments.images_only,
         exif_orientation=arguments.exif_orientation,
-        failures=Failures(sys.maxsize),
+        failures=Failures(sys.maxsize, announce=False),
         **columns,
     )
     dataset = (ImagesOnly if arguments.images_only else T2IDataset)(

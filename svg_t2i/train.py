@@ -174,7 +174,7 @@ def make_loader(
     data, text = config.data, config.text_encoder
     datasets = make_datasets(data, sources, config.train.seed, text.max_length)
     if data.all_sources[0].feature_cache is not None:
-        datasets = open_caches(data, datasets, frozen.fingerprints)
+        datasets = open_caches(data, datasets, frozen.fingerprints, world.rank, world.size)
     return build_loader(
         datasets,
         weights=[source.weight for source in data.all_sources],

@@ -30,15 +30,16 @@ class Failures:
     Args:
         max_errors: share of the data below 1, which stands for 16 samples at least; or a number of samples from 1 on; 0
             for none.
+        announce: log them as they are met.
 
     Raises:
         UserError: a negative `max_errors`.
     """
 
-    def __init__(self, max_errors: float = MAX_ERRORS):
+    def __init__(self, max_errors: float = MAX_ERRORS, announce: bool = True):
         if not max_errors >= 0:
             raise UserError(f"max_errors={max_errors} must be a share of the data below 1, or a number of samples")
-        self.max_errors = max_errors
+        self.max_errors, self.announce = max_errors, announce
         self.path: Path | None = None
         self.sources: dict[str, int] = {}  # name → number of samples
         self.reasons: dict[tuple[str, Any], str] = {}  # (source, sample) → what is wrong with it
@@ -77,7 +78,7 @@ class Failures:
         self._share({(source, sample): reason})
         if len(self) > self.limit:
             raise self.too_many()
-        if len(self) <= ANNOUNCED or len(self).bit_length() > known.bit_length():
+        if self.announce and (len(self) <= ANNOUNCED or len(self).bit_length() > known.bit_length()):
             listed = "" if self.path is None or len(self) < ANNOUNCED else f"; all are listed in {self.path}"
             logger.warning("skipped %s (%d of at most %d%s)", reason, len(self), self.limit, listed)
 

@@ -54,6 +54,7 @@ class HubDataset(ImageSource):
     def __init__(self, rows: Any, name: str, reading: Reading, folder: Path = Path()):
         if not len(rows):
             raise UserError(f"{name} has no rows")
+        self.version = rows._fingerprint  # of the library: changes with the rows
         image, caption = _chosen(rows, name, reading)
         usual = usual_columns(rows.column_names, CAPTION_COLUMNS)
         texts = [column for column in rows.column_names if column in {caption, "width", "height", *usual} - {image}]
@@ -79,6 +80,9 @@ class HubDataset(ImageSource):
         fields = dict(self.texts[index]) if self.texts.column_names else {}
         sample = self._parse(fields | {self.reading.image_column: "not read"}, index).sample
         return sample.size, tuple(len(caption.encode(errors="replace")) for caption in sample.captions)
+
+    def stamp(self, index: int) -> bytes:
+        return f"{self.version} {index}".encode()
 
     def _entry(self, index: int) -> Entry:
         index = range(len(self))[index]  # IndexError, negative indices

@@ -27,8 +27,8 @@ import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.sources.entries import Entry, find_file, parse_line
-from autoencoder.sources.source import ImageSource, Reading, Sample
-from autoencoder.sources.spans import MAPPED_BYTES, FileBytes, FileChanged, Lines, Spans, open_lines
+from autoencoder.sources.source import ImageSource, Reading, Sample, stamp_of
+from autoencoder.sources.spans import MAPPED_BYTES, FileBytes, FileChanged, Lines, Spans, file_version, open_lines
 
 VALIDATED_ENTRIES = 200_000  # a manifest of so many is parsed when it is opened (seconds), of a larger one the first …
 FIRST_ENTRIES = 20_000  # … so many; the others are checked on access
@@ -97,6 +97,12 @@ class Manifest(ImageSource):
         if isinstance(content, tuple):
             content = self.images.read_exactly(content[0], content[1] - content[0])
         return sample.path if content is None else content, sample
+
+    def stamp(self, index: int) -> bytes:
+        sample, content = self._find(index)
+        if content is None:
+            return stamp_of(sample, file_version(sample.path))
+        return stamp_of(sample, content[1] - content[0] if isinstance(content, tuple) else len(content))
 
     def _find(self, index: int) -> Entry:
         """The entry of sample `index`, with the path that its image really has."""

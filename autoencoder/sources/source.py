@@ -23,7 +23,7 @@ from PIL import Image
 from autoencoder.common.config import UserError, require
 from autoencoder.images.files import Size, load_image
 from autoencoder.sources.failures import Failures
-from autoencoder.sources.spans import FileChanged
+from autoencoder.sources.spans import FileChanged, file_version
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"}
@@ -155,6 +155,15 @@ class ImageSource(Sequence[Sample]):
             digest.update(part)
         return digest.hexdigest()[:16]
 
+    def stamp(self, index: int) -> bytes:
+        """Changes when a sample gets other captions, or its image another size or, as a file, another time.
+
+        Raises:
+            UserError: the entry is broken.
+        """
+        sample = self[index]
+        return stamp_of(sample, file_version(sample.path))
+
     def _listing(self) -> Iterator[bytes | np.ndarray]:
         """All that the source lists, piece by piece."""
         return iter(())
@@ -162,6 +171,11 @@ class ImageSource(Sequence[Sample]):
     def _identity(self, index: int) -> bytes:
         """What names one sample among others."""
         return os.fsencode(self[index].path.name)
+
+
+def stamp_of(sample: Sample, image: object) -> bytes:
+    """The stamp of a sample, see `ImageSource.stamp`. image: what changes with its image."""
+    return repr((sample.path.name, sample.captions, image)).encode(errors="surrogateescape")
 
 
 def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
@@ -198,6 +212,10 @@ class JoinedSources(ImageSource):
     def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
         source, index = self._find(index)
         return source.hint(index)
+
+    def stamp(self, index: int) -> bytes:
+        source, index = self._find(index)
+        return source.stamp(index)
 
     def fail(self, index: int, reason: str) -> None:
         source, index = self._find(index)

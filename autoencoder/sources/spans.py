@@ -211,6 +211,14 @@ class FileBytes:
         return {"path": self.path, "version": self.version}
 
 
+def file_version(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does: its size and time; None if there is none."""
+    try:
+        return _version(path.stat())
+    except OSError:
+        return None
+
+
 def _version(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 

@@ -27,6 +27,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from autoencoder.sources.source import (
     find_part,
     is_companion,
 )
-from autoencoder.sources.spans import THREADS, Spans, index_path, write_index
+from autoencoder.sources.spans import THREADS, Spans, file_version, index_path, write_index
 from autoencoder.sources.tar_members import caption_member, image_of, key_of, split_group
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,10 @@ class TarShards(ImageSource):
         _, (_, _, caption_bytes, *_) = self._find(index)
         return None, (caption_bytes,)
 
+    def stamp(self, index: int) -> bytes:
+        shard, span = self._find(index)
+        return f"{PurePosixPath(shard).name}:{span}:{_local_version(shard)}".encode()
+
     def _identity(self, index: int) -> bytes:
         shard, span = self._find(index)
         return f"{PurePosixPath(shard).name}:{span}".encode()
@@ -155,6 +160,11 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
         fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
     captions = parse_captions(fields, field, name, require_captions)
     return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields))
+
+
+@lru_cache(maxsize=1 << 16)
+def _local_version(shard: str) -> tuple[int, int] | None:
+    return None if "://" in shard else file_version(Path(shard))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@
           text_lengths (captions,)   tokens of each caption
           caption_lengths (captions,)  letters of each, by which short and long ones are told apart
           captions (samples,)        how many captions each sample has
+          replaced (samples,)        1 where the features are those of another sample, because this one is unusable
+                                     (its metadata: "samples", what changes with the captions and image files)
 
 Shards are memory-mapped; a sample is a few contiguous reads. What is random in training stays so: dropout, the choice
 among captions and among crops, timesteps and noise are drawn at every visit, as from images with as many fixed crops.
@@ -47,6 +49,7 @@ class CachedItem:
     latents: Tensor  # (h·w, C) normalised, as stored
     size: tuple[int, int]  # (h, w)
     text: Tensor  # (L, D)
+    replaced: bool  # by another sample, because it was unusable
     position: int
     resolution: int
 
@@ -61,7 +64,7 @@ class FeatureBatch:
         text: features of the captions.
         positions: (B,) int64, position of each sample in the training stream of all ranks.
         resolutions: (B,) int64, nominal side of each image in pixels.
-        replaced: always 0: what was unusable was replaced, and reported, when the cache was made.
+        replaced: how many of the samples stand in for ones that were unusable when the cache was made.
     """
 
     latents: Tensor
@@ -105,8 +108,18 @@ class FeatureCache:
     shard_size: int
 
     @classmethod
-    def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> FeatureCache:
+    def open(
+        cls,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        digest: Callable[[Sequence[int]], str] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> FeatureCache:
         """The cache in `folder`, if it is whole and was made for `fingerprint`.
+
+        digest: of samples as they are now, see `sources.samples_digest`. Shards of up to 100,000 samples, evenly
+            spread, are compared with it, each by one of the ranks.
 
         Raises:
             UserError: otherwise; names what differs and the remedy.
@@ -120,6 +133,17 @@ class FeatureCache:
             raise UserError(
                 f"data.feature_cache={folder} is incomplete: {len(missing)} files such as {missing[0]}; {REMEDY}"
             )
+        if digest is not None:
+            shards = cache_files(folder, meta)[1:]
+            checked = min(len(shards), max(1, CHECKED_SAMPLES // meta["shard_size"]))
+            numbers = np.unique(np.linspace(0, len(shards) - 1, checked).astype(int)).tolist()[rank::ranks]
+            stale = [number for number in numbers if not is_current(shards[number], digest(shard_range(meta, number)))]
+            if stale:
+                raise UserError(
+                    f"data.feature_cache={folder}: {len(stale)} of {len(numbers)} shards looked at, such as "
+                    f"{shards[stale[0]].name}, were made from other captions or image files than are there now; "
+                    f"{REMEDY}, which makes anew what has changed"
+                )
         return cls(folder, fingerprint["samples"], meta["shard_size"])
 
     def tokens(self, index: int, crop: int, caption: int | None) -> int:
@@ -134,8 +158,11 @@ class FeatureCache:
         shard, row = self._find(index)
         return shard.caption_lengths[shard.first_caption[row] : shard.first_caption[row + 1]].tolist()
 
-    def read(self, index: int, crop: int, caption: int | None) -> tuple[Tensor, tuple[int, int], Tensor]:
-        """Latents (h·w, C), their (h, w), and text features (L, D) of a crop and a caption; None: of no caption."""
+    def read(self, index: int, crop: int, caption: int | None) -> tuple[Tensor, tuple[int, int], Tensor, bool]:
+        """Latents (h·w, C), their (h, w), and text features (L, D) of a crop and a caption; None: of no caption.
+
+        The last value says whether they are those of another sample.
+        """
         shard, row = self._find(index)
         latents = shard.rows("latents", shard.latent_rows, row * shard.sizes.shape[1] + crop)
         if caption is None:
@@ -143,7 +170,7 @@ class FeatureCache:
         else:
             text = shard.rows("text", shard.text_rows, shard.first_caption[row] + caption)
         height, width = shard.sizes[row, crop].tolist()
-        return latents, (height, width), text
+        return latents, (height, width), text, bool(shard.replaced[row])
 
     def _find(self, index: int) -> tuple[_Shard, int]:
         number, row = divmod(index, self.shard_size)
@@ -161,7 +188,10 @@ class _Shard:
             self.caption_lengths = self.file.get_tensor("caption_lengths").numpy()
             self.latent_rows = _offsets(self.sizes.prod(axis=2).reshape(-1))
             self.text_rows = _offsets(self.file.get_tensor("text_lengths").numpy())
-            self.first_caption = _offsets(self.file.get_tensor("captions").numpy())
+            captions = self.file.get_tensor("captions").numpy()
+            self.first_caption = _offsets(captions)
+            older = "replaced" not in self.file.keys()  # noqa: SIM118 - not a mapping
+            self.replaced = np.zeros(len(captions), bool) if older else self.file.get_tensor("replaced").numpy()
         except (OSError, SafetensorError) as error:
             raise UserError(f"feature cache: {path} cannot be read ({error}); delete it and make it again") from error
 
@@ -217,11 +247,14 @@ class CachedDataset:
             text=TextFeatures(torch.cat([item.text for item in items]), tuple(len(item.text) for item in items)),
             positions=torch.tensor([item.position for item in items]),
             resolutions=torch.tensor([item.resolution for item in items]),
+            replaced=sum(item.replaced for item in items),
         )
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
+CHECKED_SAMPLES = 100_000  # compared with the data when a training begins
+OF_THE_DATA = ("source", "content", "samples")  # keys of the fingerprint that change with the data alone
 RECORDED_LATER = ("content", "EXIF orientation")  # keys of the fingerprint that older caches do not have
 REMEDY = "fill it with: python -m svg_t2i.cache_features --config THE_SAME_YAML"
 
@@ -234,6 +267,22 @@ def cache_files(folder: Path, meta: Mapping[str, Any]) -> list[Path]:
     """The files that a finished cache has, besides its `cache.json`."""
     shards = -(-meta["fingerprint"]["samples"] // meta["shard_size"])
     return [folder / UNCONDITIONAL_FILE, *(shard_path(folder, number) for number in range(shards))]
+
+
+def shard_range(meta: Mapping[str, Any], number: int) -> range:
+    """The samples of a shard."""
+    size = meta["shard_size"]
+    return range(number * size, min((number + 1) * size, meta["fingerprint"]["samples"]))
+
+
+def is_current(path: Path, digest: str, otherwise: bool = True) -> bool:
+    """Whether a shard was made from samples of this digest. Those of older versions do not tell: then `otherwise`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = (file.metadata() or {}).get("samples")
+    except (OSError, SafetensorError):
+        return True  # reading it will say what is wrong with it
+    return otherwise if made is None else made == digest
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -255,15 +304,24 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     return meta
 
 
+def differences(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What a cache was made for and what it is needed for, "old ≠ new", by the keys in which they differ."""
+    made = {key: fingerprint.get(key) for key in RECORDED_LATER} | meta["fingerprint"]
+    return {key: f"{made.get(key)} ≠ {value}" for key, value in fingerprint.items() if made.get(key) != value}
+
+
 def check_fingerprint(folder: Path, meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     """UserError naming each difference between what a cache was made for and what it is needed for."""
-    made = {key: fingerprint.get(key) for key in RECORDED_LATER} | meta["fingerprint"]
-    differing = [f"{key}: {made.get(key)} ≠ {value}" for key, value in fingerprint.items() if made.get(key) != value]
-    if differing:
-        raise UserError(
-            f"feature cache {folder} was made for something else ({'; '.join(differing)}); go back to those images, "
-            "settings and networks, or make another cache with python -m svg_t2i.cache_features"
-        )
+    differing = differences(meta, fingerprint)
+    if not differing:
+        return
+    remedy = "go back to those images, settings and networks, or make another cache"
+    if differing.keys() <= set(OF_THE_DATA):
+        remedy = "make anew what has changed"
+    listed = "; ".join(f"{key}: {difference}" for key, difference in differing.items())
+    raise UserError(
+        f"feature cache {folder} was made for something else ({listed}); {remedy} with python -m svg_t2i.cache_features"
+    )
 
 
 def write_meta(folder: Path, fingerprint: Mapping[str, Any], shard_size: int) -> None:
@@ -278,8 +336,11 @@ def write_shard(
     latents: Sequence[Sequence[Tensor]],
     text: Sequence[TextFeatures],
     caption_lengths: Sequence[Sequence[int]],
+    replaced: Sequence[bool],
+    digest: str,
 ) -> None:
-    """Write a shard, whole or not at all: of each sample its crops (C, h, w), its captions' features and letters."""
+    """Write a shard, whole or not at all: of each sample its crops (C, h, w), its captions' features and letters, and
+    whether it is replaced by another. digest: of the samples."""
     tensors = {
         "latents": torch.cat([x.flatten(1).T for crops in latents for x in crops]),  # (T, C)
         "sizes": torch.tensor([[x.shape[1:] for x in crops] for crops in latents], dtype=torch.int32),
@@ -287,9 +348,10 @@ def write_shard(
         "text_lengths": torch.tensor([n for features in text for n in features.lengths], dtype=torch.int32),
         "caption_lengths": torch.tensor([n for lengths in caption_lengths for n in lengths], dtype=torch.int32),
         "captions": torch.tensor([len(features.lengths) for features in text], dtype=torch.int32),
+        "replaced": torch.tensor(replaced, dtype=torch.uint8),
     }
     with replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"samples": digest})
 
 
 def write_unconditional(folder: Path, features: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -224,22 +225,30 @@ def make_datasets(
 
 
 def open_caches(
-    config: DataConfig, datasets: Sequence[T2IDataset], fingerprints: Mapping[str, Any]
+    config: DataConfig, datasets: Sequence[T2IDataset], fingerprints: Mapping[str, Any], rank: int = 0, ranks: int = 1
 ) -> list[CachedDataset]:
     """The feature caches that the settings name, for these datasets and frozen networks.
 
     Raises:
-        UserError: one is missing, incomplete, or was made from other images, settings or networks.
+        UserError: one is missing, incomplete, or was made from other images, captions, settings or networks.
     """
-    folders = [locate(source.feature_cache) for source in config.all_sources]
-    caches = [
-        FeatureCache.open(folder, cache_fingerprint(dataset, fingerprints))
-        for folder, dataset in zip(folders, datasets, strict=True)
-    ]
-    return [
-        CachedDataset(cache, dataset.augmentation, dataset.resolution)
-        for cache, dataset in zip(caches, datasets, strict=True)
-    ]
+    caches = []
+    for source, dataset in zip(config.all_sources, datasets, strict=True):
+        folder, digest = locate(source.feature_cache), partial(samples_digest, dataset.manifest)
+        cache = FeatureCache.open(folder, cache_fingerprint(dataset, fingerprints), digest, rank, ranks)
+        caches.append(CachedDataset(cache, dataset.augmentation, dataset.resolution))
+    return caches
+
+
+def samples_digest(source: ImageSource, indices: Sequence[int]) -> str:
+    """16 hex digits that change when the captions or image files of some of these samples do."""
+    digest = hashlib.sha256()
+    for index in indices:
+        try:
+            digest.update(source.stamp(index))
+        except UserError as error:
+            digest.update(str(error).encode(errors="replace"))
+    return digest.hexdigest()[:16]
 
 
 def cache_fingerprint(dataset: T2IDataset, fingerprints: Mapping[str, Any]) -> dict[str, Any]:

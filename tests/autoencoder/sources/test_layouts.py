@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -21,7 +22,7 @@ from autoencoder.sources import tables, tar_shards
 from autoencoder.sources.failures import Failures
 from autoencoder.sources.folders import ImageFolder
 from autoencoder.sources.opening import open_images, open_source
-from autoencoder.sources.source import Reading
+from autoencoder.sources.source import JoinedSources, Reading
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
 CAPTIONS = ("a red square", "a green square", 'blue, "quoted"\nand on two lines')
@@ -212,6 +213,29 @@ def test_layouts(layout, tmp_path):
     assert seen(open_source(path)) == FOUND
     assert seen(open_source(path)) == FOUND  # from indexes and copies that are there already
     assert [colour for colour, *_ in seen(open_images(str(path)))] == list(COLOURS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_stamps_change_with_the_samples(layout, tmp_path, monkeypatch):
+    path = layout(tmp_path / "data")
+    before, again = ([open_source(path).stamp(index) for index in range(3)] for _ in range(2))
+    assert before == again
+    assert len(set(before)) == 3
+    changed = CAPTIONS[:2] + ("something quite different",)
+    monkeypatch.setattr(sys.modules[__name__], "CAPTIONS", changed)
+    monkeypatch.setattr(sys.modules[__name__], "FOUND", list(zip(COLOURS, changed, strict=True)))
+    shutil.rmtree(tmp_path / "data")
+    after = open_source(layout(tmp_path / "data"))
+    assert after.stamp(2) != before[2]
+    assert JoinedSources([after, after]).stamp(5) == after.stamp(2)
+
+
+def test_the_stamp_of_an_image_changes_with_its_file_alone(tmp_path):
+    for path in (sidecars(tmp_path / "a"), put(tmp_path / "b" / "t.csv", table(tmp_path / "b", "path", "text"))):
+        before = [open_source(path).stamp(index) for index in range(3)]
+        put((path if path.is_dir() else path.parent) / "1.png", png(COLOURS[0], (30, 30)))
+        after = [open_source(path).stamp(index) for index in range(3)]
+        assert [x == y for x, y in zip(before, after, strict=True)] == [True, False, True]
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])

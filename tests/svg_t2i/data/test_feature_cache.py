@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from autoencoder.common.config import UserError, load_config
 from autoencoder.common.processes import World
@@ -14,6 +15,7 @@ from autoencoder.latents.statistics import LatentStats
 from svg_t2i import cache_features, train
 from svg_t2i.cache_features import CacheWriter
 from svg_t2i.checkpoints.weights import read_transformer
+from svg_t2i.data import feature_cache
 from svg_t2i.data.feature_cache import check_fingerprint
 from svg_t2i.data.loader import build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
@@ -196,6 +198,108 @@ def test_one_edited_caption_among_many_is_noticed_and_older_caches_are_read(toy_
         del made["fingerprint"][name]
     check_fingerprint(cache, made, fingerprint)
     check_fingerprint(cache, made, fingerprint | {"content": "0" * 16})
+
+
+# -- data that changed ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_parts(parts, tmp_path):
+    """The parts with images of their own, which a test may change."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    lines = [json.loads(line) for line in (parts / "manifest.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["path"] = str(shutil.copy(line["path"], folder / f"{i}.png"))
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def own_cache(toy_parts, own_parts, tmp_path):
+    return make(toy_parts, own_parts, tmp_path / "own_cache")
+
+
+def edit_a_caption(folder):
+    text = (folder / "manifest.jsonl").read_text()
+    assert text.count("noise number 4") == 1
+    (folder / "manifest.jsonl").write_text(text.replace("noise number 4", "noise number X"))
+
+
+def replace_an_image(folder):
+    shutil.copy(folder / "0.png", folder / "4.png")
+
+
+def append_a_sample(folder):
+    with (folder / "manifest.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"path": str(folder / "0.png"), "prompt": "one more"}))
+
+
+@pytest.mark.parametrize(("change", "stale"), [(edit_a_caption, "1"), (replace_an_image, "1"), (append_a_sample, "2")])
+def test_what_changed_is_noticed_and_made_anew(toy_parts, own_parts, own_cache, tmp_path, capsys, change, stale):
+    """And nothing else; afterwards the cache is that of the changed data."""
+    before = {path.name: path.stat().st_mtime_ns for path in own_cache.glob("0*.safetensors")}
+    change(own_parts)
+    with pytest.raises(UserError, match="python -m svg_t2i.cache_features"):
+        loaders(toy_parts, own_parts, own_cache)
+    capsys.readouterr()
+    make(toy_parts, own_parts, own_cache)
+    assert "captions or images of 1 of 3 shards have changed; these are made anew" in capsys.readouterr().out
+    changed = {path.name for path in own_cache.glob("0*") if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {f"0000{stale}.safetensors"}
+    fresh = make(toy_parts, own_parts, tmp_path / "fresh")
+    for path in fresh.glob("0*"):
+        a, b = load_file(path), load_file(own_cache / path.name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), path.name
+    assert json.loads((fresh / "cache.json").read_text()) == json.loads((own_cache / "cache.json").read_text())
+    loaders(toy_parts, own_parts, own_cache)
+
+
+def test_the_cache_of_other_data_is_left_alone(toy_parts, own_parts, own_cache, tmp_path):
+    lines = [json.dumps({"path": str(own_parts / f"{i}.png"), "prompt": f"other {i}"}) for i in range(7)]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.jsonl").write_text("\n".join(lines))
+    before = {path: path.read_bytes() for path in own_cache.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="was made for something else .*content: "):
+        make(toy_parts, other, own_cache)
+    for i in range(7):
+        os.utime(own_parts / f"{i}.png", (1, 1))
+    with pytest.raises(UserError, match="all 3 shards have another size or time .*give another folder, or delete"):
+        make(toy_parts, own_parts, own_cache)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_shards_of_older_versions_go_with_the_fingerprint(toy_parts, own_parts, own_cache, capsys):
+    for path in own_cache.glob("0*"):
+        tensors = load_file(path)
+        del tensors["replaced"]
+        save_file(tensors, path)
+    loaders(toy_parts, own_parts, own_cache)
+    make(toy_parts, own_parts, own_cache)
+    edit_a_caption(own_parts)
+    with pytest.raises(UserError, match="content: .*make anew what has changed"):  # which of them, nobody can tell
+        make(toy_parts, own_parts, own_cache)
+
+
+def test_only_some_shards_of_a_large_cache_are_looked_at(toy_parts, own_parts, own_cache, monkeypatch):
+    monkeypatch.setattr(feature_cache, "CHECKED_SAMPLES", 6)  # 2 of 3 shards, the first and the last
+    replace_an_image(own_parts)
+    loaders(toy_parts, own_parts, own_cache)
+    shutil.copy(own_parts / "1.png", own_parts / "6.png")
+    with pytest.raises(UserError, match="1 of 2 shards looked at, such as 00002.safetensors"):
+        loaders(toy_parts, own_parts, own_cache)
+
+
+def test_replaced_samples_are_known_in_training(toy_parts, own_parts, tmp_path, caplog):
+    (own_parts / "2.png").write_bytes(b"damaged")
+    cache = make(toy_parts, own_parts, tmp_path / "features")
+    assert load_file(cache / "00000.safetensors")["replaced"].tolist() == [0, 0, 1]
+    _, images, features = loaders(toy_parts, own_parts, cache)
+    counts = [[sum(batch.replaced for batch in step) for step in loader] for loader in (images, features)]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0
 
 
 def test_mistakes_are_named(toy_parts, parts, cache, tmp_path):
