@@ -158,7 +158,7 @@ class FileBytes:
 
     def __init__(self, path: Path):
         self.path = path
-        self.version = _version(path.stat())
+        self.version = version_of(path.stat())
 
     def read(self, first: int, count: int) -> bytes:
         """Up to `count` bytes from byte `first` on, fewer at the end of the file."""
@@ -203,7 +203,7 @@ class FileBytes:
             file = self.path.open("rb", buffering=0)
         except FileNotFoundError:
             raise FileChanged.of(self.path) from None
-        if _version(os.fstat(file.fileno())) != self.version:
+        if version_of(os.fstat(file.fileno())) != self.version:
             raise FileChanged.of(self.path)
         return file
 
@@ -214,12 +214,13 @@ class FileBytes:
 def file_version(path: Path) -> tuple[int, int] | None:
     """What changes when a file does: its size and time; None if there is none."""
     try:
-        return _version(path.stat())
+        return version_of(path.stat())
     except OSError:
         return None
 
 
-def _version(status: os.stat_result) -> tuple[int, int]:
+def version_of(status: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file."""
     return status.st_size, status.st_mtime_ns
 
 

@@ -27,7 +27,6 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ from autoencoder.sources.source import (
     find_part,
     is_companion,
 )
-from autoencoder.sources.spans import THREADS, Spans, file_version, index_path, write_index
+from autoencoder.sources.spans import THREADS, FileChanged, Spans, file_version, index_path, version_of, write_index
 from autoencoder.sources.tar_members import caption_member, image_of, key_of, split_group
 
 logger = logging.getLogger(__name__)
@@ -69,6 +68,7 @@ class TarShards(ImageSource):
         super().__init__(name, reading)
         self.shards, self.tables = tuple(shards), tuple(tables)  # of a table: rows as `_scan` makes them
         self.ends = list(itertools.accumulate(map(len, tables)))
+        self.versions = {shard: file_version(Path(shard)) for shard in shards if "://" not in shard}
         self.failures.expect(name, len(self))
 
     @classmethod
@@ -105,7 +105,7 @@ class TarShards(ImageSource):
         shard, (start, end, _, *others) = self._find(index)
         try:
             pieces = [(start, end), *zip(others[::2], others[1::2])]
-            record = b"".join(_fetch(shard, *piece) for piece in pieces if piece[1])
+            record = b"".join(_fetch(shard, *piece, self.versions.get(shard)) for piece in pieces if piece[1])
             return parse_record(record, shard, self.reading.require_captions)
         except UserError:
             raise
@@ -118,7 +118,7 @@ class TarShards(ImageSource):
 
     def stamp(self, index: int) -> bytes:
         shard, span = self._find(index)
-        return f"{PurePosixPath(shard).name}:{span}:{_local_version(shard)}".encode()
+        return f"{PurePosixPath(shard).name}:{span}:{self.versions.get(shard)}".encode()
 
     def _identity(self, index: int) -> bytes:
         shard, span = self._find(index)
@@ -160,11 +160,6 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
         fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
     captions = parse_captions(fields, field, name, require_captions)
     return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields))
-
-
-@lru_cache(maxsize=1 << 16)
-def _local_version(shard: str) -> tuple[int, int] | None:
-    return None if "://" in shard else file_version(Path(shard))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------
@@ -330,18 +325,23 @@ def _members(shard: str) -> Iterator[Member]:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _fetch(shard: str, start: int, end: int) -> bytes:
+def _fetch(shard: str, start: int, end: int, version: tuple[int, int] | None = None) -> bytes:
     """Some bytes of a shard, less where it ends. A remote read that fails is tried again.
 
     Raises:
         UserError: they cannot be had.
+        FileChanged: the local shard is not of this version.
     """
     if "://" in shard:
         return _fetch_remote(shard, start, end)
     try:
         with Path(shard).open("rb") as file:
+            if version is not None and version_of(os.fstat(file.fileno())) != version:
+                raise FileChanged.of(Path(shard))
             file.seek(start)
             return file.read(end - start)
+    except FileNotFoundError:
+        raise FileChanged.of(Path(shard)) from None
     except OSError as error:
         raise UserError(f"{shard} cannot be read: {error.strerror}") from error
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import threading
 from collections import Counter
@@ -300,3 +301,19 @@ def test_spans_cover_the_records(shards):
     rows = np.array([source.tables[0][i] for i in range(6)])
     assert (rows[1:, 0] == rows[:-1, 1]).all()
     assert rows[0, 0] == 0
+
+
+@pytest.mark.parametrize("change", ["replaced", "truncated", "deleted"])
+def test_a_shard_that_changes_ends_the_run_in_one_line(change, shards):
+    source = open_source(shards, Reading(failures=Failures(1000)))
+    shard = shards / "s-0.tar"
+    if change == "replaced":
+        write_tar(shard, *(member for i in range(6) for member in sample(i, "other words")))
+    elif change == "truncated":
+        os.truncate(shard, 3000)
+    else:
+        shard.unlink()
+    with pytest.raises(UserError, match=r"s-0\.tar was changed while it was in use; put the old one back"):
+        source.load(0)
+    assert not len(source.failures)
+    assert source.load(6).sample.captions == ("caption 6",)  # another shard
