@@ -91,7 +91,7 @@ def run(config: TrainConfig, world: World) -> bool:
     transformer = make_transformer(config, frozen, first=newest is None, world=world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
-    contents = {source.name: source.content_fingerprint() for source in sources} if world.is_main else {}
+    contents = {source.name: source.content_fingerprint for source in sources} if world.is_main else {}
     if newest is not None:
         resume(config, state, frozen, newest)
         warn_of_other_data(checkpoint.read_meta(newest).get("data", {}), contents)

@@ -217,13 +217,24 @@ def crop_to_size(image: Image.Image, size: Size, rng: Random | None = None) -> I
     """
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = halved(image)
     scale = max(width / image.width, height / image.height)
     covering = round(image.width * scale), round(image.height * scale)
     image = image.resize(covering, Image.Resampling.BICUBIC)
     left = _offset(image.width - width, rng)
     top = _offset(image.height - height, rng)
     return image.crop((left, top, left + width, top + height))
+
+
+def halved(image: Image.Image) -> Image.Image:
+    """Half as wide and half as high, rounded down, with a box filter: the pixels of Pillow's `resize`, twice as fast.
+
+    That scales the rows, rounds, and scales the columns, which for even sides is what `reduce` does in one direction.
+    """
+    width, height = image.width // 2, image.height // 2
+    even = image.width % 2 == 0
+    image = image.reduce((2, 1)) if even else image.resize((width, image.height), Image.Resampling.BOX)
+    return image.reduce((1, 2)) if image.height % 2 == 0 else image.resize((width, height), Image.Resampling.BOX)
 
 
 def crop_square(image: Image.Image, size: int, rng: Random | None = None) -> Image.Image:

@@ -14,6 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -145,10 +146,12 @@ class ImageSource(Sequence[Sample]):
             digest.update(self._identity(index))
         return digest.hexdigest()[:16]
 
+    @cached_property
     def content_fingerprint(self) -> str:
-        """16 hex digits of all that the source lists, with its captions where these lie in a manifest or table.
+        """16 hex digits of all that the source lists, with the captions of a manifest or table, and a few thousand of
+        those that lie beside their images.
 
-        Images are not read. A second per GB of a manifest.
+        Images are not read. It takes a second per GB of a manifest.
         """
         digest = hashlib.sha256(self.fingerprint().encode())
         for part in self._listing():
@@ -222,7 +225,7 @@ class JoinedSources(ImageSource):
         source.fail(index, reason)
 
     def _listing(self) -> Iterator[bytes]:
-        return (source.content_fingerprint().encode() for source in self.sources)
+        return (source.content_fingerprint.encode() for source in self.sources)
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         number, index = find_part(self.ends, index)

@@ -55,7 +55,7 @@ class ImageDataModule(LightningDataModule):
         self.params = build(params, section.params, "data.params")
         self.training = training
         self.train_source, self.val_source, self.buckets = self.params.sources()
-        self.content = self.train_source.content_fingerprint()
+        self.content = self.train_source.content_fingerprint
         self.position = 0  # samples consumed before `self.first_step`
         self.first_step = 0
 

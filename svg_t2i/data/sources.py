@@ -258,7 +258,7 @@ def cache_fingerprint(dataset: T2IDataset, fingerprints: Mapping[str, Any]) -> d
     )
     return {
         "source": dataset.manifest.fingerprint(),
-        "content": dataset.manifest.content_fingerprint(),
+        "content": dataset.manifest.content_fingerprint,
         "samples": len(dataset),
         "resolution": dataset.resolution,
         "crop sizes": hashlib.sha256(repr(dataset.buckets).encode()).hexdigest()[:16],

@@ -163,6 +163,15 @@ def test_ties_go_to_the_larger_bucket():
 # --- crops
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 70), st.integers(2, 70), st.integers(0, 9))
+def test_halving_gives_the_pixels_of_a_box_filter(width, height, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    assert np.array_equal(images.halved(image), expected)
+
+
 @pytest.mark.parametrize("size", [(64, 32), (32, 64), (48, 48)])
 @pytest.mark.parametrize("source", [(300, 200), (33, 400), (20, 10), (64, 32)])
 @pytest.mark.parametrize("make_rng", [lambda: None, lambda: random.Random(1), lambda: np.random.default_rng(1)])

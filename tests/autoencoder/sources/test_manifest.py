@@ -357,17 +357,21 @@ def test_a_manifest_that_is_cut_short_ends_the_run_in_one_line(size, tmp_path):
 
 def test_content_fingerprints_see_every_caption(tmp_path):
     path = write_lines(tmp_path / "m.jsonl", *map(item, range(1000)))
-    before, quick = Manifest.open(path).content_fingerprint(), Manifest.open(path).fingerprint()
-    assert Manifest.open(path).content_fingerprint() == before
+    before, quick = Manifest.open(path).content_fingerprint, Manifest.open(path).fingerprint()
+    assert Manifest.open(path).content_fingerprint == before
     path.write_text(path.read_text().replace("caption 780", "caption 7x0"))
-    assert Manifest.open(path).content_fingerprint() != before
+    assert Manifest.open(path).content_fingerprint != before
     assert Manifest.open(path).fingerprint() == quick  # a look at 64 entries
 
 
 def test_content_fingerprints_of_folders(tmp_path):
     for name in "abc":
         write_image(tmp_path / f"{name}.png")
-    before = ImageFolder(tmp_path).content_fingerprint()
-    assert ImageFolder(tmp_path).content_fingerprint() == before
+    before = ImageFolder(tmp_path).content_fingerprint
+    assert ImageFolder(tmp_path).content_fingerprint == before
     write_image(tmp_path / "d.png")
-    assert ImageFolder(tmp_path).content_fingerprint() != before
+    (tmp_path / "d.txt").write_text("a caption")
+    captioned = ImageFolder(tmp_path).content_fingerprint
+    assert captioned != before
+    (tmp_path / "d.txt").write_text("a Caption")
+    assert ImageFolder(tmp_path).content_fingerprint != captioned
