@@ -48,8 +48,9 @@ from autoencoder.images.files import (
     to_uint8_tensor,
 )
 from autoencoder.model import SVGAutoencoder
+from autoencoder.sources.failures import FILE_NAME, MAX_ERRORS, Failures
 from autoencoder.sources.opening import open_source
-from autoencoder.sources.source import ImageSource
+from autoencoder.sources.source import ImageSource, Reading
 from svg_t2i.text.encoder import make_toy_text_encoder
 
 AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
@@ -235,6 +236,7 @@ def run_on_data(recipe: Recipe, source: ImageSource) -> None:
     """Trains on squares of the user's images; shows some, their reconstructions, and pictures for their captions."""
     with recipe.phase("data"):
         samples = write_squares(source, recipe.manifest.parent, recipe.resolution)
+        source.failures.report()
         print(f"{len(samples)} squares of {recipe.resolution} px")
     recipe.train([caption for _, captions in samples for caption in captions])
     shown = samples[:: max(1, len(samples) // recipe.plan.prompts)][: recipe.plan.prompts]
@@ -321,6 +323,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a few steps of everything: it runs, and learns nothing")
     parser.add_argument("--data", help="your images and captions: folder, manifest, table, tar shards, hf://datasets/…")
     parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares")
+    parser.add_argument("--image_column", help="of a manifest or table (default: by the usual names)")
+    parser.add_argument("--caption_column", help="likewise (default: by the usual names)")
+    parser.add_argument("--max_errors", type=float, default=MAX_ERRORS, help="unusable samples: a share, or a number")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="folder to write")
     parser.add_argument("--pictures", action="store_true", help="train nothing: draw the README's pictures")
     return parser.parse_args(argv)
@@ -336,7 +341,10 @@ def main(argv: list[str]) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
     if own_data:  # complain before anything is written
-        source = open_source(args.data)
+        reading = Reading(
+            image_column=args.image_column, caption_column=args.caption_column, failures=Failures(args.max_errors)
+        )
+        source = open_source(args.data, reading)
         aspect_buckets(args.resolution, max_aspect=1)
     output.mkdir(parents=True, exist_ok=True)
     processes, threads = divide_cores()
@@ -348,6 +356,7 @@ def main(argv: list[str]) -> None:
         threads=threads,
     )
     if own_data:
+        source.failures.keep_in(output / FILE_NAME)
         run_on_data(recipe, source)
     else:
         run_on_shapes(recipe)

@@ -196,6 +196,19 @@ def test_squares_of_the_users_images(score, tmp_path):
     assert image.getpixel((3, 3)) == (255, 0, 0)
 
 
+def test_unusable_images_are_counted_and_listed(score, odd_images, monkeypatch, tmp_path):
+    recipe = pytest.importorskip("recipe")
+    monkeypatch.setattr(recipe.Recipe, "train", lambda *_: pytest.fail("reached training"))
+    arguments = ["--data", str(odd_images), "--resolution", "32", "--output"]
+    with pytest.raises(BaseException, match="reached training"):
+        recipe.main([*arguments, str(tmp_path / "usual")])
+    (line,) = map(json.loads, (tmp_path / "usual" / "unusable.jsonl").read_text().splitlines())
+    assert "damaged.jpg" in line["reason"]
+    assert len(list((tmp_path / "usual" / "data" / "images").iterdir())) == 9
+    with pytest.raises(UserError, match=r"(?s)more than 0 unusable samples .*damaged\.jpg"):
+        recipe.main([*arguments, str(tmp_path / "strict"), "--max_errors", "0"])
+
+
 def test_pictures_of_every_verb_that_starts_from_images(draw, saved_pipeline, monkeypatch, tmp_path):
     recipe = pytest.importorskip("recipe")
     with pytest.raises(UserError, match="holds no finished quickstart"):
