@@ -21,6 +21,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -114,6 +115,11 @@ def caption_column(fields: Mapping[str, Any], image: str, reading: Reading) -> s
 
 def usual_columns(fields: Iterable[str], names: Sequence[str]) -> list[str]:
     """The fields that are called by one of `names`, in the order of these."""
+    return list(_usual_columns(tuple(fields), tuple(names)))
+
+
+@lru_cache(maxsize=256)  # most entries of a source have the same fields
+def _usual_columns(fields: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
     plain = [name for name in names if name in fields]
     if plain:
         return plain
@@ -144,7 +150,7 @@ def _first_filled(fields: Mapping[str, Any], names: Sequence[str]) -> str | None
 
 
 def _holds_image(value: Any) -> bool:
-    return isinstance(value, bytes) or (isinstance(value, Mapping) and ("bytes" in value or "at" in value))
+    return isinstance(value, bytes) or (isinstance(value, dict) and ("bytes" in value or "at" in value))
 
 
 # --- values -----------------------------------------------------------------------------------------------------
@@ -184,7 +190,7 @@ def _image(value: Any, column: str) -> tuple[str, bytes | tuple[int, int] | None
         return _image(value[0], column)
     if isinstance(value, bytes):
         return "", value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         name = value.get("path") if isinstance(value.get("path"), str) else ""
         if isinstance(value.get("at"), list):  # in a table's copy, see `sources.tables`
             return name, tuple(value["at"])
@@ -222,14 +228,13 @@ def local_name(name: str, column: str) -> str:
     return os.path.expanduser(name) if name.startswith("~") else name
 
 
-def find_file(folder: Path | str, name: Path | str) -> Path:
-    """`name` in `folder`; where it does not exist, the same with `/` for `\\` or in another Unicode form that does."""
-    name = str(name)
-    given = Path(folder, name)
+def find_file(given: Path) -> Path:
+    """The path itself; where it does not exist, the same with `/` for `\\` or in another Unicode form that does."""
+    name = str(given)
     if (name.isascii() and "\\" not in name) or os.path.lexists(given):
         return given
     for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
-        found = Path(folder)
+        found = Path()
         for part in Path(spelling).parts:
             forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
             found = next((found / form for form in forms if os.path.lexists(found / form)), None)

@@ -89,7 +89,7 @@ class HubDataset(ImageSource):
         entry = self._parse(dict(self.rows[index]), index)
         if entry.content is not None:
             return entry
-        return entry._replace(sample=replace(entry.sample, path=find_file("", entry.sample.path)))
+        return entry._replace(sample=replace(entry.sample, path=find_file(entry.sample.path)))
 
     def _parse(self, fields: dict[str, Any], index: int) -> Entry:
         try:

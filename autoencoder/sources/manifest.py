@@ -54,6 +54,7 @@ class Manifest(ImageSource):
         self.origin = origin or Origin(path, rows=False)
         super().__init__(str(self.origin.path), reading)
         self.content = FileBytes(path)
+        self.folder, self.file_name = self.origin.path.parent, self.origin.path.name
         self.images = FileBytes(self.origin.images) if self.origin.images else None
         self.spans = spans  # (first byte, end) of each entry
         self.left_out = np.zeros(0, dtype=np.int64)  # the broken ones among them, ascending
@@ -108,8 +109,8 @@ class Manifest(ImageSource):
         """The entry of sample `index`, with the path that its image really has."""
         entry = self._parse(self._entry(index))
         if entry.content is None:
-            path = find_file("", entry.sample.path)
-            if path != entry.sample.path:
+            path = find_file(entry.sample.path)
+            if path is not entry.sample.path:
                 return entry._replace(sample=replace(entry.sample, path=path))
         return entry
 
@@ -126,10 +127,10 @@ class Manifest(ImageSource):
         """The entry of this number, whose place may be known; its path is not looked for."""
         start, end = span or self.spans[entry]
         try:
-            line, label = self.content.read_exactly(start, end - start), f"{self.origin.path.name}/{entry:08d}"
+            line, label = self.content.read_exactly(start, end - start), f"{self.file_name}/{entry:08d}"
             if self.origin.rows and line.startswith(b'"'):  # what is wrong with a row, instead of its fields
                 raise ValueError(json.loads(line))
-            return parse_line(line, self.origin.path.parent, self.reading, label)
+            return parse_line(line, self.folder, self.reading, label)
         except FileChanged:
             raise
         except ValueError as error:

@@ -58,7 +58,7 @@ def open_source(path: str | Path, reading: Reading | None = None) -> ImageSource
         text = unquote(urlsplit(text).path)
     if "://" in text:
         return _open_url(text, reading)
-    place = find_file("", locate(text))
+    place = find_file(locate(text))
     if place.is_dir():
         return _open_folder(place, reading)
     if place.exists():
