@@ -35,6 +35,7 @@ class Conditions:
     negative: which text the guiding branch has; None without guidance, or when `guide` leads.
     guide: a weaker model that takes the place of the unconditional branch.
     scales: guidance scale of each image.
+    captions: the prompt of each image in words, for messages.
     """
 
     texts: TextFeatures
@@ -43,6 +44,7 @@ class Conditions:
     guide: SVGDiT | None
     scales: Sequence[float]
     weights: tuple[tuple[float, ...], ...] = ()
+    captions: tuple[str, ...] = ()
 
     def select(self, rows: Sequence[int]) -> Conditions:
         """The images `rows` alone."""
@@ -56,6 +58,7 @@ class Conditions:
             negative=None if self.negative is None else pick(self.negative),
             scales=pick(self.scales),
             weights=tuple(map(pick, self.weights)),
+            captions=pick(self.captions),
         )
 
     def refined_for(self, model: SVGDiT) -> Conditions:

@@ -102,7 +102,7 @@ def encode_prompts(
     rows = [tuple(distinct.index(text) for text in column) for column in texts]
     negative = rows.pop() if options.is_guided and guide is None else None
     mixing = () if others is None else (tuple(1 - weight for weight in weights), tuple(weights))
-    return Conditions(features, tuple(rows), negative, guide, options.guidance_scales(count), mixing)
+    return Conditions(features, tuple(rows), negative, guide, options.guidance_scales(count), mixing, tuple(prompts))
 
 
 def encode_images(networks: Networks, images: Sequence[Tensor]) -> list[Tensor]:
@@ -161,7 +161,11 @@ def solve(
     progress_bar: options for tqdm.
     rows: which of the call's images these are, where they are not all of them; `indices` are among these.
     inpainting: `known` and `repaint` of `denoise`.
+
+    Raises:
+        UserError: the latents of an image are not finite; names the prompt and the step.
     """
+    finite = _Finite()
     sizes = tuple((x.shape[1], x.shape[2]) for x in latents)
     total = count_steps(options, sizes, start)
     with (
@@ -171,17 +175,47 @@ def solve(
 
         def on_step(step: int, t: float, group: list[Tensor], indices: list[int]) -> list[Tensor] | None:
             bar.update()
+            finite.note(step, group, indices)
             if on_step_end is None:
                 return None
             named = indices if rows is None else [rows[i] for i in indices]
             answer = on_step_end(step - 1, t, {"latents": stack(group), "indices": named})
             return None if not answer or "latents" not in answer else list(answer["latents"])
 
-        return denoise(networks.transformer, latents, conditions, options, start=start, on_step=on_step, **inpainting)
+        solved = denoise(networks.transformer, latents, conditions, options, start=start, on_step=on_step, **inpainting)
+    finite.check(conditions.captions)
+    return solved
+
+
+class _Finite:
+    """From which step on the latents of an image are not finite; noted on the device, which is asked at the end."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[int], Tensor]] = []
+
+    def note(self, step: int, latents: Sequence[Tensor], images: list[int]) -> None:
+        self.seen.append((step, images, torch.stack([x.isfinite().all() for x in latents])))
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """UserError for the first that is not."""
+        if not self.seen:
+            return
+        flags = iter(torch.cat([finite for _, _, finite in self.seen]).tolist())
+        for step, images, _ in self.seen:
+            for image in images:
+                if not next(flags):
+                    raise UserError(
+                        f"the latents of image {image + 1}, {prompts[image][:80]!r}, are not finite from step {step} "
+                        "on; use precision fp32 or a lower guidance_scale, or look whether the weights are finite"
+                    )
 
 
 def decode_latents(networks: Networks, latents: Sequence[Tensor], decode_pixels: int) -> list[Tensor]:
-    """Latents → images (3, 16h, 16w), nominally in [-1, 1]; up to `decode_pixels` pixels at once."""
+    """Latents → images (3, 16h, 16w), nominally in [-1, 1]; up to `decode_pixels` pixels at once.
+
+    Raises:
+        UserError: an image is not finite, which would be written as a black one.
+    """
     images: list[Any] = list(latents)
     autoencoder, device, dtype = networks.autoencoder, networks.device, networks.dtype
     with (
@@ -196,6 +230,12 @@ def decode_latents(networks: Networks, latents: Sequence[Tensor], decode_pixels:
                 raw = autoencoder.denormalize(torch.stack([latents[i] for i in chunk]))
                 for i, image in zip(chunk, autoencoder.decode(raw).float()):
                     images[i] = image
+    finite = torch.stack([image.isfinite().all() for image in images]).tolist()
+    if not all(finite):
+        raise UserError(
+            f"image {finite.index(False) + 1} is not finite after decoding; decode in fp32, or look whether the "
+            "autoencoder's weights and the latents' statistics are finite"
+        )
     return images
 
 

@@ -389,3 +389,29 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "forward_packed", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         pipeline(PROMPTS[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- not finite
+
+
+def test_latents_that_are_not_finite_are_an_error_that_names_prompt_and_step(pipeline, monkeypatch):
+    forward, calls = SVGDiT.forward_packed, []
+
+    def spoiled(self, tokens, sizes, timesteps, text):
+        velocity = forward(self, tokens, sizes, timesteps, text)
+        calls.append(1)
+        if len(calls) == 3:
+            velocity[-1] = torch.nan  # the last cell of the last image
+        return velocity
+
+    monkeypatch.setattr(SVGDiT, "forward_packed", spoiled)
+    message = r"image 2, 'noise', are not finite from step 3 on; use precision fp32"
+    with pytest.raises(UserError, match=message):
+        pipeline([PROMPTS[0], "noise"], guidance_scale=1.0, num_inference_steps=6, solver="euler")
+
+
+def test_an_image_that_is_not_finite_is_an_error_and_no_black_picture(pipeline, monkeypatch):
+    decode = pipeline.autoencoder.decode
+    monkeypatch.setattr(pipeline.autoencoder, "decode", lambda raw: decode(raw) * torch.tensor(torch.nan))
+    with pytest.raises(UserError, match="image 1 is not finite after decoding"):
+        pipeline(PROMPTS[0], num_inference_steps=2)
