@@ -47,9 +47,12 @@ def ema_decay(step: int, decay: float, warmup: bool) -> float:
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
-def ema_update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """ema ← decay · ema + (1 − decay) · weights, in place."""
-    torch._foreach_lerp_(list(ema), list(weights), 1 - decay)
+def ema_update(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float, skipped: Tensor | None = None) -> None:
+    """ema ← decay · ema + (1 − decay) · weights, in place; nothing happens where `skipped` () is 1."""
+    if skipped is None:
+        torch._foreach_lerp_(list(ema), list(weights), 1 - decay)
+    else:
+        torch._foreach_lerp_(list(ema), list(weights), [(1 - decay) * (1 - skipped)] * len(ema))
 
 
 class UpdateGuard:

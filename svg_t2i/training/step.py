@@ -129,6 +129,6 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     for decay, ema in state.emas.items():
         decay = ema_decay(state.step, decay, train.ema_warmup)
-        ema_update(local_tensors(ema.values()), local_tensors(weights), decay)
+        ema_update(local_tensors(ema.values()), local_tensors(weights), decay, skip)
     state.step += 1
     meter.add_update(grad_norm, skip)

@@ -258,6 +258,8 @@ def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
     folder = train("run", "train.ckpt_every=1")
     assert "1 updates skipped" in capsys.readouterr().out
     assert largest_difference(weights(folder, 1), weights(folder, 2)) == 0
+    assert largest_difference(weights(folder, 1, ema=True), weights(folder, 2, ema=True)) == 0
+    assert largest_difference(weights(folder, 2, ema=True), weights(folder, 3, ema=True)) > 0
     assert largest_difference(weights(folder, 2), weights(folder, 3)) > 0
     assert all(weight.isfinite().all() for weight in weights(folder, 4).values())
     calls.clear()
