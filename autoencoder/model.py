@@ -180,7 +180,7 @@ class SVGAutoencoder(nn.Module):
 
         Only what DROPPED names is left out. UserError naming keys and remedy otherwise.
         """
-        self._load_state(read_state_dict(path, "autoencoder checkpoint", self.config.use_ema), path)
+        self._load_state(read_state_dict(path, "autoencoder checkpoint", self.config.use_ema, verify=True), path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything needed to load this autoencoder again (the drawing at the top); each file atomically."""
@@ -259,7 +259,7 @@ class SVGAutoencoder(nn.Module):
         state = {}
         if checkpoint is not None:
             checkpoint = locate(checkpoint)
-            state = read_state_dict(checkpoint, "autoencoder checkpoint", params.use_ema)
+            state = read_state_dict(checkpoint, "autoencoder checkpoint", params.use_ema, verify=True)
         if any(name.startswith("encoder.") for name in state):
             params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
         model = cls(params)

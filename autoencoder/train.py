@@ -3,7 +3,8 @@
     python -m autoencoder.train --config configs/autoencoder/demo/FILE.yaml [--devices N] [key.sub=value ...]
 
 Everything is in the config file (`training.settings` has its schema, `training.module` draws the folder that a run
-writes); further arguments override it. A run that finds `checkpoints/last.ckpt` in its folder goes on from there.
+writes); further arguments override it. A run that finds a checkpoint in its folder goes on from there. Asked to end by
+SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves, and exits with code 75 (130 after Ctrl-C).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main(argv: list[str]) -> None:
     from autoencoder.training.settings import AutoencoderTrainConfig
 
     config = load_config(AutoencoderTrainConfig, arguments.config, arguments.overrides)
-    train(config, Path(config.training.logdir) / find_config(arguments.config).stem)
+    code = train(config, Path(config.training.logdir) / find_config(arguments.config).stem)
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 -m svg_t2i.train --config configs/svg_t2i/stage2_512.yaml --init_from FOLDER
 
 A run continues from the newest whole checkpoint in its results folder; `checkpoints.run` draws that folder. Asked to
-end by SIGTERM or SIGUSR1 it finishes the step, saves, and exits with code 75: start the same command again to go on.
+end by SIGTERM, SIGUSR1 or Ctrl-C it finishes the step, saves, and exits with code 75 (130 after Ctrl-C): start the same
+command again to go on.
 """
 
 from __future__ import annotations
@@ -13,33 +14,30 @@ import argparse
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoencoder.common import stopping
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError, load_config, save_config, to_dict
-from autoencoder.common.processes import AnyRank, World, start_world
-from autoencoder.common.stopping import StopRequest
+from autoencoder.common.lock import RunLock
+from autoencoder.common.processes import World, start_world
 from autoencoder.sources.failures import FILE_NAME
 from autoencoder.sources.source import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
 from svg_t2i.checkpoints import weights as checkpoint
 from svg_t2i.data.batching import split_evenly
-from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.loader import TrainLoader, build_loader
-from svg_t2i.data.sources import TrainBatch, make_datasets, open_caches, open_sources
+from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
-from svg_t2i.training.monitor import Meter, ProgressLogger, profiling
+from svg_t2i.training.loop import TrainLoop
 from svg_t2i.training.networks import make_transformer, prepare_frozen
-from svg_t2i.training.optimizer import learning_rate
-from svg_t2i.training.pictures import evaluate_averaged, sample_grid
 from svg_t2i.training.settings import TrainConfig, changed_settings
 from svg_t2i.training.sharding import parallelize
-from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.training.step import FlowObjective, TrainState
 
 log = logging.getLogger("svg_t2i")
 
@@ -60,9 +58,9 @@ def main(argv: list[str]) -> None:
         if config.data.micro_batch_tokens is None:
             split_evenly(config.train.global_batch_size, world.size, config.train.micro_batch_size)  # complains now
         start_logging(world)
-        stopped = run(config, world)
-    if stopped:
-        raise SystemExit(stopping.EXIT_CODE)
+        code = run(config, world)
+    if code:
+        raise SystemExit(code)
 
 
 def start_logging(world: World) -> None:
@@ -73,15 +71,25 @@ def start_logging(world: World) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def run(config: TrainConfig, world: World) -> bool:
+def run(config: TrainConfig, world: World) -> int:
     """Train to `train.max_steps`, from scratch, from other weights, or from where the results folder stands.
 
     Returns:
-        Whether the run was asked to stop before.
+        The exit code: 0 when the run is done.
     """
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    newest = world.broadcast(open_results(config, world) if world.is_main else None)
+    with ExitStack() as held:
+        lock = None
+        if world.is_main:
+            refuse_used_folder(config, world)
+            lock = held.enter_context(RunLock(Path(config.results_dir), "results_dir"))
+        return run_in_folder(config, world, lock)
+
+
+def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> int:
+    """`run`, in a results folder that is this run's alone."""
+    newest = world.from_main(lambda: open_results(config))
     with world.main_first():  # the others find the indexes
         sources = open_sources(config.data)
     manifest = JoinedSources(sources)
@@ -100,30 +108,33 @@ def run(config: TrainConfig, world: World) -> bool:
         describe(config, state, frozen, manifest, world)
     if state.step >= config.train.max_steps:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
-        return False
-    loader = make_loader(config, sources, frozen, state.step, world)
+        return 0
+    open_loader = make_loader(config, sources, frozen, world)
     meta = checkpoint_meta(config, state, frozen) | {"data": contents}
-    stopped = train(config, state, objective, frozen, iter(loader), meta, world)
+    code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock).run()
     if world.is_main:
         manifest.failures.report()
-    return stopped
+    return code
 
 
-def open_results(config: TrainConfig, world: World) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh start.
-
-    Raises:
-        UserError: `resume` is off and the folder is not empty.
-    """
+def refuse_used_folder(config: TrainConfig, world: World) -> None:
+    """UserError for `resume` false on a folder that is not empty."""
     folder = Path(config.results_dir)
     afresh = not config.resume and not world.restarts  # after a failure, torchrun's next try goes on
-    if afresh and folder.exists() and any(folder.iterdir()):
+    if afresh and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"results_dir={config.results_dir} is not empty; nothing was overwritten. Choose another folder, empty it, "
             "or continue the run there with resume=true"
         )
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+
+
+def open_results(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    checkpoints = Path(config.results_dir) / "checkpoints"
     saving.clean(checkpoints)
     return saving.newest_checkpoint(checkpoints, verify=True)
 
@@ -168,14 +179,14 @@ def warn_of_other_data(recorded: Mapping[str, str], present: Mapping[str, str]) 
 
 
 def make_loader(
-    config: TrainConfig, sources: list[ImageSource], frozen: FrozenNetworks, first_step: int, world: World
-) -> TrainLoader:
-    """This rank's micro-batches from step `first_step` on, from images or from feature caches."""
+    config: TrainConfig, sources: list[ImageSource], frozen: FrozenNetworks, world: World
+) -> Callable[[int, int], TrainLoader]:
+    """(first step, number of workers) → this rank's micro-batches from there on, from images or feature caches."""
     data, text = config.data, config.text_encoder
     datasets = make_datasets(data, sources, config.train.seed, text.max_length)
     if data.all_sources[0].feature_cache is not None:
         datasets = open_caches(data, datasets, frozen.fingerprints, world.rank, world.size)
-    return build_loader(
+    return lambda first_step, num_workers: build_loader(
         datasets,
         weights=[source.weight for source in data.all_sources],
         global_batch_size=config.train.global_batch_size,
@@ -185,64 +196,9 @@ def make_loader(
         resume_step=first_step,
         rank=world.rank,
         world_size=world.size,
-        num_workers=data.num_workers,
+        num_workers=num_workers,
         prefetch=data.prefetch,
     )
-
-
-def train(
-    config: TrainConfig,
-    state: TrainState,
-    objective: torch.nn.Module,
-    frozen: FrozenNetworks,
-    steps: Iterator[list[TrainBatch | FeatureBatch]],
-    meta: dict[str, Any],
-    world: World,
-) -> bool:
-    """Steps, log lines, pictures and checkpoints up to `train.max_steps`; -> whether it was asked to stop before.
-
-    meta: recorded in every checkpoint.
-    """
-    loop = config.train
-    meter, logger = Meter(world, config, state.transformer.config), ProgressLogger(config, state.step, world)
-    saver = saving.Saver(
-        Path(config.results_dir) / "checkpoints",
-        background=loop.async_checkpoints,
-        keep_last=loop.keep_last,
-        keep_every=loop.keep_every,
-    )
-    asked, stop = AnyRank(world), False
-    with profiling(config, world) as next_step, StopRequest() as request:
-        while state.step < loop.max_steps and not stop:
-            meter.phase("data")
-            batches = next(steps)
-            meter.add_replaced(batches)
-            train_step(state, objective, batches, frozen, config, world, meter)
-            meter.phase("aside")
-            last, stop = state.step == loop.max_steps, asked.ask(request.made)
-            if last or state.step % loop.log_every == 0:
-                values = meter.read()
-                stop_if_diverged(values, meter, config)
-                logger.write(state.step, values, learning_rate(state.step - 1, config.optim, loop.max_steps))
-            with logger.excluded():
-                next_step()
-                if config.samples.every and not stop and (last or state.step % config.samples.every == 0):
-                    grid = sample_grid(state, frozen, config, world)
-                    if grid is not None:
-                        logger.pictures(state.step, grid)
-                evaluation = config.evaluation
-                if evaluation and evaluation.every and not stop and (last or state.step % evaluation.every == 0):
-                    logger.metrics(state.step, evaluate_averaged(state, frozen, config, world))
-                if last or stop or state.step % loop.ckpt_every == 0:
-                    saver.save(state.step, state.tensors(), meta)
-                    frozen.captions.clear()  # as a resumed run would find it
-        asked.answer()
-        saver.close()  # the signal that stops at once is still heard
-    stopped = stop and not last
-    if stopped:
-        log.info("stopped after step %d as asked; the same command goes on from there", state.step)
-    logger.close()
-    return stopped
 
 
 def checkpoint_meta(config: TrainConfig, state: TrainState, frozen: FrozenNetworks) -> dict[str, Any]:
@@ -263,22 +219,6 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def stop_if_diverged(values: dict[str, Any], meter: Meter, config: TrainConfig) -> None:
-    """Give up after too many updates with non-finite gradients.
-
-    Raises:
-        UserError: with what can be done about it.
-    """
-    if values["skipped"]:
-        log.warning("%d updates skipped since the last line: gradients not finite, or a spike", values["skipped"])
-    if meter.total_nonfinite > config.train.max_nonfinite:
-        raise UserError(
-            f"{meter.total_nonfinite} updates had non-finite gradients, more than "
-            f"train.max_nonfinite={config.train.max_nonfinite}; lower optim.lr or use train.precision=fp32, and "
-            f"continue from the last checkpoint in {config.results_dir}"
-        )
 
 
 def describe(

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from autoencoder.common.config import UserError
+from autoencoder.common.stopping import INTERRUPTED
 
+# What a file system refuses by no fault of the code, and what its user can do.
+REFUSALS = {
+    errno.ENOSPC: "free some space there, or write to another disk",
+    errno.EDQUOT: "free some space there, or write to another disk",
+    errno.EROFS: "write to another folder",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.ENOTDIR: "a part of this path is a file; choose another path",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+}
 CONSOLE_SCRIPTS = "svg-"  # how the names of those in pyproject.toml begin
 
 
@@ -89,8 +102,9 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
 def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
     """`main(argv)` of a command, as `python -m`, a console script and tests call it.
 
-    Without `argv` it takes the command line, and a `UserError` becomes one line on stderr and exit code 2, without a
-    traceback. With `argv` the error is the caller's.
+    Without `argv` it takes the command line, and these end it with one line on stderr, without a traceback: a
+    `UserError` and what the file system refuses (exit code 2), and Ctrl-C (130; once more ends it at once). With `argv`
+    the error is the caller's.
     """
 
     @functools.wraps(main)
@@ -101,7 +115,19 @@ def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
         try:
             main(sys.argv[1:])
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            _end(f"error: {error}", 2)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            where = error.filename or "writing a file"
+            _end(f"error: {where}: {os.strerror(error.errno).lower()}; {REFUSALS[error.errno]}", 2)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            _end("\ninterrupted; what is written is whole, and the same command goes on or starts again", INTERRUPTED)
 
     return run
+
+
+def _end(line: str, code: int) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

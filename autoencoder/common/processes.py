@@ -12,12 +12,13 @@ Alone, every collective is the identity and there is no process group. Gradients
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 GIB = 2**30
+LONG = timedelta(days=7)  # for rank 0 to index, download or measure alone
+FILES_PER_PEER = 6  # descriptors of gloo, for the two groups that a sharded run has
+OTHER_FILES = 1024  # of a process, besides
 _TORCHRUN = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
 
 
@@ -51,6 +55,8 @@ class World:
     device: torch.device = CPU
     local_size: int = 1
     restarts: int = 0
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    _turns: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +75,23 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0 (anything picklable, small), on every rank. It may take any time.
+
+        Raises:
+            UserError: on rank 0, if `make` does; the other ranks end quietly then.
+        """
+        value, error = None, None
+        with self.main_first():
+            if self.is_main:
+                try:
+                    value = make()
+                except UserError as raised:
+                    error = raised
+        if not self.broadcast(error is None):
+            raise error or SystemExit(2)
+        return self.broadcast(value)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (anything picklable, small), by rank, on rank 0; elsewhere an empty list."""
@@ -90,14 +113,18 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the body before the others do (downloads, files that are made once)."""
+        """Rank 0 runs the body before the others do (downloads, files that are made once). It may take any time.
+
+        The others wait for an entry of the store, not in a collective: those end after `timeout_minutes`.
+        """
+        turn = f"main first {next(self._turns)}"
         if not self.is_main:
-            self.barrier()
+            self.store.wait([turn], LONG)
         try:
             yield
         finally:
-            if self.is_main:
-                self.barrier()
+            if self.is_main and self.size > 1:
+                self.store.set(turn, "done")
 
 
 ALONE = World()
@@ -114,29 +141,50 @@ def start_world(device: str | None = None, timeout_minutes: int = 30) -> Iterato
         timeout_minutes: how long a collective waits for the slowest process.
 
     Raises:
-        UserError: there is no such device, or a machine runs more processes than it has GPUs.
+        UserError: there is no such device, a machine runs more processes than it has GPUs, or the limit of open
+            files is too low for so many processes.
     """
     rank, local_rank, size, local_size, restarts = (int(os.environ.get(k, default)) for k, default in _TORCHRUN.items())
     own = choose_device(device, local_rank)
     gpu, timeout = own.type == "cuda", timedelta(minutes=timeout_minutes)
     if gpu:
         torch.cuda.set_device(own)
+    raise_file_limit(size)
+    store = None
     if size > 1:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps the store when it restarts: addresses of dead processes must not be found in it
+        store = dist.PrefixStore(f"attempt {restarts}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            # torchrun keeps the store when it restarts: addresses of dead processes must not be found in it
-            store=dist.PrefixStore(f"attempt {restarts}", store),
+            store=store,
             rank=rank,
             world_size=size,
             timeout=timeout,
             device_id=own if gpu else None,
         )
     try:
-        yield World(rank, local_rank, size, own, local_size, restarts)
+        yield World(rank, local_rank, size, own, local_size, restarts, store)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def raise_file_limit(size: int) -> None:
+    """Let this process open the files and sockets that `size` processes need.
+
+    Raises:
+        UserError: the system does not allow so many.
+    """
+    needed = FILES_PER_PEER * size + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{size} processes need about {needed} open files each, and the limit here is {hard}; raise it with "
+            "`ulimit -Hn`, LimitNOFILE (systemd) or --ulimit nofile (docker)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:

@@ -33,15 +33,18 @@ DATA_MODULES = {"argparse", "collections", "datetime", "functools", "pathlib", "
 EMA_KEY = "ema_state_dict"  # in Lightning checkpoints: averaged weights, by the names they have in `state_dict`
 
 
-def read_file(path: str | Path, what: str) -> dict[str, Any]:
+def read_file(path: str | Path, what: str, verify: bool = False) -> dict[str, Any]:
     """The dictionary in a `.safetensors` or torch file, on the CPU. Nothing but tensors and plain values is unpickled.
 
     `what` names the file's role in messages ("autoencoder checkpoint"). Settings that Lightning kept beside the weights
-    may be objects of any class: these come back as `Inert` ones. Raises UserError for a missing, broken or unsafe file.
+    may be objects of any class: these come back as `Inert` ones. With `verify`, a torch file is read once more before,
+    to compare its content with the checksums in it. Raises UserError for a missing, broken or unsafe file.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{what}: there is no file {path}; check the path (relative to {Path.cwd()}) or download it")
+    if verify:
+        _verify(path, what)
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path, what)
     except pickle.UnpicklingError as error:
@@ -55,6 +58,19 @@ def read_file(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _verify(path: Path, what: str) -> None:
+    """UserError where a zip file, as torch writes them, does not agree with its checksums (CRC-32 of every entry)."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{what} {path} is damaged ({error}); copy it again, or use an older one") from error
+    if damaged is not None:
+        raise UserError(f"{what} {path} is damaged (in {damaged}); copy it again, or use an older one")
 
 
 class Inert:
@@ -92,12 +108,12 @@ def _may_be_data(name: str) -> bool:
     return root in DATA_MODULES or root not in {"torch", *sys.stdlib_module_names, *IMPORT_MAPPING}
 
 
-def read_state_dict(path: str | Path, what: str, ema: bool = False) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, what: str, ema: bool = False, verify: bool = False) -> dict[str, Tensor]:
     """The tensors of a plain state dict, or of the entry `state_dict` (Lightning) or `model` (MAE), by name.
 
-    ema: averaged weights in place of those that have an average; UserError if there are none.
+    ema: averaged weights in place of those that have an average; UserError if there are none. verify: see `read_file`.
     """
-    content = read_file(path, what)
+    content = read_file(path, what, verify)
     state = content.get("state_dict", content.get("model", content))
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = ", ".join(list(map(str, content))[:8]) or "nothing"

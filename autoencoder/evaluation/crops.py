@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from autoencoder.common.commands import Parser, require_positive
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import ALONE, World
+from autoencoder.common.workers import WorkerLoader
 from autoencoder.images.files import (
     Group,
     Size,
@@ -94,7 +95,7 @@ def read_chunks(
     starts = range(0, len(crops), batch_size)
     numbers = range(first + world.rank, len(starts), world.size)
     batches = [range(starts[number], min(starts[number] + batch_size, len(crops))) for number in numbers]
-    loader = DataLoader(
+    loader = WorkerLoader(
         crops,
         batch_sampler=batches,
         num_workers=num_workers,

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from autoencoder.common.config import UserError, locate, resolve_target
 from autoencoder.images.files import (
@@ -36,7 +35,6 @@ from autoencoder.sources.folders import ImageFolder
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import ImageSource, Reading
 
-T = TypeVar("T")
 Key = tuple[int, int]  # position in the training stream, index in the source
 HEADER_READERS = 16  # threads; on network storage a header takes milliseconds of waiting
 
@@ -171,22 +169,6 @@ class ImageDataset(Dataset):
         replaced = {position for position, _, replaced in items if replaced}
         groups = group_by_size((position, image) for position, image, _ in items)
         return [group._replace(replaced=len(replaced.intersection(group.places))) for group in groups]
-
-
-class PlainLoader(DataLoader[T]):
-    """A DataLoader whose workers' user errors arrive as the one message they were raised with."""
-
-    def __iter__(self) -> Iterator[T]:
-        try:
-            yield from super().__iter__()
-            return
-        except UserError as error:  # torch re-raises it with the worker's traceback as message
-            name = type(error).__name__
-            traceback, _, message = str(error).rpartition(f"{name}: ")
-            if not traceback.startswith(f"Caught {name} "):
-                raise
-            error.__traceback__ = None  # refers to torch's iterator, which stops its workers only when it is let go
-        raise UserError(message.rstrip())
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

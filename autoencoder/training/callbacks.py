@@ -1,11 +1,9 @@
-"""Lightning callbacks: console, learning rate, image grids, exponential moving average, checkpoints."""
+"""Lightning callbacks: console, learning rate, image grids, exponential moving average."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +11,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
-from autoencoder.common.config import UserError
-from autoencoder.common.weights import EMA_KEY, read_file, replacing
+from autoencoder.common.weights import EMA_KEY
 from autoencoder.images.files import Group, image_grid, to_float, to_pil
 from autoencoder.training.module import AutoencoderModule
 
@@ -156,65 +151,3 @@ class AveragedWeights(Callback):
             weight.data, average.data = average.data, weight.data
 
     on_validation_start = on_validation_end = _swap
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-class Checkpoints(Callback):
-    """step_….ckpt every so many steps and at the end, and last.ckpt pointing to the newest.
-
-    Args:
-        every: a checkpoint at the multiples of each.
-        keep: how many to keep, None for all.
-    """
-
-    def __init__(self, folder: Path, every: Sequence[int], keep: int | None = None):
-        self.folder, self.every, self.keep = folder, every, keep
-
-    @rank_zero_only
-    def on_fit_start(self, *_: Any) -> None:
-        for partial in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
-            partial.unlink()
-
-    def on_train_batch_end(self, trainer: Trainer, module: AutoencoderModule, *_: Any) -> None:
-        step = trainer.global_step
-        if not module.step_complete or (step != trainer.max_steps and all(step % every for every in self.every)):
-            return
-        require_finite(module, step)
-        path = self.folder / f"step_{step:07d}.ckpt"
-        trainer.save_checkpoint(path)  # all processes take part
-        if trainer.is_global_zero:
-            link = self.folder / ".last.ckpt.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, self.folder / "last.ckpt")
-            oldest_first = sorted(self.folder.glob("step_*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-            for path in oldest_first[: -self.keep] if self.keep else []:
-                path.unlink()
-
-
-def require_finite(module: AutoencoderModule, step: int) -> None:
-    """UserError where a trained weight, or what an optimiser keeps of it, is not finite."""
-    tensors = [weight.detach() for weight in module.parameters() if weight.requires_grad]
-    for optimizer in module.trainer.optimizers:
-        tensors += [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    if not get_total_norm(tensors).isfinite():
-        raise UserError(
-            f"training diverged: weights are not finite at step {step}, and nothing was saved; lower "
-            "model.base_learning_rate, or add training.warmup_steps or training.trainer.gradient_clip_val, and run "
-            "again to go on from the last checkpoint"
-        )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that an interrupted save leaves the old file; reads tensors only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as partial, partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read_file(path, "checkpoint to resume from")

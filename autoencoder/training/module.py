@@ -34,10 +34,11 @@ from torch.utils.data import DataLoader
 
 from autoencoder.common.config import UserError, build, resolve_target
 from autoencoder.common.processes import mean_over_processes, peak_memory
+from autoencoder.common.workers import WorkerLoader
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
 from autoencoder.images.files import Group, to_float
 from autoencoder.model import SVGAutoencoder
-from autoencoder.training.batches import DATA, BatchStream, CropSizes, ImageDataset, PlainLoader, validation_batches
+from autoencoder.training.batches import DATA, BatchStream, CropSizes, ImageDataset, validation_batches
 from autoencoder.training.losses import AutoencoderLoss
 from autoencoder.training.settings import DataSection, TrainingConfig
 
@@ -112,7 +113,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), _FixedBatches(batches))
 
     def _loader(self, dataset: ImageDataset, batches: Any) -> DataLoader:
-        return PlainLoader(
+        return WorkerLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.params.num_workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -19,19 +20,20 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, locate, save_config, to_dict
+from autoencoder.common.lock import RunLock
 from autoencoder.common.processes import peak_memory
-from autoencoder.common.weights import EMA_KEY, read_file, read_state_dict
+from autoencoder.common.weights import EMA_KEY, read_state_dict
 from autoencoder.encoders.encoder import build_encoder
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME
 from autoencoder.training.callbacks import (
-    AtomicCheckpointIO,
     AveragedWeights,
-    Checkpoints,
     ConsoleLogger,
     LearningRates,
     ReconstructionGrid,
 )
+from autoencoder.training.checkpoints import AtomicCheckpointIO, Checkpoints, newest_checkpoint
+from autoencoder.training.guards import Guards
 from autoencoder.training.losses import AutoencoderLoss, SyncedBatchNorm, build_loss
 from autoencoder.training.module import AutoencoderModule, ImageDataModule
 from autoencoder.training.settings import AutoencoderTrainConfig, ModelSection, TrainerConfig
@@ -42,13 +44,33 @@ logger = logging.getLogger("autoencoder")
 LIGHTNING_REMARKS = ("does not have many workers", "in eval mode at the start", "Total length of `list`", "treespec")
 
 
-def train(config: AutoencoderTrainConfig, folder: Path) -> None:
-    """Train in `folder` from its last checkpoint, or from the start."""
+def train(config: AutoencoderTrainConfig, folder: Path) -> int:
+    """Train in `folder` from its newest whole checkpoint, or from the start.
+
+    Returns:
+        The exit code: 0 when the run is done, else what `StopRequest` says.
+    """
+    if not is_first_process():
+        return train_in_folder(config, folder, None)
+    refuse_used_folder(folder, config.resume)
+    with RunLock(folder, "training.logdir") as lock:
+        return train_in_folder(config, folder, lock)
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, as torchrun says, or Slurm and Lightning's launcher. Known before Lightning's."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def train_in_folder(config: AutoencoderTrainConfig, folder: Path, lock: RunLock | None) -> int:
+    """`train`, in a folder that is this run's alone."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for remark in LIGHTNING_REMARKS:
         warnings.filterwarnings("ignore", message=f".*{remark}.*")
-    last = find_last_checkpoint(folder, config.resume)
+    last = newest_checkpoint(folder / "checkpoints") if config.resume else None
     seed_everything(config.training.seed, verbose=False)
     devices = process_count(config.training.trainer)
     world_size = devices * config.training.trainer.num_nodes
@@ -58,46 +80,48 @@ def train(config: AutoencoderTrainConfig, folder: Path) -> None:
     module, first_step = build_module(config, data, last, world_size)
     if first_step >= total_steps:
         print(f"{folder}: trained for {first_step} steps already; raise training.trainer.max_steps to go on")
-        return
-    trainer = build_trainer(config, folder, devices, data, first_step, module.loss.discriminator is not None)
+        return 0
+    guards = Guards(config.training, folder, lock)
+    trainer = build_trainer(config, folder, devices, data, first_step, module.loss.discriminator is not None, guards)
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
         print(f"{'resuming at step ' + str(first_step) if last else 'training'}: {folder}", flush=True)
     started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=last)
+    trainer.fit(module, datamodule=data, ckpt_path=last and last[0])
     if trainer.is_global_zero:
         data.train_source.failures.report()
         minutes = (time.perf_counter() - started) / 60
         memory = peak_memory(trainer.strategy.root_device)
-        steps = total_steps - first_step
+        steps = trainer.global_step - first_step
         print(f"{steps} steps in {minutes:.1f} minutes, at most {memory:.2f} GiB: {folder}", flush=True)
+        if guards.requests.stopped:
+            print(f"stopped after step {trainer.global_step} as asked; the same command goes on from there", flush=True)
+    return guards.requests.request.exit_code if guards.requests.stopped else 0
 
 
-def find_last_checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from. UserError for `resume` false on a folder in use."""
-    if resume:
-        last = folder / "checkpoints" / "last.ckpt"
-        return last if last.is_symlink() or last.exists() else None
-    if rank_zero_only.rank == 0 and folder.exists() and any(folder.iterdir()):
+def refuse_used_folder(folder: Path, resume: bool) -> None:
+    """UserError for `resume` false on a folder in use."""
+    if not resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and resume is false: nothing is overwritten. Leave out resume=false to go on with "
             "that run, or choose another training.logdir"
         )
-    return None
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
 def build_module(
-    config: AutoencoderTrainConfig, data: ImageDataModule, last: Path | None, world_size: int
+    config: AutoencoderTrainConfig, data: ImageDataModule, last: tuple[Path, dict[str, Any]] | None, world_size: int
 ) -> tuple[AutoencoderModule, int]:
-    """The networks, with the weights of `last` (a run to resume) or else `model.init_weight`; and the step reached."""
+    """The networks, with the weights of `last` (a run to resume) or else `model.init_weight`; and the step reached.
+
+    last: a checkpoint and its content.
+    """
     model, training = config.model, config.training
     checkpoint, state = {"global_step": 0}, {}
     if last:
-        checkpoint = read_file(last, "checkpoint to resume from")
+        path, checkpoint = last
         state = checkpoint["state_dict"]
     elif model.init_weight:
         state = read_state_dict(locate(model.init_weight), "model.init_weight")
@@ -108,10 +132,10 @@ def build_module(
     rate = model.base_learning_rate * (data.images_per_step(world_size) if training.scale_lr else 1)
     module = AutoencoderModule(autoencoder, loss, rate, data.total_steps(world_size), training)
     if last:
-        check_resumable(module, checkpoint, last)
+        check_resumable(module, checkpoint, path)
         module.load_state_dict(state)
         if EMA_KEY in checkpoint and training.ema_decay is None:
-            logger.warning("%s has averaged weights; they end here, as training.ema_decay is not set", last)
+            logger.warning("%s has averaged weights; they end here, as training.ema_decay is not set", path)
     elif state:
         load_initial_weights(module, state, model.init_weight)
     autoencoder.encoder.fingerprint()  # UserError if nothing brought its weights
@@ -208,6 +232,7 @@ def build_trainer(
     data: ImageDataModule,
     first_step: int,
     two_players: bool,
+    guards: Guards,
 ) -> Trainer:
     """Lightning's Trainer, told to leave steps, sampling and checkpoints to us."""
     training, trainer = config.training, config.training.trainer
@@ -220,9 +245,9 @@ def build_trainer(
         accelerator=trainer.accelerator,
         devices=devices,
         num_nodes=trainer.num_nodes,
-        # A backward pass reaches one of two players: the other's parameters are unused. Buffers differ between
-        # processes only in the discriminator's running statistics, which nothing reads.
-        strategy=DDPStrategy(find_unused_parameters=two_players, broadcast_buffers=False) if world_size > 1 else "auto",
+        strategy=build_strategy(two_players, gpu=torch.cuda.is_available() and trainer.accelerator != "cpu")
+        if world_size > 1
+        else "auto",
         precision=trainer.precision,
         max_steps=total_steps,
         max_epochs=-1,
@@ -230,7 +255,14 @@ def build_trainer(
             LearningRates(training.log_every_n_steps),
             *([AveragedWeights(training.ema_decay)] if training.ema_decay is not None else []),
             *([ReconstructionGrid(training.log_images_every_n_steps)] if boards else []),
-            Checkpoints(folder / "checkpoints", [every for every in saves if every] or [epoch], training.keep_last_k),
+            guards.requests,
+            Checkpoints(
+                folder / "checkpoints",
+                [every for every in saves if every] or [epoch],
+                training.keep_last_k,
+                guards.requests,
+            ),
+            guards.stalls,
         ],
         logger=[
             TensorBoardLogger(folder, name="", version="", purge_step=first_step + 1),
@@ -244,6 +276,17 @@ def build_trainer(
         val_check_interval=training.validate_every_n_steps * training.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         plugins=[AtomicCheckpointIO()],
+    )
+
+
+def build_strategy(two_players: bool, gpu: bool) -> DDPStrategy:
+    """Data parallelism: gradients over NCCL on GPUs, and requests to stop over gloo in any case."""
+    return DDPStrategy(
+        # A backward pass reaches one of two players: the other's parameters are unused. Buffers differ between
+        # processes only in the discriminator's running statistics, which nothing reads.
+        find_unused_parameters=two_players,
+        broadcast_buffers=False,
+        process_group_backend="cpu:gloo,cuda:nccl" if gpu else "gloo",
     )
 
 

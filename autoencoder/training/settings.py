@@ -52,6 +52,7 @@ class TrainingConfig:
     log_every_n_steps: int = 50
     log_images_every_n_steps: int = 1000  # and before that at steps 1, 2, 4, 8, …
     validate_every_n_steps: int = 5000
+    stall_minutes: float | None = 10.0  # without a batch or a step, after which the run is ended; null: never
     keep_last_k: int | None = None  # delete older step checkpoints; null: keep all
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -69,6 +70,8 @@ class TrainingConfig:
             raise UserError(f"warmup_steps = {self.warmup_steps} must not be negative")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay = {self.ema_decay} must lie between 0 and 1, or be null for no average")
+        if self.stall_minutes is not None and self.stall_minutes <= 0:
+            raise UserError(f"stall_minutes = {self.stall_minutes} must be positive, or null for no watchdog")
         if not 0 <= self.latent_noise < math.inf:
             raise UserError(f"latent_noise = {self.latent_noise} must be 0 (none) or a positive scale")
         if self.latent_stats is not None and not self.latent_noise:

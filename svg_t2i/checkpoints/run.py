@@ -17,7 +17,6 @@ arbitrary object.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -35,18 +34,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from autoencoder.common.config import UserError, first_line
+from autoencoder.common.durable import NO_SPACE, digests, no_space, require_space, sha256, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 META, COMMITTED = "meta.json", "COMMITTED"
-HASH_THREADS = 8
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
@@ -57,7 +56,7 @@ class Saver:
     A replicated state is copied to the host and written by rank 0 alone; of a sharded one every rank does its share.
 
     Args:
-        root: the run's `checkpoints` folder, on storage that all ranks share.
+        root: the run's `checkpoints` folder, on storage that all ranks share. It is made.
         background: False writes before `save` returns.
         keep_last, keep_every: after each save all but the newest `keep_last` checkpoints are removed, except where
             `keep_every` divides the step; None keeps all.
@@ -68,11 +67,12 @@ class Saver:
     ):
         self.root, self.background = root, background
         self.keep_last, self.keep_every = keep_last, keep_every
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=True)  # for GPUs, in pinned memory
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if _is_main():
+            root.mkdir(parents=True, exist_ok=True)
+        self._host: dict[str, Any] | None = None  # copies of a GPU's tensors in pinned memory, used again
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_choose_device())
         self._writing: Future | None = None
-        # its own group: collectives of two threads on one group would meet in different orders on different ranks
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: dist.ProcessGroup | None = None
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Begin to write `root/{step:07d}`; waits for the save before, and until the state may change again.
@@ -82,24 +82,42 @@ class Saver:
             meta: JSON-able facts; `step`, `format` and `files` are added.
 
         Raises:
-            UserError: the save before failed.
+            UserError: the save before failed, the folder is gone, or there is no space for this one.
         """
         self.wait()
-        sharded = any(isinstance(tensor, DTensor) for part in state.values() for tensor in part.values())
+        tensors = [tensor for part in state.values() for tensor in part.values()]
+        sharded = any(isinstance(tensor, DTensor) for tensor in tensors)
+        if sharded and self._group is None:
+            # its own group: collectives of two threads on one group would meet in different orders on different ranks
+            self._group = dist.new_group(backend="gloo")
         if not sharded and not _is_main():
             return
-        group = self._group if sharded else None
-        staged = self._staged(state) if self.background else dict(state)
-        self._writing = self._thread.submit(self._write, step, staged, dict(meta), group)
+        self._check(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        staged, copied = self._staged(state) if self.background else (dict(state), None)
+        self._writing = self._thread.submit(self._write, step, staged, copied, dict(meta), self._group)
         if not self.background:
             self.wait()
 
-    def _staged(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy in host memory."""
-        if torch.cuda.is_available():
-            return self._stager.stage(dict(state))
-        # torch's stager copies sharded tensors in Python, piece by piece: seconds for a thousand of them
-        return {part: {name: x.detach().clone() for name, x in tensors.items()} for part, tensors in state.items()}
+    def _check(self, size: int) -> None:
+        """UserError where `size` bytes cannot be written. Every rank looks; it is one file system."""
+        if not self.root.is_dir():
+            raise UserError(f"{self.root} is gone: the results folder was removed while the run was using it")
+        require_space(self.root, size, "a checkpoint")
+
+    def _staged(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
+        """A copy in host memory, and what tells when it is complete: the host does not wait for the device."""
+        if not torch.cuda.is_available():
+            # torch's function copies sharded tensors in Python, piece by piece: seconds for a thousand of them
+            return {part: {name: x.detach().clone() for name, x in xs.items()} for part, xs in state.items()}, None
+        if self._host is None:
+            host = _create_cpu_state_dict(dict(state), pin_memory=True)
+            for tensors in host.values():  # torch does not pin single numbers; a copy of each would be waited for
+                tensors |= {name: x.pin_memory() for name, x in tensors.items() if x.ndim == 0}
+            self._host = host
+        staged = _copy_state_dict(dict(state), self._host, non_blocking=True)  # behind the step on the same stream
+        copied = torch.cuda.Event()
+        copied.record()
+        return staged, copied
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -113,6 +131,10 @@ class Saver:
         try:
             writing.result()
         except (OSError, CheckpointException) as error:
+            cause = next(iter(error.failures.values()), error) if isinstance(error, CheckpointException) else error
+            cause = cause[0] if isinstance(cause, tuple) else cause
+            if getattr(cause, "errno", None) in NO_SPACE:
+                raise no_space(self.root, "a checkpoint") from error
             raise UserError(f"{self.root}: a checkpoint could not be written: {first_line(error)}") from error
 
     def close(self) -> None:
@@ -122,7 +144,16 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def _write(self, step: int, state: dict[str, Any], meta: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    def _write(
+        self,
+        step: int,
+        state: dict[str, Any],
+        copied: torch.cuda.Event | None,
+        meta: dict[str, Any],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        if copied is not None:
+            copied.synchronize()
         temporary = self.root / f".tmp-{step:07d}"
         if _is_main():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -132,24 +163,24 @@ class Saver:
         with _quiet():
             dcp.save(state, checkpoint_id=temporary, process_group=group, no_dist=group is None)
         own = [path for path in temporary.iterdir() if group is None or path.name.startswith(f"__{dist.get_rank()}_")]
-        files = _hashes(own)
+        files = digests(own)
         if group is not None:
             shares: list[Any] = [None] * dist.get_world_size() if _is_main() else []
             dist.gather_object(files, shares or None, group=group)
             files = {name: entry for share in shares for name, entry in share.items()}
         if _is_main():
-            files |= _hashes(path for path in temporary.iterdir() if path.name not in files)  # the index
+            files |= digests(path for path in temporary.iterdir() if path.name not in files)  # the index
             self._commit(step, {"format": FORMAT, "step": step, **meta, "files": dict(sorted(files.items()))})
 
     def _commit(self, step: int, meta: dict[str, Any]) -> None:
         final, temporary = self.root / f"{step:07d}", self.root / f".tmp-{step:07d}"
-        _write(temporary / META, json.dumps(meta, indent=1))
-        _write(temporary / COMMITTED, _hash(temporary / META) + "\n")
-        _sync_folder(temporary)
+        write_durably(temporary / META, json.dumps(meta, indent=1))
+        write_durably(temporary / COMMITTED, sha256(temporary / META) + "\n")
+        sync_folder(temporary)
         if final.exists():  # a broken one, or the run was wound back: moved away so that the rename stays atomic
             final.rename(self.root / f".tmp-replaced-{step:07d}")
         os.replace(temporary, final)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         clean(self.root)
         self._prune(step)
         log.info("saved %s", final)
@@ -181,56 +212,34 @@ def clean(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write and flush to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _hashes(paths: Any) -> dict[str, dict[str, Any]]:
-    paths = list(paths)
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
-        return {
-            path.name: {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, threads.map(_hash, paths))
-        }
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(partial(file.read, 1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
 def newest_checkpoint(root: Path, verify: bool = False) -> Path | None:
-    """The folder with the highest step that is whole, or None; broken ones are passed over with a warning.
+    """The folder with the highest step that is whole, or None where there is no checkpoint at all.
+
+    Broken ones are passed over with a warning.
 
     Args:
         verify: read every file and compare its SHA-256, besides all names and sizes.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
     """
-    for _, folder in sorted(_folders(root).items(), reverse=True):
+    folders = sorted(_folders(root).items(), reverse=True)
+    for _, folder in folders:
         try:
             read_checkpoint_meta(folder, verify)
         except UserError as error:
             log.warning("%s; trying an older checkpoint", error)
         else:
             return folder
+    if folders:
+        names = ", ".join(folder.name for _, folder in folders)
+        raise UserError(
+            f"{root}: none of the checkpoints there is whole ({names}), so nothing was started that would replace "
+            "them; bring back a copy of one, move them away to begin anew, or choose another results folder"
+        )
     return None
 
 
@@ -247,7 +256,7 @@ def read_checkpoint_meta(folder: Path, verify: bool = False) -> dict[str, Any]:
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if (folder / COMMITTED).read_text(encoding="utf-8").strip() != _hash(folder / META):
+        if (folder / COMMITTED).read_text(encoding="utf-8").strip() != sha256(folder / META):
             raise ValueError(f"{META} is not what was committed")
         if meta.get("format") != FORMAT:
             raise UserError(
@@ -256,7 +265,7 @@ def read_checkpoint_meta(folder: Path, verify: bool = False) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = meta["files"]
         broken = [name for name, entry in files.items() if (folder / name).stat().st_size != entry["size"]]
         if verify and not broken:
-            found = _hashes(folder / name for name in files)
+            found = digests(folder / name for name in files)
             broken = [name for name in files if found[name] != files[name]]
     except UserError:
         raise
@@ -347,6 +356,13 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _choose_device() -> Callable[[], None]:
+    """What lets another thread work on the GPU of this one: CUDA's current device belongs to the thread."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _is_main() -> bool:

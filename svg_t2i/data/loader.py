@@ -16,9 +16,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from autoencoder.common.config import UserError
-from autoencoder.common.stopping import survive_request
+from autoencoder.common.workers import WorkerLoader
 from autoencoder.images.order import SampleOrder
-from autoencoder.training.batches import PlainLoader
 from svg_t2i.data.batching import split_by_tokens, split_evenly
 from svg_t2i.data.feature_cache import CachedDataset, FeatureBatch
 from svg_t2i.data.sources import T2IDataset, TrainBatch
@@ -106,9 +105,9 @@ class TrainLoader:
                 step = []
 
 
-def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: int) -> PlainLoader:
+def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: int) -> WorkerLoader:
     """dataset[key] for each key of `sampler`, in order, read by workers (none: when asked for)."""
-    return PlainLoader(
+    return WorkerLoader(
         dataset,
         sampler=sampler,
         batch_size=None,
@@ -116,7 +115,6 @@ def read_ahead(dataset: Dataset, sampler: Iterable, num_workers: int, prefetch: 
         num_workers=num_workers,  # torch limits each to one thread
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=survive_request,
         generator=torch.Generator().manual_seed(0),  # else starting to iterate advances the global one
     )
 

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.common.config import UserError, to_dict
+from autoencoder.common.config import UserError, first_line, to_dict
 from autoencoder.common.processes import World, peak_memory
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
@@ -169,9 +169,8 @@ class ProgressLogger:
 
     def pictures(self, step: int, grid: Image.Image) -> None:
         """A grid of samples."""
-        if self.board is not None:
-            pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8)
-            self.board.add_image("samples", pixels.view(grid.height, grid.width, 3), step, dataformats="HWC")
+        pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8).view(grid.height, grid.width, 3)
+        self._on_board(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
         if self.wandb is not None:
             self.wandb.log({"samples": _wandb().Image(grid)}, step=step)
 
@@ -182,11 +181,20 @@ class ProgressLogger:
         self._record({f"eval/{name}": value for name, value in values.items()}, step)
 
     def _record(self, scalars: Mapping[str, float], step: int) -> None:
-        if self.board is not None:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+        for name, value in scalars.items():
+            self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))
         if self.wandb is not None:
             self.wandb.log(dict(scalars), step=step)
+
+    def _on_board(self, write: Callable[[Any], None]) -> None:
+        """Record in TensorBoard. What goes wrong there, such as a full disk, ends the recording and not the run."""
+        if self.board is None:
+            return
+        try:
+            write(self.board)
+        except Exception as error:
+            log.warning("TensorBoard records nothing more: %s", first_line(error))
+            self.board = None
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
@@ -196,8 +204,7 @@ class ProgressLogger:
         self._since += time.perf_counter() - started
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        self._on_board(lambda board: board.close())
         if self.wandb is not None:
             self.wandb.finish()
 

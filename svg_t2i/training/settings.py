@@ -41,6 +41,7 @@ class LoopConfig:
     ema_decay: float | tuple[float, ...] = 0.9999  # several: samples come from the first
     ema_warmup: bool = False  # decay of update n at most (1 + n) / (10 + n): early averages forget the random start
     max_nonfinite: int = 100  # updates skipped for their non-finite gradient before the run gives up
+    stall_minutes: float | None = 10.0  # without a batch or a step, then the run ends and names the rank; null: never
     spike_factor: float | None = None  # skip updates whose gradient norm exceeds this multiple of its running mean
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class LoopConfig:
         decays = self.ema_decays
         require(all(0 <= decay < 1 for decay in decays), "ema_decay", self.ema_decay, "in [0, 1)")
         require(0 < len(decays) == len(set(decays)), "ema_decay", self.ema_decay, "one number, or different ones")
+        minutes = self.stall_minutes
+        require(minutes is None or minutes > 0, "stall_minutes", minutes, "positive, or null for no watchdog")
         factor = self.spike_factor
         require(factor is None or factor > 1, "spike_factor", factor, "above 1, or null for no such policy")
 

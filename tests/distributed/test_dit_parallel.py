@@ -17,9 +17,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
-from svg_t2i import train
 from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, stored_tensors
 from svg_t2i.train import main
+from svg_t2i.training import loop
 from svg_t2i.training.step import TrainState
 
 FSDP, SDP, HSDP = (f"parallel.data_parallel={mode}" for mode in ("fsdp", "sdp", "hsdp"))
@@ -46,7 +46,7 @@ COMMON = [
 
 def play(parts, folder, runs, ports):
     """Some runs, one after another, on this rank; -> the names of those with sharded weights, and exit codes."""
-    sharded, codes, start, step = [], {}, TrainState.start.__func__, train.train_step
+    sharded, codes, start, step = [], {}, TrainState.start.__func__, loop.train_step
     compile = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **options: compile(self, backend="eager", **options)  # no C++ compiler
     for (name, settings), port in zip(runs.items(), ports, strict=True):
@@ -64,7 +64,7 @@ def play(parts, folder, runs, ports):
 
         os.environ["MASTER_PORT"] = str(port)
         TrainState.start = classmethod(spy)
-        train.train_step = step_with_signal if name == "stopped" else step
+        loop.train_step = step_with_signal if name == "stopped" else step
         try:
             main(["--config", str(parts / "train.yaml"), f"results_dir={folder / name}", *COMMON, *settings])
         except SystemExit as end:
@@ -166,7 +166,7 @@ def unlucky(*arguments):
 
     The first kill waits until the checkpoint of step 2, which is written in the background, is whole.
     """
-    step, attempt = train.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    step, attempt = loop.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     results = next(value.removeprefix("results_dir=") for value in arguments if value.startswith("results_dir="))
 
     def unlucky_step(state, *others):
@@ -181,7 +181,7 @@ def unlucky(*arguments):
         step(state, *others)
 
     torch.set_num_threads(1)
-    train.train_step = unlucky_step
+    loop.train_step = unlucky_step
     sys.argv = ["train", *arguments]
     main()
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import ConfigError, UserError, build
+from autoencoder.common.workers import WorkerLoader
 from autoencoder.images.files import aspect_buckets, group_by_size, nearest_bucket
 from autoencoder.images.order import SampleOrder
 from autoencoder.sources.manifest import Manifest
@@ -17,7 +18,6 @@ from autoencoder.training.batches import (
     BatchStream,
     CropSizes,
     ImageDataset,
-    PlainLoader,
     validation_batches,
 )
 
@@ -114,7 +114,7 @@ def test_batches_do_not_depend_on_workers_or_processes(tmp_path):
 
     def load(world_size, rank, workers):
         batches = BatchStream(CropSizes(source, BUCKETS), (1, world_size, 4 // world_size), rank, range(5), 3, 64)
-        return list(PlainLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=ImageDataset.collate))
+        return list(WorkerLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=ImageDataset.collate))
 
     def images(batches):
         groups = [group for batch in batches for group in batch]
@@ -160,7 +160,7 @@ def test_a_workers_user_error_arrives_as_it_was(tmp_path, workers):
     source = make_source(tmp_path)
     source.failures.max_errors = 0
     (tmp_path / "3.png").write_bytes(b"no image")
-    loader = PlainLoader(ImageDataset(source, BUCKETS, 0), batch_size=None, sampler=[(0, 3)], num_workers=workers)
+    loader = WorkerLoader(ImageDataset(source, BUCKETS, 0), batch_size=None, sampler=[(0, 3)], num_workers=workers)
     with pytest.raises(UserError, match=r"manifest.jsonl: more than 0 unusable samples") as caught:
         list(loader)
     assert "Traceback" not in str(caught.value)

@@ -11,7 +11,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from autoencoder.common.config import UserError
-from autoencoder.training.callbacks import AtomicCheckpointIO, Checkpoints, ConsoleLogger, ReconstructionGrid
+from autoencoder.training.callbacks import ConsoleLogger, ReconstructionGrid
+from autoencoder.training.checkpoints import AtomicCheckpointIO, Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -68,10 +69,14 @@ def test_pictures_are_drawn_at_powers_of_two_then_regularly():
     assert [step for step in range(1, 40) if ReconstructionGrid(12).due(step)] == [1, 2, 4, 8, 12, 24, 36]
 
 
+NOT_ASKED = SimpleNamespace(stop=lambda trainer: False)
+
+
 def step_ended(callback, step, max_steps=99, rank=0, complete=True):
     """Play the end of a training step; -> what was saved."""
     saved = []
     trainer = SimpleNamespace(global_step=step, max_steps=max_steps, is_global_zero=rank == 0, optimizers=[])
+    trainer.should_stop = False
     trainer.save_checkpoint = saved.append
     module = SimpleNamespace(step_complete=complete, trainer=trainer, parameters=list)
     callback.on_train_batch_end(trainer, module)
@@ -84,7 +89,7 @@ def test_the_first_process_alone_speaks_and_tidies_up(tmp_path, monkeypatch, cap
     before = [".step_0000001.ckpt.7.tmp", "step_0000001.ckpt", "step_0000002.ckpt"]  # one of a run that was killed
     for name in before:
         (tmp_path / name).touch()
-    checkpoints = Checkpoints(tmp_path, every=[3], keep=1)
+    checkpoints = Checkpoints(tmp_path, every=[3], keep=1, requests=NOT_ASKED)
     checkpoints.on_fit_start()
     assert step_ended(checkpoints, 3, rank=rank) == [tmp_path / "step_0000003.ckpt"]  # all processes take part
     ConsoleLogger(9).log_metrics({"train/rec_loss": 0.5}, step=3)
@@ -98,5 +103,5 @@ def test_the_first_process_alone_speaks_and_tidies_up(tmp_path, monkeypatch, cap
     [(6, 99, True, True), (4, 99, True, True), (5, 99, True, False), (5, 5, True, True), (6, 99, False, False)],
 )
 def test_checkpoints_are_saved_at_multiples_of_each_number_and_at_the_end(tmp_path, step, max_steps, complete, due):
-    checkpoints = Checkpoints(tmp_path, every=[4, 6])
+    checkpoints = Checkpoints(tmp_path, every=[4, 6], keep=None, requests=NOT_ASKED)
     assert bool(step_ended(checkpoints, step, max_steps, rank=1, complete=complete)) is due

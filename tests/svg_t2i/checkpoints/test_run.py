@@ -92,7 +92,7 @@ def test_uncommitted_checkpoint_is_passed_over(tmp_path, damage, caplog):
 def test_failure_to_write_is_reported_by_the_next_save(tmp_path):
     root = tmp_path / "checkpoints"
     saver = Saver(root)
-    root.write_text("a file in the way")
+    (root / ".tmp-0000001").write_text("a file in the way")
     saver.save(1, state(1), {})
     with pytest.raises(UserError, match="checkpoints: a checkpoint could not be written"):
         saver.save(2, state(2), {})
