@@ -109,7 +109,7 @@ def require_shared_memory(size: int) -> None:
 def _prepare_worker(_: int) -> None:
     survive_requests()
     if SHOW_STACKS is not None:
-        faulthandler.register(SHOW_STACKS, all_threads=True)
+        faulthandler.register(SHOW_STACKS, file=2, all_threads=True)  # the descriptor: sys.stderr may be anything
     # a hook of multiprocessing, called in the thread that hands batches over
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
 
