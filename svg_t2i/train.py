@@ -198,6 +198,7 @@ def make_loader(
         world_size=world.size,
         num_workers=num_workers,
         prefetch=data.prefetch,
+        loaders=world.local_size,
     )
 
 

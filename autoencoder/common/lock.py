@@ -64,8 +64,10 @@ class RunLock:
             with suppress(OSError):  # not empty
                 folder.rmdir()
 
-    def check(self) -> None:
-        """UserError if the folder is lost."""
+    def check(self, look: bool = False) -> None:
+        """UserError if the folder is lost, as far as that is known. look: see how it is now."""
+        if look:
+            self._look()
         if self.lost is not None:
             raise UserError(self.lost)
 
@@ -116,14 +118,19 @@ class RunLock:
         aside.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            holder = self._read()
-            if holder.get("token") == self._token:
-                os.utime(self.path)
-                continue
+        while self.lost is None and not self._ended.wait(BEAT):
+            self._look()
+            if self.lost is None:
+                with suppress(FileNotFoundError):  # the next look shows it
+                    os.utime(self.path)
+
+    def _look(self) -> None:
+        holder = self._read()
+        if not holder and self.path.exists():
+            return  # the file system has a moment of trouble
+        if holder.get("token") != self._token:
             who = f"process {holder['pid']} on {holder['host']} works there" if holder else "it was deleted"
             self.lost = f"{self.path.parent} is no longer this run's: {who}; stopped without another save"
-            return
 
     def _read(self) -> dict[str, Any]:
         return _parse(self.path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +15,42 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from autoencoder.common.config import first_line
 from autoencoder.common.weights import EMA_KEY
 from autoencoder.images.files import Group, image_grid, to_float, to_pil
 from autoencoder.training.module import AutoencoderModule
 
+logger = logging.getLogger("autoencoder")
+
 # -- logging ----------------------------------------------------------------------------------------------------------
+
+
+class Board(TensorBoardLogger):
+    """Lightning's TensorBoard logger. An error there, such as a full disk, ends the recording and not the run."""
+
+    broken = False
+
+    def log_metrics(self, *arguments: Any, **options: Any) -> None:
+        self._try(super().log_metrics, *arguments, **options)
+
+    def picture(self, name: str, pixels: Tensor, step: int) -> None:
+        """pixels: (H, W, 3) uint8."""
+        self._try(lambda: self.experiment.add_image(name, pixels, step, dataformats="HWC"))
+
+    def save(self) -> None:
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, write: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        if self.broken:
+            return
+        try:
+            write(*arguments, **options)
+        except Exception as error:
+            self.broken = True
+            logger.warning("TensorBoard records nothing more: %s", first_line(error))
 
 
 class ConsoleLogger(Logger):
@@ -86,7 +118,7 @@ class ReconstructionGrid(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: AutoencoderModule, outputs: Any, batch: list[Group], batch_index: int
     ) -> None:
-        boards = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+        boards = [log for log in trainer.loggers if isinstance(log, Board)]
         if not module.step_complete or not self.due(trainer.global_step) or not boards:
             return
         images = [to_float(batch[0].images[: self.COLUMNS])]
@@ -96,7 +128,7 @@ class ReconstructionGrid(Callback):
         grid = image_grid([to_pil(image) for row in rows for image in row], columns=len(rows[0]))
         pixels = torch.frombuffer(bytearray(grid.tobytes()), dtype=torch.uint8).view(grid.height, grid.width, 3)
         for board in boards:
-            board.experiment.add_image("train/images", pixels, trainer.global_step, dataformats="HWC")
+            board.picture("train/images", pixels, trainer.global_step)
 
 
 # -- averaged weights -------------------------------------------------------------------------------------------------

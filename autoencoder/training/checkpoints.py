@@ -55,8 +55,10 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: AutoencoderModule, *_: Any) -> None:
         if not module.step_complete:
             return
-        step, stop = trainer.global_step, self.requests.stop(trainer)
-        if step == trainer.max_steps or stop or any(step % every == 0 for every in self.every):
+        step = trainer.global_step
+        due = step == trainer.max_steps or any(step % every == 0 for every in self.every)
+        stop = self.requests.stop(trainer, saving=due)
+        if due or stop:
             self.save(trainer, module, step)
         trainer.should_stop = trainer.should_stop or stop
 

@@ -41,14 +41,16 @@ class Requests(Callback):
         self._asked = AnyRank(World(trainer.global_rank, size=trainer.world_size))
         self.request.__enter__()
 
-    def stop(self, trainer: Trainer) -> bool:
+    def stop(self, trainer: Trainer, saving: bool) -> bool:
         """After a step: whether any process was asked to stop. One step late where there are several.
+
+        saving: whether this step is saved in any case; then the lock is looked at now.
 
         Raises:
             UserError: the run's folder is no longer its own.
         """
         if self.lock is not None:
-            self.lock.check()
+            self.lock.check(look=saving)
         self.stopped = self._asked.ask(self.request.made) and trainer.global_step < trainer.max_steps
         return self.stopped
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from autoencoder.common.config import UserError, build, resolve_target
 from autoencoder.common.processes import mean_over_processes, peak_memory
-from autoencoder.common.workers import WorkerLoader
+from autoencoder.common.workers import WorkerLoader, require_shared_memory
 from autoencoder.evaluation.metrics import PER_IMAGE, ImageMetrics, to_8bit
 from autoencoder.images.files import Group, to_float
 from autoencoder.model import SVGAutoencoder
@@ -43,6 +43,8 @@ from autoencoder.training.losses import AutoencoderLoss
 from autoencoder.training.settings import DataSection, TrainingConfig
 
 logger = logging.getLogger("autoencoder")
+
+PREFETCH = 2  # batches that each worker prepares ahead
 
 # -- data -------------------------------------------------------------------------------------------------------------
 
@@ -113,10 +115,14 @@ class ImageDataModule(LightningDataModule):
         return self._loader(ImageDataset(self.val_source, self.buckets, seed=None), _FixedBatches(batches))
 
     def _loader(self, dataset: ImageDataset, batches: Any) -> DataLoader:
+        image_bytes = 3 * max(width * height for width, height in self.buckets)
+        ahead = PREFETCH * self.params.num_workers * self.params.batch_size  # images
+        require_shared_memory(self.trainer.num_devices * ahead * image_bytes)
         return WorkerLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.params.num_workers,
+            prefetch_factor=PREFETCH if self.params.num_workers else None,
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
         )

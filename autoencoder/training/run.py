@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME
 from autoencoder.training.callbacks import (
     AveragedWeights,
+    Board,
     ConsoleLogger,
     LearningRates,
     ReconstructionGrid,
@@ -265,7 +265,7 @@ def build_trainer(
             guards.stalls,
         ],
         logger=[
-            TensorBoardLogger(folder, name="", version="", purge_step=first_step + 1),
+            Board(folder, name="", version="", purge_step=first_step + 1),
             *([] if tty else [ConsoleLogger(total_steps)]),
         ],
         enable_progress_bar=tty,

@@ -101,7 +101,7 @@ class Saver:
     def _check(self, size: int) -> None:
         """UserError where `size` bytes cannot be written. Every rank looks; it is one file system."""
         if not self.root.is_dir():
-            raise UserError(f"{self.root} is gone: the results folder was removed while the run was using it")
+            raise _gone(self.root)
         require_space(self.root, size, "a checkpoint")
 
     def _staged(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
@@ -131,11 +131,12 @@ class Saver:
         try:
             writing.result()
         except (OSError, CheckpointException) as error:
-            cause = next(iter(error.failures.values()), error) if isinstance(error, CheckpointException) else error
-            cause = cause[0] if isinstance(cause, tuple) else cause
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if getattr(cause, "errno", None) in NO_SPACE:
                 raise no_space(self.root, "a checkpoint") from error
-            raise UserError(f"{self.root}: a checkpoint could not be written: {first_line(error)}") from error
+            if not self.root.is_dir():
+                raise _gone(self.root) from error
+            raise UserError(f"{self.root}: a checkpoint could not be written: {first_line(cause)}") from error
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -363,6 +364,10 @@ def _choose_device() -> Callable[[], None]:
     if not torch.cuda.is_available():
         return lambda: None
     return partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
+def _gone(root: Path) -> UserError:
+    return UserError(f"{root} is gone: the results folder was removed while the run was using it")
 
 
 def _is_main() -> bool:

@@ -172,6 +172,12 @@ class FeatureCache:
         height, width = shard.sizes[row, crop].tolist()
         return latents, (height, width), text, bool(shard.replaced[row])
 
+    @property
+    def item_bytes(self) -> int:
+        """Size of the first sample, with its first caption."""
+        latents, _, text, _ = self.read(0, 0, 0)
+        return latents.nbytes + text.nbytes
+
     def _find(self, index: int) -> tuple[_Shard, int]:
         number, row = divmod(index, self.shard_size)
         return _open_shard(shard_path(self.folder, number)), row
@@ -222,6 +228,11 @@ class CachedDataset:
 
     def __len__(self) -> int:
         return self.cache.num_samples
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of a sample, about."""
+        return self.cache.item_bytes
 
     def __getitem__(self, key: tuple[int, int]) -> CachedItem:
         """The sample at `key` = (position in the training stream, index in the source)."""

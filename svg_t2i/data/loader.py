@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from autoencoder.common.config import UserError
-from autoencoder.common.workers import WorkerLoader
+from autoencoder.common.workers import WorkerLoader, require_shared_memory
+from autoencoder.images.files import LATENT_PIXELS
 from autoencoder.images.order import SampleOrder
 from svg_t2i.data.batching import split_by_tokens, split_evenly
 from svg_t2i.data.feature_cache import CachedDataset, FeatureBatch
@@ -136,6 +137,7 @@ def build_loader(
     world_size: int = 1,
     num_workers: int = 0,
     prefetch: int = 2,
+    loaders: int = 1,
 ) -> TrainLoader:
     """This rank's micro-batches of steps `resume_step` … `total_steps` − 1.
 
@@ -146,9 +148,11 @@ def build_loader(
         micro_batch_tokens: fill micro-batches up to this many tokens, instead of `micro_batch_size` samples. All ranks
             get equally many micro-batches of a step, and about equally many tokens.
         prefetch: micro-batches that each worker prepares ahead.
+        loaders: on this machine, one per process.
 
     Raises:
-        UserError: if the batch sizes do not divide; from the iterator, if too many images are unreadable.
+        UserError: if the batch sizes do not divide, or what workers prepare ahead does not fit shared memory; from the
+            iterator, if too many images are unreadable.
     """
     datasets = [datasets] if isinstance(datasets, T2IDataset) else list(datasets)
     if not 0 <= resume_step <= total_steps:
@@ -157,4 +161,10 @@ def build_loader(
     stream = TrainStream(datasets, order, global_batch_size, micro_batch_size, micro_batch_tokens, rank, world_size)
     if micro_batch_tokens is None:
         split_evenly(global_batch_size, world_size, micro_batch_size)  # complains now
+        samples = micro_batch_size
+    else:
+        samples = max(1, micro_batch_tokens * LATENT_PIXELS**2 // max(dataset.resolution for dataset in datasets) ** 2)
+    if num_workers:
+        largest = max(dataset.item_bytes for dataset in datasets)
+        require_shared_memory(loaders * num_workers * prefetch * samples * largest)
     return TrainLoader(stream, range(resume_step, total_steps), num_workers, prefetch)

@@ -121,6 +121,11 @@ class T2IDataset(Dataset[TrainItem]):
     def __len__(self) -> int:
         return len(self.manifest)
 
+    @property
+    def item_bytes(self) -> int:
+        """Size of the largest sample."""
+        return 3 * max(width * height for width, height in self.buckets)
+
     def __getitem__(self, key: tuple[int, int]) -> TrainItem:
         """The sample at `key` = (position in the training stream, index in the manifest)."""
         position, index = key

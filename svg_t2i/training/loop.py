@@ -144,9 +144,10 @@ class TrainLoop:
                 self.logger.metrics(step, evaluate_averaged(self.state, self.frozen, self.config, self.world))
 
     def save_if_due(self, stop: bool) -> None:
+        due = self.last or stop or self.state.step % self.config.train.ckpt_every == 0
         if self.lock is not None:
-            self.lock.check()
-        if self.last or stop or self.state.step % self.config.train.ckpt_every == 0:
+            self.lock.check(look=due)
+        if due:
             self.watchdog.at(f"saving step {self.state.step}")
             self.save()
 

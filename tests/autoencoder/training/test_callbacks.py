@@ -69,7 +69,7 @@ def test_pictures_are_drawn_at_powers_of_two_then_regularly():
     assert [step for step in range(1, 40) if ReconstructionGrid(12).due(step)] == [1, 2, 4, 8, 12, 24, 36]
 
 
-NOT_ASKED = SimpleNamespace(stop=lambda trainer: False)
+NOT_ASKED = SimpleNamespace(stop=lambda trainer, saving: False)
 
 
 def step_ended(callback, step, max_steps=99, rank=0, complete=True):
