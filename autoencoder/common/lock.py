@@ -121,12 +121,15 @@ class RunLock:
         while self.lost is None and not self._ended.wait(BEAT):
             self._look()
             if self.lost is None:
-                with suppress(FileNotFoundError):  # the next look shows it
+                with suppress(OSError):  # gone, which the next look shows, or a moment of trouble
                     os.utime(self.path)
 
     def _look(self) -> None:
-        holder = self._read()
-        if not holder and self.path.exists():
+        try:
+            holder = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            holder = {}
+        except (OSError, ValueError):
             return  # the file system has a moment of trouble
         if holder.get("token") != self._token:
             who = f"process {holder['pid']} on {holder['host']} works there" if holder else "it was deleted"

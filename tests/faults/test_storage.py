@@ -247,3 +247,17 @@ def test_an_empty_folder_that_was_made_for_nothing_is_removed(tmp_path):
     with RunLock(tmp_path / "a" / "b", "results_dir"):
         assert (tmp_path / "a" / "b").is_dir()
     assert not (tmp_path / "a").exists()
+
+
+def test_a_moment_of_trouble_does_not_cost_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    with RunLock(tmp_path, "results_dir") as own:
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.read_text", lambda *_, **__: os.stat("/proc/self/mem/x"))  # NotADirectoryError
+            patch.setattr(os, "utime", lambda *_: os.stat("/absent"))
+            time.sleep(0.1)
+            own.check(look=True)
+        os.utime(own.path, (0, 0))
+        time.sleep(0.2)
+        assert own.path.stat().st_mtime > 0  # it goes on beating
+        own.check(look=True)
