@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines; on each of them: bash scripts/run_train_mnodes.sh <RANK ID: 0, 1, … NNODES - 1>
 # MASTER_ADDR, MASTER_PORT, NNODES and NPROC_PER_NODE come from the environment.
+# Processes need about 6 open files each for every other one: with 1,000 of them, `ulimit -Hn` has to say 8000 or more.
 # Run from svg_t2i/ or from the repository root; key=value arguments change fields of the config:
 #   NNODES=2 MASTER_ADDR=10.0.0.1 bash scripts/run_train_mnodes.sh 0 optim.lr=1e-4
 set -euo pipefail
