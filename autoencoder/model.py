@@ -203,6 +203,8 @@ class SVGAutoencoder(nn.Module):
         checkpoint: str | Path | None = None,
         stats: str | Path | LatentStats | None = None,
         overrides: Sequence[str] = (),
+        *,
+        resolvers: bool = False,
     ) -> SVGAutoencoder:
         """From a folder of `save_pretrained`, or from a YAML file, for which all arguments are as in `from_config`.
 
@@ -210,7 +212,7 @@ class SVGAutoencoder(nn.Module):
         """
         folder = locate(source)
         if not folder.is_dir():
-            return cls.from_config(source, checkpoint, stats, overrides)
+            return cls.from_config(source, checkpoint, stats, overrides, resolvers=resolvers)
         if checkpoint is not None:
             raise UserError(f"{folder} holds its own weights; leave out checkpoint {checkpoint} or give a YAML file")
         if overrides:
@@ -239,16 +241,19 @@ class SVGAutoencoder(nn.Module):
         checkpoint: str | Path | None = None,
         stats: str | Path | LatentStats | None = None,
         overrides: Sequence[str] = (),
+        *,
+        resolvers: bool = False,
     ) -> SVGAutoencoder:
         """From a published-style YAML file, or its content: all of it, or `{"model": {"params": …}}`.
 
         checkpoint: instead of `model.params.ckpt_path`; its encoder, if it holds one, takes the place of
         `dinoconfig.weights`. stats: a file, or statistics. overrides: "model.params.ddconfig.ch=64", for files only.
+        resolvers: whether the file may read the environment (`${oc.env:NAME}`); see `read_config`.
         """
         source, base = "model config", Path()
         if not isinstance(config, Mapping):
             source, base = str(config), find_config(config).parent
-            config = read_config(config, overrides)
+            config = read_config(config, overrides, resolvers)
         model = config.get("model")
         if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
             raise ConfigError(f"{source}: there is no section model.params, which describes the autoencoder")

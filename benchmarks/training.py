@@ -37,7 +37,8 @@ from svg_t2i.data.settings import DataConfig
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
 from svg_t2i.features.settings import AutoencoderSource
-from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
+from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.toy import make_toy_text_encoder
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.settings import LoopConfig, ParallelConfig, TrainConfig
 from svg_t2i.training.sharding import compiled_graphs, parallelize

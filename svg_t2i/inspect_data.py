@@ -115,7 +115,7 @@ def token_counter(text_encoder: str | None) -> TokenCounter:
     """Counts tokens of texts as the text encoder would, or estimates them."""
     if text_encoder is None:
         return estimated_tokens
-    from svg_t2i.text.encoder import load_tokenizer
+    from svg_t2i.text.loading import load_tokenizer
 
     return partial(counted_tokens, load_tokenizer(text_encoder))
 

@@ -60,7 +60,7 @@ def toy_parts(tmp_path_factory) -> Path:
     from autoencoder.common.config import save_config
     from autoencoder.latents.statistics import LatentStats
     from autoencoder.model import SVGAutoencoder
-    from svg_t2i.text.encoder import make_toy_text_encoder
+    from svg_t2i.text.toy import make_toy_text_encoder
 
     folder = tmp_path_factory.mktemp("toy_parts")
     rng, samples = np.random.default_rng(0), []

@@ -38,7 +38,7 @@ COMMANDS = {
 # Heavy or process-wide libraries, and the only rooms or modules that may import them.
 ONLY_IN = {
     "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score"},
-    "tokenizers": {"svg_t2i.text.encoder"},
+    "tokenizers": {"svg_t2i.text.toy"},
     "timm": {"autoencoder.encoders"},
     "pytorch_lightning": {"autoencoder.training"},
     "omegaconf": {"autoencoder.common.config"},

@@ -3,6 +3,9 @@
 A config file is YAML with OmegaConf interpolation (`${data.resolution}`). It is read by `read_config`, changed by
 overrides such as `optim.lr=1e-4`, and turned into a dataclass by `build`, which is strict: an unknown key, a missing
 key or a value of the wrong type is a `ConfigError` that names the file, the field, the value and what would be right.
+
+Resolvers (`${oc.env:HOME}`) read the environment, so only a file that the user named on the command line may use them:
+`load_config`. What is saved of such a config keeps their text: see `Resolved`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,20 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A mistake in a configuration file or an override."""
+
+
+class Resolved(str):
+    """Text that a resolver made. written: the text that stands for it in the file, which is what `to_dict` gives."""
+
+    written: str
+
+    def __new__(cls, value: str, written: str) -> Resolved:
+        text = super().__new__(cls, value)
+        text.written = written
+        return text
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.written
 
 
 def first_line(error: object) -> str:
@@ -74,8 +91,17 @@ def find_config(path: str | os.PathLike) -> Path:
     raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(given.name, siblings)}")
 
 
-def read_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file into a plain dict, with `key.sub=value` overrides applied and interpolation resolved."""
+def read_config(
+    path: str | os.PathLike, overrides: Sequence[str] = (), resolvers: bool = False
+) -> dict[str, Any]:
+    """Read a YAML file into a plain dict, with `key.sub=value` overrides applied and interpolation resolved.
+
+    resolvers: whether it may call OmegaConf's resolvers; their text becomes `Resolved`.
+
+    Raises:
+        ConfigError: no file, no YAML, no mapping, an override of another form, interpolation of what is not there, or
+            a resolver where none is allowed.
+    """
     path = find_config(path)
     try:
         config = OmegaConf.load(path)
@@ -91,14 +117,53 @@ def read_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> dict[
             raise ConfigError(f"override {override!r} is not of the form key.sub=value, e.g. optim.lr=1e-4")
     try:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        written, calls = _without_resolvers(OmegaConf.to_container(config, resolve=False))
+        if calls and not resolvers:
+            field, text = next(iter(calls.items()))
+            raise ConfigError(
+                f"{path}: {field} = {text!r}: resolvers are for files given on the command line of a training or "
+                "measuring command, since they can read this computer's environment; write the value itself"
+            )
+        values: Any = OmegaConf.to_container(config, resolve=True)
+        return _keep_written(values, OmegaConf.to_container(OmegaConf.create(written), resolve=True))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} with overrides {list(overrides)}: {error}") from error
 
 
+def _without_resolvers(raw: Any, name: str = "") -> tuple[Any, dict[str, str]]:
+    """A config in which text that calls a resolver is escaped, so that it stays as it is, and these texts by field."""
+    if isinstance(raw, dict):
+        parts = {key: _without_resolvers(value, _join(name, key)) for key, value in raw.items()}
+        calls = {field: text for _, found in parts.values() for field, text in found.items()}
+        return {key: value for key, (value, _) in parts.items()}, calls
+    if isinstance(raw, list):
+        items = [_without_resolvers(value, f"{name}[{i}]") for i, value in enumerate(raw)]
+        return [value for value, _ in items], {field: text for _, found in items for field, text in found.items()}
+    if not isinstance(raw, str) or "${" not in (rest := raw):
+        return raw, {}
+    while rest != (rest := re.sub(r"\$\{[^${}:]*\}", "", rest)):  # `${data.resolution}`: inner ones first
+        pass
+    return (raw.replace("${", "\\${"), {name: raw}) if "${" in rest else (raw, {})
+
+
+def _keep_written(value: Any, written: Any) -> Any:
+    """`value` with its texts `Resolved` wherever they differ from `written`; what a resolver made a number stays one.
+
+    Raises:
+        ConfigError: a resolver made a list or a mapping, whose text could not be saved in its place.
+    """
+    if isinstance(value, dict) and isinstance(written, dict):
+        return {key: _keep_written(item, written[key]) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(written, list):
+        return [_keep_written(item, text) for item, text in zip(value, written, strict=True)]
+    if isinstance(value, (dict, list)):
+        raise ConfigError(f"{written!r} makes a {type(value).__name__}; a resolver may make a text or a number")
+    return Resolved(value, written) if isinstance(value, str) and value != written else value
+
+
 def load_config(schema: type[T], path: str | os.PathLike, overrides: Sequence[str] = ()) -> T:
-    """`read_config` followed by `build`."""
-    return build(schema, read_config(path, overrides), source=str(path))
+    """`read_config` followed by `build`, for a file that was named on the command line: resolvers are allowed."""
+    return build(schema, read_config(path, overrides, resolvers=True), source=str(path))
 
 
 def build(schema: type[T], values: Mapping[str, Any] | None, source: str = "config") -> T:
@@ -154,6 +219,7 @@ def _convert(annotation: Any, value: Any, source: str, name: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         return _build(annotation, value, source, name)
     if origin is Literal:
+        value = str(value) if isinstance(value, Resolved) else value
         if value in choices and type(value) in {type(choice) for choice in choices}:
             return value
         raise ConfigError(f"{source}: {name} = {value!r}; choose one of {', '.join(map(str, choices))}")
@@ -180,7 +246,8 @@ def _convert_union(choices: tuple, value: Any, source: str, name: str) -> Any:
     if value is None and type(None) in choices:
         return None
     errors = []
-    for choice in sorted((c for c in choices if c is not type(None)), key=lambda c: c is not type(value)):
+    kind = str if isinstance(value, Resolved) else type(value)
+    for choice in sorted((c for c in choices if c is not type(None)), key=lambda c: c is not kind):
         try:
             return _convert(choice, value, source, name)
         except ConfigError as error:
@@ -189,6 +256,10 @@ def _convert_union(choices: tuple, value: Any, source: str, name: str) -> Any:
 
 
 def _convert_scalar(annotation: type, value: Any, source: str, name: str) -> Any:
+    if isinstance(value, Resolved):
+        if annotation is str:
+            return value
+        value = str(value)
     if annotation is float and type(value) in (int, str) and re.fullmatch(NUMBER, str(value)):
         return float(value)
     elif annotation is int and isinstance(value, float) and value.is_integer():
@@ -203,13 +274,18 @@ def _convert_scalar(annotation: type, value: Any, source: str, name: str) -> Any
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass (or a container of them) as plain dicts, lists and scalars, ready for YAML or JSON."""
+    """A dataclass (or a container of them) as plain dicts, lists and scalars, ready for YAML or JSON.
+
+    Text that a resolver made is given as it was written: nothing that is saved holds a value of the environment.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Mapping):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [to_dict(value) for value in config]
+    if isinstance(config, Resolved):
+        return config.written
     return str(config) if isinstance(config, Path) else config
 
 

@@ -50,8 +50,7 @@ def read_file(path: str | Path, what: str, verify: bool = False) -> dict[str, An
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what} {path}: not a torch file, or it holds Python objects besides tensors, which are refused because "
-            "unpickling them can run code. If you trust it, load it once yourself and save its tensors: "
-            'torch.save(torch.load(path, weights_only=False)["state_dict"], new_path)'
+            "unpickling them can run code; get it as .safetensors, or as a torch file that holds tensors only"
         ) from error
     except Exception as error:  # on broken files the readers raise whatever they stumble over, KeyError among it
         raise UserError(f"{what} {path} cannot be read ({error!r}); if it is cut off, copy it again") from error

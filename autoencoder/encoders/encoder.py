@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoencoder.common.config import ConfigError, UserError, locate
+from autoencoder.common.hub import announce
 from autoencoder.common.weights import Float32Buffers, fingerprint, load_strictly, read_state_dict
 from autoencoder.encoders.positions import Rotary, resize_positions
 from autoencoder.encoders.published_keys import ONLY_OFFICIAL, canonical, from_official, to_official
@@ -228,6 +229,7 @@ def _read_weights(config: EncoderConfig) -> Mapping[str, Tensor]:
 
         hub_id = timm.get_pretrained_cfg(config.architecture).hf_hub_id
         source = hub_id if config.weights == "hub" else config.weights.removeprefix("hf-hub:")
+        announce(source)
         try:
             return timm.models.load_state_dict_from_hf(source)
         except Exception as error:  # the Hub's client raises many unrelated types

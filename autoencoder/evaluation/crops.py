@@ -133,7 +133,9 @@ def list_failures(crops: Crops, path: Path, world: World, go_on: bool = False) -
 
 def load_autoencoder(arguments: argparse.Namespace, device: torch.device, stats: str | None = None) -> SVGAutoencoder:
     """The autoencoder of `config`, `checkpoint`, `overrides` and `precision`, on the device, in eval mode."""
-    model = SVGAutoencoder.from_pretrained(arguments.config, arguments.checkpoint, stats, arguments.overrides)
+    model = SVGAutoencoder.from_pretrained(
+        arguments.config, arguments.checkpoint, stats, arguments.overrides, resolvers=True
+    )
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     return model.to(device, dtype).eval()
 

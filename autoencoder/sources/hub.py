@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from autoencoder.common.config import UserError
+from autoencoder.common.hub import announce
 from autoencoder.images.files import Size
 from autoencoder.sources.entries import (
     CAPTION_COLUMNS,
@@ -133,6 +134,7 @@ def open_hub(url: str, reading: Reading) -> HubDataset:
         raise UserError(f"{url}: {sorted(given.keys() - SETTINGS)[0]!r} is not one of {sorted(SETTINGS)}; give {FORM}")
     split, revision = given.get("split"), given.get("revision", revision)
     settings = {"split": split, "revision": revision} | ({"data_files": files} if files else {})
+    announce(url)
     return _load(url, reading, lambda library: library.load_dataset(name, given.get("config"), **settings), Path())
 
 

@@ -51,7 +51,7 @@ from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME, MAX_ERRORS, Failures
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import ImageSource, Reading
-from svg_t2i.text.encoder import make_toy_text_encoder
+from svg_t2i.text.toy import make_toy_text_encoder
 
 AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
 TRANSFORMER = "configs/svg_t2i/quickstart.yaml"

@@ -36,11 +36,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.durable import NO_SPACE, digests, no_space, require_space, sha256, sync_folder, write_durably
+from svg_t2i.checkpoints.index import SafeReader, read_index
 
 log = logging.getLogger(__name__)
 
@@ -297,45 +298,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
         UserError: its index is damaged or names more than tensors.
     """
     with readable(folder):
-        return SafeReader(folder).read_metadata().state_dict_metadata
-
-
-class SafeReader(dcp.FileSystemReader):
-    """Reads shards like its parent (tensors, weights-only), but their index without trusting it.
-
-    torch's reader unpickles `.metadata` freely, and any entry that claims not to be a tensor. A checkpoint may
-    come from a stranger: here the index may name the classes it is made of and nothing else, and tensors only.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        entries = metadata.state_dict_metadata.items()
-        others = [name for name, entry in entries if not isinstance(entry, TensorStorageMetadata)]
-        if others:
-            raise pickle.UnpicklingError(f"refused: {others[0]!r} is no tensor")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    CLASSES = {
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
-        "pathlib": {"PosixPath", "WindowsPath"},
-        "pathlib._local": {"PosixPath", "WindowsPath"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refused: it names {module}.{name}, and unpickling that can run code")
+        return read_index(folder).state_dict_metadata
 
 
 @contextmanager
@@ -347,7 +310,7 @@ def readable(folder: Path) -> Iterator[None]:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()), error)
         raise UserError(f"{folder}: cannot be loaded here: {first_line(cause)}") from error
-    except (pickle.UnpicklingError, AttributeError, EOFError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{folder / '.metadata'}: cannot be loaded here: {first_line(error)}") from error
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from autoencoder.common.config import UserError, build, to_dict
 from autoencoder.common.weights import read_state_dict, write_json
 from svg_t2i.checkpoints import published
+from svg_t2i.checkpoints.index import SafeReader
 from svg_t2i.checkpoints.run import (
     FORMAT,
     META,
-    SafeReader,
     newest_checkpoint,
     read_checkpoint_meta,
     readable,

@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from autoencoder.common.hub import folder_or_hub_name
 from autoencoder.evaluation.metrics import Unavailable
+from svg_t2i.text.loading import ERRORS, pretrained, pretrained_model, reason_of
 
 
 class CLIPScorer:
@@ -27,11 +29,12 @@ class CLIPScorer:
 
         source = str(path_or_id)
         try:
-            self.model = AutoModel.from_pretrained(source).eval().requires_grad_(False).to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.processor = AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
+            source = folder_or_hub_name(source, "clip", "such as openai/clip-vit-base-patch32")
+            self.model = pretrained_model(AutoModel, source).eval().requires_grad_(False).to(device)
+            self.tokenizer = pretrained(AutoTokenizer, source)
+            self.processor = pretrained(AutoImageProcessor, source)
+        except ERRORS as error:
+            reason = reason_of(error)
             raise Unavailable(f"CLIP {source!r} cannot be had ({reason}); give a folder that holds one") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
             raise Unavailable(f"{source!r} is a {type(self.model).__name__}, which has no image and text features")

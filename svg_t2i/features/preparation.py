@@ -20,7 +20,7 @@ from autoencoder.sources.source import ImageSource
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.features.settings import AutoencoderSource, TextSource
-from svg_t2i.text.encoder import make_toy_text_encoder
+from svg_t2i.text.toy import make_toy_text_encoder
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from typing import Any
 
 import torch
 
-from autoencoder.common.config import UserError, build, find_config, locate, to_dict
+from autoencoder.common.config import UserError, build, find_config, first_line, locate, to_dict
+from autoencoder.common.hub import announce, folder_or_hub_name, nearest
 from autoencoder.common.weights import write_json
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.checkpoints import published
@@ -31,7 +31,8 @@ from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
-from svg_t2i.text.encoder import TextEncoder, checked_source
+from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.loading import checked_source
 from svg_t2i.transformer.model import SVGDiT
 
 INDEX = "model_index.json"
@@ -69,18 +70,23 @@ def fetch(name: str | os.PathLike, revision: str | None = None, token: str | Non
     Raises:
         UserError: there is no such folder, and the Hub has it neither.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
-        raise UserError(f"{name}: no such folder, and no Hugging Face id (owner/name)")
+    wanted = "a folder that holds a DiT, or the name of one on the Hugging Face Hub (owner/name)"
+    source = folder_or_hub_name(name, "checkpoint", wanted)
+    if Path(source).is_dir():
+        return Path(source)
+    if "/" not in source:
+        raise UserError(f"checkpoint = {source!r}: no such folder{nearest(source)}; give {wanted}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    announce(source)
     try:
-        return Path(snapshot_download(str(name), revision=revision, token=token))
+        return Path(snapshot_download(source, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name}: no such folder here, and the Hugging Face Hub did not give it: {error}") from error
+        raise UserError(
+            f"checkpoint = {source!r}: no such folder here{nearest(source)}, and the Hugging Face Hub did not give it: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def find_sources(
@@ -125,7 +131,11 @@ def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.P
     if text_encoder is not None or "text_encoder" not in trained_with:
         text = replace(text, path=str(_require(text_encoder, "text_encoder", transformer)))
     else:
+        _require_value("text_encoder", text.path, transformer)
         text = replace(text, path=_still_there(text.path, transformer))
+    for name, value in recorded.items():
+        if name not in given:
+            _require_value(_OPTIONS.get(name, "autoencoder"), value, transformer)
     if recorded.get("stats") is not None:
         recorded["stats"] = _still_there(recorded["stats"], transformer)
     _require({**recorded, **given}.get("config"), "autoencoder", transformer)
@@ -193,6 +203,12 @@ def _require(value: Any, name: str, where: object) -> Any:
     if value is None:
         raise UserError(f"{where} does not say which {name} it was trained with; give {name} (--{name})")
     return value
+
+
+def _require_value(name: str, recorded: Any, where: object) -> None:
+    """UserError for text that a resolver would have to read: a checkpoint never reads this computer's environment."""
+    if isinstance(recorded, str) and "${" in recorded:
+        raise UserError(f"{where} was trained with {name} = {recorded!r}, written so; give {name} (--{name}) yourself")
 
 
 # ---------------------------------------------------------------------------------------------- loading and saving

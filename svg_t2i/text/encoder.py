@@ -13,21 +13,19 @@ import hashlib
 import logging
 import math
 import os
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from autoencoder.common.config import UserError, locate
+from autoencoder.common.config import UserError
 from autoencoder.sources.captions import clean_text
+from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
 from svg_t2i.transformer.packing import TextFeatures
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -116,39 +114,8 @@ class TextEncoder:
             UserError: if the folder does not exist, a part of it is missing or unreadable, the Hub refuses, or
                 `max_length` exceeds the positions the model knows.
         """
-        from transformers import (
-            MODEL_FOR_TEXT_ENCODING_MAPPING,
-            AutoConfig,
-            AutoModel,
-            AutoModelForTextEncoding,
-        )
-
         source = checked_source(path_or_id)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
-        try:
-            config = AutoConfig.from_pretrained(source)
-            text_config = config.get_text_config()
-            only_text = type(text_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-            model, info = (AutoModelForTextEncoding if only_text else AutoModel).from_pretrained(
-                source,
-                config=text_config if only_text else config,
-                dtype=dtype,
-                # Gemma-2 caps its attention logits; the fused kernels leave that out.
-                attn_implementation="eager" if getattr(text_config, "attn_logit_softcapping", None) else None,
-                ignore_mismatched_sizes=True,  # they are reported below
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(_loading_advice(source, error)) from error
-        mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # names in 4.x
-        unset = {*info["missing_keys"], *mismatched}
-        unset = sorted(name for name in unset if "pooler" not in name)
-        if unset:
-            raise UserError(
-                f"text_encoder.path={source!r} lacks {len(unset)} weights of the {config.model_type!r} model in its "
-                f"config.json, or has them in another shape ({', '.join(unset[:3])} …); give a complete checkpoint"
-            )
-        return cls(model.to(device), load_tokenizer(source), max_length)
+        return cls(load_model(source, dtype).to(device), load_tokenizer(source), max_length)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model and tokenizer in Hugging Face format, as `from_pretrained` reads them."""
@@ -280,123 +247,3 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     digest.update(str(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(str(tokenizer("A red Circle, 3 px")["input_ids"]).encode())  # special tokens, case, splitting
     return digest.hexdigest()[:16]
-
-
-def checked_source(path_or_id: str | os.PathLike) -> str:
-    """A folder that exists, or a name the Hub may know; anything else is a missing folder."""
-    folder = locate(path_or_id)
-    if folder.is_dir():
-        return str(folder)
-    could_be_hub_id = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(path_or_id)) is not None
-    parent_is_here = folder.parent != Path() and folder.parent.is_dir()
-    if not could_be_hub_id or parent_is_here:
-        raise UserError(
-            f"text_encoder.path={str(path_or_id)!r}: this folder does not exist; give a folder in Hugging Face format "
-            "(config.json, weights, tokenizer) or the name of a model on the Hub such as 'google/gemma-2-2b'"
-        )
-    return str(path_or_id)
-
-
-def load_tokenizer(path_or_id: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer of a text encoder, from a folder in Hugging Face format or from the Hub.
-
-    Raises:
-        UserError: as `TextEncoder.from_pretrained`.
-    """
-    from transformers import AutoTokenizer
-
-    source = checked_source(path_or_id)
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_loading_advice(source, error)) from error
-
-
-def _loading_advice(source: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    if Path(source).is_dir():
-        return (
-            f"text_encoder.path={source!r} cannot be read as a Hugging Face model ({reason}); it needs config.json, "
-            "model.safetensors and the tokenizer's files, complete"
-        )
-    licence = (
-        " Gemma's weights ask for a licence first: accept it at https://huggingface.co/google/gemma-2-2b and sign in "
-        "with `hf auth login`."
-        if "gemma" in source.lower()
-        else ""
-    )
-    return (
-        f"text_encoder.path={source!r} is no folder here and could not be had from the Hugging Face Hub ({reason})."
-        f"{licence} Without network, copy the model to a folder and give its path."
-    )
-
-
-def make_toy_text_encoder(
-    captions: Iterable[str],
-    folder: str | os.PathLike,
-    hidden_size: int = 128,
-    layers: int = 2,
-    seed: int = 0,
-) -> Path:
-    """Save a small random Gemma-2 and a word tokenizer made from captions; `TextEncoder.from_pretrained` reads it.
-
-    Nothing is learned, yet a DiT can tell the words apart: token embeddings are drawn with deviation 1/2, so that
-    after Gemma's scaling by √hidden_size they outweigh what the random layers add. The vocabulary holds the words of
-    the captions and of the system prompts, lower-case; other words become `<unk>`.
-
-    Args:
-        captions: all texts the vocabulary is made from.
-        folder: written in Hugging Face format; created if needed.
-        hidden_size: feature width, a multiple of 32.
-        layers: number of layers of which the last is never run; ≥ 2 lets a word's features see the words before it.
-        seed: fixes all weights.
-    """
-    from transformers import Gemma2Config, Gemma2Model
-
-    if hidden_size < 32 or hidden_size % 32 or layers < 1:
-        raise UserError(f"toy text encoder: hidden_size={hidden_size} must be a multiple of 32, layers={layers} ≥ 1")
-    tokenizer = _word_tokenizer([*SYSTEM_PROMPTS.values(), *captions])
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 32,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Gemma2Model(config)
-        nn.init.normal_(model.embed_tokens.weight, std=0.5)
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                nn.init.zeros_(weight)  # Gemma scales by 1 + weight; transformers 4 starts at 1
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Path(folder)
-
-
-def _word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token per lower-case word or punctuation mark (or Chinese character); `<bos>` starts every text."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    splitter = pre_tokenizers.BertPreTokenizer()
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocabulary = {word: index for index, word in enumerate(special + sorted(words - set(special)))}
-    words_to_ids = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words_to_ids.normalizer = normalizer
-    words_to_ids.pre_tokenizer = splitter
-    words_to_ids.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words_to_ids, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )

@@ -17,7 +17,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
-from svg_t2i.checkpoints.run import SafeReader, newest_checkpoint, stored_tensors
+from svg_t2i.checkpoints.index import SafeReader
+from svg_t2i.checkpoints.run import newest_checkpoint, stored_tensors
 from svg_t2i.train import main
 from svg_t2i.training import loop
 from svg_t2i.training.step import TrainState

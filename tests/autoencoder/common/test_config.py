@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import pickle
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 from autoencoder.common import config
 from autoencoder.common.config import (
@@ -139,3 +142,95 @@ def test_paths_are_found_from_every_folder(tmp_path, monkeypatch):
     assert config.locate("pre-trained/a") == repository / "svg_t2i" / "pre-trained" / "a"
     assert config.locate("pre-trained/b") == Path("pre-trained/b")
     assert config.locate(str(here)) == here
+
+
+# --- resolvers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(monkeypatch) -> str:
+    monkeypatch.setenv("SVG_SECRET", "s3cr3t")
+    return "s3cr3t"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:SVG_SECRET}",
+        "owner/${oc.env:SVG_SECRET}",
+        "${oc.env:SVG_SECRET,default}",
+        "${oc.decode:${oc.env:SVG_SECRET}}",
+        "${oc.${part}:SVG_SECRET}",
+        "${ oc.env : SVG_SECRET }",
+        "${name}/${oc.env:SVG_SECRET}",
+    ],
+)
+def test_a_file_that_nobody_named_calls_no_resolver(tmp_path, secret, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", "part": "env", "model": {"parts": [{"weights": text}]}}))
+    with pytest.raises(ConfigError, match="write the value itself") as error:
+        read_config(path)
+    assert str(path) in str(error.value)
+    assert "model.parts[0].weights" in str(error.value)
+    assert secret not in str(error.value)
+
+
+def test_an_override_of_such_a_file_calls_none_either(config_file, secret):
+    with pytest.raises(ConfigError, match="name = "):
+        read_config(config_file, ["name=${oc.env:SVG_SECRET}"])
+
+
+def test_names_of_other_fields_are_no_resolvers(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: {b: [3, x]}\nc: ${a.b[1]}/${a.b[0]}\nk: b\nd: ${a.${k}}\ne: ${.c}\n")
+    assert read_config(path) == {"a": {"b": [3, "x"]}, "c": "x/3", "k": "b", "d": [3, "x"], "e": "x/3"}
+
+
+def test_what_is_saved_keeps_the_text_of_a_resolver(tmp_path, secret):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a/${oc.env:SVG_SECRET}\nprecision: ${oc.env:SVG_NONE,fp32}\ntags: {x: 1}\n")
+    given = load_config(Config, path)
+    assert given.name == f"a/{secret}"
+    assert given.precision == "fp32"
+    for same in (given, replace(given, sizes=[1]), pickle.loads(pickle.dumps(given)), deepcopy(given)):
+        assert to_dict(same)["name"] == "a/${oc.env:SVG_SECRET}"
+        save_config(same, tmp_path / "saved.yaml")
+        assert secret not in (tmp_path / "saved.yaml").read_text()
+        assert load_config(Config, tmp_path / "saved.yaml") == same
+
+
+def test_text_made_of_a_resolved_one_is_saved_as_written_too(tmp_path, secret):
+    path = tmp_path / "run.yaml"
+    path.write_text("root: {a: '${oc.env:SVG_SECRET}', n: 1}\nb: ${root.a}/x\nc: ${root}\nd: [plain, '${root.n}']\n")
+    values = read_config(path, resolvers=True)
+    for text, found in ((secret, values), ("${oc.env:SVG_SECRET}", to_dict(values))):
+        root = {"a": text, "n": 1}
+        assert found == {"root": root, "b": f"{text}/x", "c": root, "d": ["plain", 1]}
+
+
+def test_a_resolver_may_make_a_number_but_no_list(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nsizes: ['${oc.decode:${oc.env:SVG_SIZE}}']\n")
+    monkeypatch.setenv("SVG_SIZE", "8")
+    assert load_config(Config, path).sizes == [8]
+    monkeypatch.setenv("SVG_SIZE", "[8, s3cr3t]")
+    with pytest.raises(ConfigError, match="makes a list") as error:
+        load_config(Config, path)
+    assert "s3cr3t" not in str(error.value)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    path: Path
+    number: float
+    either: int | str | None
+
+
+def test_resolved_text_becomes_whatever_text_may_become(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("path: ${oc.env:SVG_A}/x\nnumber: ${oc.env:SVG_N}\neither: ${oc.env:SVG_A}\n")
+    monkeypatch.setenv("SVG_A", "a")
+    monkeypatch.setenv("SVG_N", "1e-4")
+    built = load_config(Kinds, path)
+    assert built == Kinds(Path("a/x"), 1e-4, "a")
+    assert to_dict(built)["either"] == "${oc.env:SVG_A}"

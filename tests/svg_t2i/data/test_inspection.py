@@ -20,7 +20,8 @@ from svg_t2i import inspect_data
 from svg_t2i.data.inspection import Inspection, SampleReader, settings
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.data.sources import T2IDataset, make_datasets, open_sources
-from svg_t2i.text.encoder import TextEncoder, make_toy_text_encoder
+from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.toy import make_toy_text_encoder
 
 
 @pytest.fixture

@@ -88,6 +88,26 @@ def test_what_a_run_made_moves_with_its_folder(toy_parts, tmp_path, monkeypatch)
     assert SVGT2IPipeline.from_pretrained(moved)("noise", num_inference_steps=1).images[0].size == (64, 64)
 
 
+def test_a_checkpoint_does_not_read_the_environment(toy_parts, tmp_path, monkeypatch):
+    """Its recorded paths keep the text of a resolver: neither resolved here nor sent to the Hub."""
+    monkeypatch.setenv("SVG_PARTS", str(toy_parts))
+    text = toy_parts / "train.yaml"
+    config = tmp_path / "train.yaml"
+    config.write_text(text.read_text().replace(str(toy_parts), "${oc.env:SVG_PARTS}"))
+    assert "${oc.env:SVG_PARTS}/autoencoder" in config.read_text()
+    train(["--config", str(config), f"results_dir={tmp_path / 'run'}", "train.max_steps=1"])
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert str(toy_parts) not in saved
+    with pytest.raises(UserError, match=r"text_encoder = '\$\{oc.env:SVG_PARTS\}/text_encoder'.*give text_encoder"):
+        loading.find_sources(tmp_path / "run")
+    given = {"text_encoder": toy_parts / "text_encoder"}
+    with pytest.raises(UserError, match=r"autoencoder = '\$\{oc.env:SVG_PARTS\}/autoencoder'.*--autoencoder"):
+        loading.find_sources(tmp_path / "run", **given)
+    sources = loading.find_sources(tmp_path / "run", **given, autoencoder=toy_parts / "autoencoder")
+    assert sources.autoencoder.config == str(toy_parts / "autoencoder")
+    train(["--config", str(config), f"results_dir={tmp_path / 'run'}", "train.max_steps=2"])  # the same run goes on
+
+
 def test_defaults_from_training_settings():
     config = {"data": {"resolution": 128, "system_prompt": "empty"}, "flow": {"shift": False}}
     expected = SamplingOptions(height=128, width=128, system_prompt="empty", time_shift=1.0)
@@ -135,7 +155,8 @@ def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "no such folder, and no Hugging Face id"),
+        ("nowhere", "no such folder; give .*owner/name"),
+        ("svg_t2i/samplin", "no such folder .the nearest: .*svg_t2i/sampling"),  # not asked from the Hub
         ("no/such-model", "the Hugging Face Hub did not give it"),  # tests are offline
     ],
 )

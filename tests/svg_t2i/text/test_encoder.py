@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autoencoder.common.config import UserError
-from svg_t2i.text.encoder import MAX_CUT_REPORTS, SYSTEM_PROMPTS, TextEncoder, build_prompt, make_toy_text_encoder
+from svg_t2i.text.encoder import MAX_CUT_REPORTS, SYSTEM_PROMPTS, TextEncoder, build_prompt
+from svg_t2i.text.toy import make_toy_text_encoder
 
 CAPTIONS = [f"a {size} {colour} circle, left" for size in ("small", "large") for colour in ("red", "green", "blue")]
 TEXTS = ["a red circle", "", "a large green circle, left of a small blue circle, left of a red circle", "blue"]
@@ -250,7 +251,7 @@ def test_full_clip_loads_its_text_tower_only(toy_folder, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="nowhere.*does not exist.*google/gemma-2-2b"):
+    with pytest.raises(UserError, match="nowhere.*no such folder.*google/gemma-2-2b"):
         TextEncoder.from_pretrained(tmp_path / "nowhere")
 
 
