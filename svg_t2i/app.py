@@ -4,12 +4,16 @@
     python -m svg_t2i.app                                     the quickstart's toy model
     python -m svg_t2i.app --checkpoint pre-trained --share    any checkpoint that sample.py takes
 
-One request runs at a time; up to --queue more wait. The page loads nothing from elsewhere.
+One request runs at a time; up to --queue more wait. The page loads nothing from elsewhere. Its files are deleted after
+a day, and when it ends. With --auth, or with user:password in the environment as SVG_T2I_APP_AUTH, it asks who comes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +26,7 @@ from svg_t2i.sampling.options import PRESETS
 from svg_t2i.web.requests import Limits, Studio
 
 QUICKSTART = Path("outputs/quickstart/transformer")
+AUTH_VARIABLE = "SVG_T2I_APP_AUTH"
 
 
 def find_quickstart() -> Path:
@@ -46,9 +51,36 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers, for 72 hours")
+    parser.add_argument(
+        "--auth", type=Path, help="file with lines user:password (default: everyone may come in)"
+    )
     parser.add_argument("--queue", type=int, default=16, help="requests that may wait")
     parser.add_argument("--max_side", type=int, default=Limits.side, help="largest height and width, pixels")
     return parser.parse_args(argv)
+
+
+def read_auth(file: Path | None) -> list[tuple[str, str]] | None:
+    """Who may come in, as (user, password): of the file, or else of the environment; None for everyone.
+
+    Raises:
+        UserError: no such file, or a line of another form. The message holds no password.
+    """
+    source, lines = f"${AUTH_VARIABLE}", [os.environ.get(AUTH_VARIABLE, "")]
+    if file is not None:
+        try:
+            source, lines = f"--auth {file}", file.expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--auth {file}: cannot be read ({error}); give a file with lines user:password") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            user, _, password = line.strip().partition(":")
+            if not user or not password:
+                raise UserError(f"{source}: line {number} is not of the form user:password")
+            pairs.append((user, password))
+    if file is not None and not pairs:
+        raise UserError(f"{source}: the file is empty; write lines user:password")
+    return pairs or None
 
 
 def load_studio(arguments: argparse.Namespace) -> Studio:
@@ -77,8 +109,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the page needs Gradio ({error}): pip install 'gradio>=6,<7'") from error
     if arguments.queue < 1:
         raise UserError(f"--queue {arguments.queue}: must be at least 1")
+    auth = read_auth(arguments.auth)
+    if auth is None and (arguments.share or arguments.host not in ("127.0.0.1", "localhost", "::1")):
+        print("everyone who reaches the page can use it; --auth FILE asks for a user and a password", flush=True)
     studio = load_studio(arguments)
-    where = {"server_name": arguments.host, "server_port": arguments.port, "share": arguments.share}
+    where = {"server_name": arguments.host, "server_port": arguments.port, "share": arguments.share, "auth": auth}
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(studio.folder / "gradio"))  # uploads and previews end with the studio
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an orderly end, which deletes the files
     launch(studio, max_waiting=arguments.queue, **where)
 
 

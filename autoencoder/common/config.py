@@ -91,9 +91,7 @@ def find_config(path: str | os.PathLike) -> Path:
     raise ConfigError(f"config file {str(path)!r} does not exist{_nearest(given.name, siblings)}")
 
 
-def read_config(
-    path: str | os.PathLike, overrides: Sequence[str] = (), resolvers: bool = False
-) -> dict[str, Any]:
+def read_config(path: str | os.PathLike, overrides: Sequence[str] = (), resolvers: bool = False) -> dict[str, Any]:
     """Read a YAML file into a plain dict, with `key.sub=value` overrides applied and interpolation resolved.
 
     resolvers: whether it may call OmegaConf's resolvers; their text becomes `Resolved`.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.common.config import UserError, to_dict
-from autoencoder.images.files import save_png, to_pil
+from autoencoder.images.files import LATENT_PIXELS, load_image, save_png, to_pil
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.from_images import crop_image
 from svg_t2i.sampling.options import changed
@@ -28,6 +30,7 @@ from svg_t2i.sampling.steps import decode_latents
 
 GalleryItems = list[tuple[Any, str]]
 MAX_SEED = 2**32 - 1
+KEEP_SECONDS = 24 * 60 * 60  # files of the page live for a day, and not longer than the page
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,29 @@ class Limits:
     side: int = 2048
     steps: int = 200
     images: int = 4
+    guidance: float = 20.0
+    upload_pixels: int = 50_000_000
 
-    def check(self, *, prompts: tuple[str, ...], width: int, height: int, steps: int, images: int, seed: int) -> None:
-        """UserError naming the first value out of its range."""
-        for prompt in prompts:
-            if len(prompt) > self.prompt_characters:
-                raise UserError(f"a prompt of {len(prompt)} characters; at most {self.prompt_characters}")
-        ranges = {
-            "width": (width, 16, self.side),
-            "height": (height, 16, self.side),
-            "steps": (steps, 1, self.steps),
-            "images": (images, 1, self.images),
-            "seed": (seed, 0, MAX_SEED),
-        }
-        for name, (value, least, most) in ranges.items():
-            if not isinstance(value, (int, float)) or value != int(value) or not least <= value <= most:
-                raise UserError(f"{name} = {value}: whole numbers from {least} to {most}")
+    def text(self, name: str, value: Any) -> str:
+        """`value` without blanks around it; None is the empty text. UserError for what is no text, or too long."""
+        if not isinstance(value, str | None):
+            raise UserError(f"{name} = {value!r} must be a text")
+        if len(value or "") > self.prompt_characters:
+            raise UserError(f"{name} has {len(value)} characters; at most {self.prompt_characters}")
+        return (value or "").strip()
+
+    def whole(self, name: str, value: Any, least: int, most: int) -> int:
+        """`value` as a whole number. UserError for anything else, or out of range."""
+        number = self.number(name, value, least, most, "whole numbers")
+        if number != int(number):
+            raise UserError(f"{name} = {value}: whole numbers from {least} to {most}")
+        return int(number)
+
+    def number(self, name: str, value: Any, least: float, most: float, kind: str = "numbers") -> float:
+        """`value` as a number. UserError for anything else, or out of range."""
+        if type(value) not in (int, float) or not least <= value <= most:  # NaN is in no range
+            raise UserError(f"{name} = {value}: {kind} from {least} to {most}")
+        return float(value)
 
 
 class Stopped(Exception):
@@ -66,55 +76,66 @@ class Studio:
     def __init__(self, pipeline: SVGT2IPipeline, limits: Limits | None = None, previews: int = 8):
         self.pipeline, self.limits, self.previews = pipeline, limits or Limits(), previews
         self.folder = Path(tempfile.mkdtemp(prefix="svg_t2i_app_"))
+        self._delete = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at exit, too
         self._busy = threading.Lock()
 
     def draw(
         self, prompt: str, negative_prompt: str, width: int, height: int, num_inference_steps: int,
         guidance_scale: float, seed: int, images: int, solver: str,
     ) -> Iterator[GalleryItems]:  # fmt: skip
-        """Text to image: previews, then the finished images with their parameters."""
-        if not prompt.strip():
+        """Text to image: previews, then the finished images with their parameters. UserError as `Limits`."""
+        prompt = self.limits.text("the prompt", prompt)
+        if not prompt:
             raise UserError("write a prompt first")
-        self.limits.check(
-            prompts=(prompt, negative_prompt), width=width, height=height, steps=num_inference_steps, images=images,
-            seed=seed,
-        )  # fmt: skip
         settings = {
-            "negative_prompt": negative_prompt.strip(),
-            "width": int(width),
-            "height": int(height),
-            "num_inference_steps": int(num_inference_steps),
-            "guidance_scale": float(guidance_scale),
-            "solver": solver,
+            "negative_prompt": self.limits.text("the negative prompt", negative_prompt),
+            "width": self.limits.whole("width", width, LATENT_PIXELS, self.limits.side),
+            "height": self.limits.whole("height", height, LATENT_PIXELS, self.limits.side),
+            **self._steps_and_guidance(num_inference_steps, guidance_scale),
+            "solver": solver or self.pipeline.options.solver,
         }
         changed(self.pipeline.options, settings)
-        shared = {"num_images_per_prompt": int(images), "seed": int(seed), **settings}
+        shared = {**self._images_and_seed(images, seed), **settings}
 
         def run(callback: Callable) -> Any:
-            return self.pipeline(prompt.strip(), callback_on_step_end=callback, **shared)
+            return self.pipeline(prompt, callback_on_step_end=callback, **shared)
 
-        yield from self._serve(run, {"prompt": prompt.strip(), **shared})
+        yield from self._serve(run, {"prompt": prompt, **shared})
 
     def redraw(
-        self, image: Image.Image | None, prompt: str, strength: float, num_inference_steps: int,
+        self, image: str | Path | None, prompt: str, strength: float, num_inference_steps: int,
         guidance_scale: float, seed: int, images: int,
     ) -> Iterator[GalleryItems]:  # fmt: skip
-        """Image to image, at the pipeline's own size and in the image's shape."""
-        if image is None:
+        """Image to image, at the pipeline's own size and in the shape of the image file. UserError as `Limits`."""
+        if not image:
             raise UserError("choose an image first")
-        width, height = fitting_size(image.size, self.pipeline.options.height * self.pipeline.options.width)
-        self.limits.check(
-            prompts=(prompt,), width=width, height=height, steps=num_inference_steps, images=images, seed=seed
-        )
-        fitting = crop_image(image, height, width)
-        settings = {"num_inference_steps": int(num_inference_steps), "guidance_scale": float(guidance_scale)}
+        prompt = self.limits.text("the prompt", prompt)
+        strength = self.limits.number("strength", strength, 0, 1)
+        settings = self._steps_and_guidance(num_inference_steps, guidance_scale)
         changed(self.pipeline.options, settings)
-        shared = {"strength": float(strength), "num_images_per_prompt": int(images), "seed": int(seed), **settings}
+        shared = {"strength": strength, **self._images_and_seed(images, seed), **settings}
+        uploaded = load_image(image, self.limits.upload_pixels, name="the image")
+        width, height = fitting_size(uploaded.size, self.pipeline.options.height * self.pipeline.options.width)
+        self.limits.whole("width", width, LATENT_PIXELS, self.limits.side)
+        self.limits.whole("height", height, LATENT_PIXELS, self.limits.side)
+        fitting = crop_image(uploaded, height, width)
 
         def run(callback: Callable) -> Any:
-            return self.pipeline.image_to_image(prompt.strip(), fitting, callback_on_step_end=callback, **shared)
+            return self.pipeline.image_to_image(prompt, fitting, callback_on_step_end=callback, **shared)
 
-        yield from self._serve(run, {"prompt": prompt.strip(), "width": width, "height": height, **shared})
+        yield from self._serve(run, {"prompt": prompt, "width": width, "height": height, **shared})
+
+    def _steps_and_guidance(self, steps: Any, scale: Any) -> dict[str, Any]:
+        return {
+            "num_inference_steps": self.limits.whole("steps", steps, 1, self.limits.steps),
+            "guidance_scale": self.limits.number("guidance", scale, 0, self.limits.guidance),
+        }
+
+    def _images_and_seed(self, images: Any, seed: Any) -> dict[str, Any]:
+        return {
+            "num_images_per_prompt": self.limits.whole("images", images, 1, self.limits.images),
+            "seed": self.limits.whole("seed", seed, 0, MAX_SEED),
+        }
 
     def _serve(self, run: Callable[[Callable], Any], parameters: dict[str, Any]) -> Iterator[GalleryItems]:
         """Run in a thread, hand previews out as they come; a visitor who leaves stops the run at its next step."""
@@ -160,7 +181,10 @@ class Studio:
         return on_step
 
     def _finished(self, images: list[Image.Image], parameters: dict[str, Any]) -> GalleryItems:
-        """Save each image with its parameters inside, and show them as its caption."""
+        """Save each image with its parameters inside, and its seed as caption. Files of long ago are deleted."""
+        for path in self.folder.glob("*.png"):
+            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
+                path.unlink(missing_ok=True)
         common = {name: value for name, value in parameters.items() if name not in ("num_images_per_prompt", "seed")}
         shown = to_dict(self.pipeline.options) | common
         result = []
@@ -180,7 +204,9 @@ def fitting_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
 
 
 def parameters_of(path: str | Path) -> dict[str, Any]:
-    """What a finished image says about itself."""
+    """What a finished image says about itself. UserError if it was deleted since."""
+    if not Path(path).is_file():
+        raise UserError("this image was deleted, since it is old; draw it again")
     with Image.open(path) as image:
         return json.loads(image.text["parameters"])
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import time
+from urllib import error, request
 
 import numpy as np
 import pytest
@@ -49,9 +54,6 @@ def test_command_line(saved_pipeline):
         app.main(["--checkpoint", str(saved_pipeline), "--queue", "0"])
 
 
-# ------------------------------------------------------------------------------------------------------- the browser
-
-
 @pytest.fixture(scope="module")
 def studio(toy_pipeline):
     """A model of four steps; or the one in SVG_T2I_APP_CHECKPOINT, for screenshots with good pictures."""
@@ -69,6 +71,98 @@ def address(studio):
     page = launch(studio, max_waiting=4, prevent_thread_lock=True, quiet=True)
     yield page.local_url
     page.close()
+
+
+def test_who_may_come_in(tmp_path, monkeypatch):
+    monkeypatch.delenv(app.AUTH_VARIABLE, raising=False)
+    assert app.read_auth(None) is None
+    monkeypatch.setenv(app.AUTH_VARIABLE, "ann:a:b")
+    assert app.read_auth(None) == [("ann", "a:b")]
+    file = tmp_path / "auth"
+    file.write_text("bob:x\n\ncara:y\n")
+    assert app.read_auth(file) == [("bob", "x"), ("cara", "y")]
+    for content, message in (("bob:x\nh1dden\n", "line 2 is not of the form"), (":h1dden", "line 1"), ("\n", "empty")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message) as refused:
+            app.read_auth(file)
+        assert "h1dden" not in str(refused.value)
+    with pytest.raises(UserError, match="--auth .*cannot be read"):
+        app.read_auth(tmp_path / "none")
+
+
+def call(address, name, data, **options):
+    """One request of the page's interface, as anyone can send it. -> what it answers."""
+    post = request.Request(f"{address}gradio_api/call/{name}", json.dumps({"data": data}).encode(), **options)
+    post.add_header("Content-Type", "application/json")
+    with request.urlopen(post, timeout=30) as answer:
+        event = json.load(answer)["event_id"]
+    with request.urlopen(f"{address}gradio_api/call/{name}/{event}", timeout=30) as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("draw", [None] * 9, "write a prompt first"),
+        ("draw", ["x", None, None, None, None, None, None, None, None], "width = None: whole numbers"),
+        ("draw", ["x", "", 32, 32, 10**9, 2.0, 0, 1, "dpm"], "steps = 1000000000"),
+        ("draw", ["x", "", 32, 32, 4, 2.0, 0, 1, "magic"], "choose one of dpm"),
+        ("draw", [{"a": 1}, "", 32, 32, 4, 2.0, 0, 1, "dpm"], "must be a text"),
+        ("redraw", [None] * 7, "choose an image first"),
+    ],
+)
+def test_bad_values_get_a_message_and_leave_no_traceback(address, capfd, name, data, message):
+    answer = call(address, name, data)
+    assert "event: error" in answer
+    assert message in answer
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_no_file_outlives_the_page(saved_pipeline, tmp_path, ending):
+    """The command itself, with what Gradio keeps of requests in the same folder."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "svg_t2i.app", "--checkpoint", str(saved_pipeline), "--port", port]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    with open(tmp_path / "log", "w") as log:
+        page = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: "Running on" in (tmp_path / "log").read_text(), "the page", 60)
+        assert "event: complete" in call(f"http://127.0.0.1:{port}/", "draw", ["x", "", 32, 32, 4, 2.0, 0, 1, "dpm"])
+        (folder,) = tmp_path.glob("svg_t2i_app_*")
+        assert [path for path in (folder / "gradio").rglob("*") if path.is_file()]
+        page.send_signal(ending)
+        page.wait(20)
+    finally:
+        page.kill()
+    assert not folder.exists()
+    assert not [path for path in (tmp_path / "gradio").rglob("*") if path.is_file()]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_page_with_a_password(toy_pipeline):
+    pytest.importorskip("gradio")
+    from svg_t2i.web.page import launch
+
+    page = launch(Studio(toy_pipeline), auth=[("ann", "right")], prevent_thread_lock=True, quiet=True)
+    try:
+        with pytest.raises(error.HTTPError, match="401"):
+            call(page.local_url, "redraw", [None] * 7)
+        login = request.Request(f"{page.local_url}login", b"username=ann&password=wrong")
+        with pytest.raises(error.HTTPError, match="400"):
+            request.urlopen(login, timeout=30)
+        login.data = b"username=ann&password=right"
+        with request.urlopen(login, timeout=30) as answer:
+            assert answer.status == 200
+    finally:
+        page.close()
+
+
+# ------------------------------------------------------------------------------------------------------- the browser
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_batch_size_does_not_change_images(saved_pipeline, tmp_path):
         (["--prompt", "x", "--device", "quantum"], "--device quantum: no such device"),
         (["--prompt", "x", "--device", "cuda:99"], "GPUs are visible here"),
         (["--prompt", "x", "--guide", "nowhere"], "nowhere: no DiT here"),
-        (["--prompt", "x", "--text_encoder", "./nowhere"], "this folder does not exist"),
+        (["--prompt", "x", "--text_encoder", "./nowhere"], "no such folder"),
         (["--prompt", "x", "--autoencoder", "nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["--prompt", "x", "--latent_stats", "nowhere.pt"], "nowhere.pt"),
     ],

@@ -1,5 +1,10 @@
 """What stands behind the page: limits, previews, files with their parameters, stopping."""
 
+import gc
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,9 +47,15 @@ def test_previews_of_a_straight_path_are_its_end(studio, toy_pipeline, monkeypat
         assert np.abs(np.asarray(items[0][0], int) - end).max() <= 1
 
 
-def test_image_to_image_keeps_the_shape(studio):
-    tall = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 150, 3), dtype=np.uint8))
-    *previews, finished = studio.redraw(tall, "noise", 0.5, 8, 2.0, 3, 1)
+@pytest.fixture
+def tall(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 150, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "tall.png")
+    return tmp_path / "tall.png"
+
+
+def test_image_to_image_keeps_the_shape(studio, tall):
+    *previews, finished = studio.redraw(str(tall), "noise", 0.5, 8, 2.0, 3, 1)
     assert previews
     with Image.open(finished[0][0]) as image:
         assert image.size == fitting_size((150, 300), 32 * 48) == (32, 48)
@@ -55,14 +66,26 @@ def test_image_to_image_keeps_the_shape(studio):
     ("changes", "message"),
     [
         ({"prompt": " "}, "write a prompt"),
-        ({"prompt": "x" * 41}, "41 characters; at most 40"),
+        ({"prompt": "x" * 41}, "the prompt has 41 characters; at most 40"),
         ({"width": 80}, "width = 80: whole numbers from 16 to 64"),
         ({"height": 40}, "height = 40: image sides must be positive multiples of 16"),
         ({"num_inference_steps": 31}, "steps = 31"),
         ({"images": 3}, "images = 3"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": None}, "seed = None"),
+        ({"seed": 0.5}, "seed = 0.5: whole numbers"),
+        ({"width": float("nan")}, "width = nan"),
+        ({"images": float("inf")}, "images = inf"),
+        ({"images": True}, "images = True"),
         ({"solver": "magic"}, "choose one of dpm"),
+        ({"solver": ["dpm"]}, "solver = "),
+        ({"guidance_scale": None}, "guidance = None: numbers from 0 to 20"),
+        ({"guidance_scale": 1e9}, "guidance = 1000000000.0"),
+        ({"num_inference_steps": "8"}, "steps = 8: whole numbers"),
+        ({"prompt": None}, "write a prompt"),
+        ({"prompt": 7}, "the prompt = 7 must be a text"),
+        ({"negative_prompt": ["x"]}, "the negative prompt = .*must be a text"),
+        ({"negative_prompt": "x" * 41}, "the negative prompt has 41 characters"),
     ],
 )
 def test_limits_hold_whatever_the_page_sends(studio, changes, message):
@@ -70,6 +93,51 @@ def test_limits_hold_whatever_the_page_sends(studio, changes, message):
         next(studio.draw(**REQUEST | changes))
     with pytest.raises(UserError, match="choose an image"):
         next(studio.redraw(None, "noise", 0.5, 8, 2.0, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("strength", "steps", "guidance", "seed", "images") for value in (None, "a", [], -1)],
+)
+def test_so_they_do_for_images(studio, tall, name, value):
+    places = {"strength": 2, "steps": 3, "guidance": 4, "seed": 5, "images": 6}
+    request = [tall, "", 0.5, 8, 2.0, 3, 1]
+    request[places[name]] = value
+    with pytest.raises(UserError, match=f"{name} = .*numbers from"):
+        next(studio.redraw(*request))
+
+
+def test_uploads_are_limited_by_pixels_before_they_are_decoded(toy_pipeline, tall, tmp_path, monkeypatch):
+    few = Studio(toy_pipeline, Limits(upload_pixels=300 * 150 - 1))
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="the image: 150x300"):
+        next(few.redraw(tall, "noise", 0.5, 8, 2.0, 3, 1))
+    (tmp_path / "x.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="the image: not a readable image"):
+        next(few.redraw(tmp_path / "x.png", "noise", 0.5, 8, 2.0, 3, 1))
+
+
+def test_files_are_deleted_by_age_and_with_the_studio(toy_pipeline):
+    studio = Studio(toy_pipeline, Limits(side=64))
+    (*_, first), (*_, second) = studio.draw(**REQUEST), studio.draw(**REQUEST)
+    old = first[0][0]
+    os.utime(old, (0, 0))
+    *_, third = studio.draw(**REQUEST)
+    assert not os.path.exists(old)
+    assert all(os.path.exists(path) for path, _ in [*second, *third])
+    with pytest.raises(UserError, match="was deleted"):
+        parameters_of(old)
+    folder = studio.folder
+    del studio
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_files_end_with_the_process(tmp_path):
+    code = "from svg_t2i.web.requests import Studio; print(Studio(None).folder)"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert made
+    assert not os.path.exists(made)
 
 
 def test_who_leaves_stops_the_run(studio, toy_pipeline, monkeypatch):
