@@ -22,7 +22,7 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +54,8 @@ class Ready:
     """Stands in for the frozen networks: micro-batches come encoded."""
 
     @staticmethod
-    def prepare(batches: list[MicroBatch], *_: object) -> list[MicroBatch]:
-        return batches
+    def prepare(batches: list[MicroBatch], *_: object) -> Iterator[MicroBatch]:
+        return iter(batches)
 
 
 class Ours:

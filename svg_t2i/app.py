@@ -51,9 +51,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers, for 72 hours")
-    parser.add_argument(
-        "--auth", type=Path, help="file with lines user:password (default: everyone may come in)"
-    )
+    parser.add_argument("--auth", type=Path, help="file with lines user:password (default: everyone may come in)")
     parser.add_argument("--queue", type=int, default=16, help="requests that may wait")
     parser.add_argument("--max_side", type=int, default=Limits.side, help="largest height and width, pixels")
     return parser.parse_args(argv)

@@ -29,7 +29,7 @@ from autoencoder.sources.failures import FILE_NAME
 from autoencoder.sources.source import ImageSource, JoinedSources
 from svg_t2i.checkpoints import run as saving
 from svg_t2i.checkpoints import weights as checkpoint
-from svg_t2i.data.batching import split_evenly
+from svg_t2i.data.batching import largest_share, num_micro_batches
 from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
@@ -55,8 +55,6 @@ def main(argv: list[str]) -> None:
     overrides = arguments.overrides + ([f"init_from={arguments.init_from}"] if arguments.init_from else [])
     config = load_config(TrainConfig, arguments.config, overrides)
     with start_world() as world:
-        if config.data.micro_batch_tokens is None:
-            split_evenly(config.train.global_batch_size, world.size, config.train.micro_batch_size)  # complains now
         start_logging(world)
         code = run(config, world)
     if code:
@@ -235,7 +233,13 @@ def describe(
     budget, batch, size = config.data.micro_batch_tokens, config.train.global_batch_size, config.train.micro_batch_size
     micro = f"micro-batches of at most {budget} tokens"
     if budget is None:
-        micro = f"{batch // world.size // size} micro-batches × {size}"
+        number, share = num_micro_batches(batch, world.size, size), largest_share(batch, world.size)
+        micro = f"{number} micro-batches × {-(-share // number)}"
+        if idle := world.size * share - batch:
+            log.warning(
+                "%d of %d processes have a sample fewer than the others and wait for them; a multiple of %d as "
+                "train.global_batch_size would occupy all", idle, world.size, world.size,
+            )  # fmt: skip
     log.info(
         "%d samples; batch %d on %d processes in %s; steps %d to %d; results in %s",
         len(manifest), batch, world.size, micro,

@@ -1,33 +1,45 @@
 """Splitting the samples of a step over processes and micro-batches.
 
 A step is a fixed set of samples, the positions step·G … step·G + G − 1 of the training stream, and its gradient that of
-their mean loss: how they are split changes the speed, never the result. All ranks get equally many micro-batches.
+their mean loss: how they are split changes the speed, never the result. All ranks get equally many micro-batches, since
+they exchange weights or gradients in each.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 from autoencoder.common.config import UserError
 
 
 def split_evenly(count: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
-    """The published way: sample i goes to rank i mod world_size, in micro-batches of equal size.
+    """The published way: sample i goes to rank i mod world_size, in as few micro-batches as the size allows.
+
+    Sizes differ by at most one within a rank. Where processes have unequal shares, a micro-batch of one of them may be
+    empty: with more processes than samples, or with `micro_batch_size` 1.
 
     Returns:
         The sample numbers by rank and micro-batch.
-
-    Raises:
-        UserError: if they do not come out even.
     """
-    if micro_batch_size < 1 or count % (world_size * micro_batch_size):
-        raise UserError(
-            f"train.global_batch_size={count} must be a multiple of {world_size} processes × "
-            f"train.micro_batch_size={micro_batch_size} = {world_size * micro_batch_size}"
-        )
-    shares = (range(rank, count, world_size) for rank in range(world_size))
-    return [[list(share[i : i + micro_batch_size]) for i in range(0, len(share), micro_batch_size)] for share in shares]
+    number = num_micro_batches(count, world_size, micro_batch_size)
+    ranks = []
+    for rank in range(world_size):
+        share = list(range(rank, count, world_size))
+        ends = [len(share) * i // number for i in range(number + 1)]
+        ranks.append([share[start:end] for start, end in pairwise(ends)])
+    return ranks
+
+
+def num_micro_batches(count: int, world_size: int, micro_batch_size: int) -> int:
+    """How many `split_evenly` makes of a step on every rank."""
+    return -(-largest_share(count, world_size) // micro_batch_size)
+
+
+def largest_share(count: int, world_size: int) -> int:
+    """Samples of a step that the fullest of the processes has."""
+    return -(-count // world_size)
 
 
 def split_by_tokens(costs: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:

@@ -65,6 +65,7 @@ class FeatureBatch:
         positions: (B,) int64, position of each sample in the training stream of all ranks.
         resolutions: (B,) int64, nominal side of each image in pixels.
         replaced: how many of the samples stand in for ones that were unusable when the cache was made.
+        counted: as of a TrainBatch.
     """
 
     latents: Tensor
@@ -73,6 +74,7 @@ class FeatureBatch:
     positions: Tensor
     resolutions: Tensor
     replaced: int = 0
+    counted: bool = True
 
     def __len__(self) -> int:
         return len(self.sizes)

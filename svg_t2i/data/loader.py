@@ -8,7 +8,7 @@ manifests, so that the parent has nothing to do but to hand over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from autoencoder.common.config import UserError
 from autoencoder.common.workers import WorkerLoader, require_shared_memory
 from autoencoder.images.files import LATENT_PIXELS
 from autoencoder.images.order import SampleOrder
-from svg_t2i.data.batching import split_by_tokens, split_evenly
+from svg_t2i.data.batching import largest_share, split_by_tokens, split_evenly
 from svg_t2i.data.feature_cache import CachedDataset, FeatureBatch
 from svg_t2i.data.sources import T2IDataset, TrainBatch
 
@@ -32,7 +32,8 @@ class TrainStream(Dataset):
     """The samples of each step, split over ranks. Item s: this rank's micro-batches in step s.
 
     Attributes:
-        micro_batch_tokens: fill micro-batches up to this many tokens; None for `micro_batch_size` samples each.
+        micro_batch_size: most samples of a micro-batch.
+        micro_batch_tokens: fill micro-batches up to this many tokens instead.
     """
 
     datasets: Sequence[T2IDataset | CachedDataset]
@@ -44,6 +45,7 @@ class TrainStream(Dataset):
     world_size: int
 
     def __getitem__(self, step: int) -> list[Keys]:
+        """The keys of each micro-batch; an empty one only keeps this rank in step."""
         count = self.global_batch_size
         positions = np.arange(step * count, (step + 1) * count)
         if self.micro_batch_tokens is None:
@@ -60,13 +62,15 @@ class TrainStream(Dataset):
 
 
 class MicroBatches(Dataset):
-    """What a worker does: keys → their batch; the flag travels along."""
+    """What a worker does: keys → their batch; the flag travels along. For no keys, a sample that does not count."""
 
     def __init__(self, datasets: Sequence[T2IDataset | CachedDataset]):
         self.datasets = datasets
 
     def __getitem__(self, work: tuple[Keys, bool]) -> tuple[TrainBatch | FeatureBatch, bool]:
         keys, last_of_step = work
+        if not len(keys):
+            return replace(self.datasets[0].collate([self.datasets[0][0, 0]]), counted=False, replaced=0), last_of_step
         items = [self.datasets[source][position, index] for position, source, index in keys.tolist()]
         return self.datasets[0].collate(items), last_of_step
 
@@ -145,13 +149,13 @@ def build_loader(
 
     Args:
         weights: of the datasets, see `SampleOrder`.
-        micro_batch_tokens: fill micro-batches up to this many tokens, instead of `micro_batch_size` samples. All ranks
-            get equally many micro-batches of a step, and about equally many tokens.
+        micro_batch_size: most samples of a micro-batch.
+        micro_batch_tokens: fill micro-batches up to this many tokens instead, about equally on all ranks.
         prefetch: micro-batches that each worker prepares ahead.
         loaders: on this machine, one per process.
 
     Raises:
-        UserError: if the batch sizes do not divide, or what workers prepare ahead does not fit shared memory; from the
+        UserError: if what workers prepare ahead does not fit shared memory; from the
             iterator, if too many images are unreadable.
     """
     datasets = [datasets] if isinstance(datasets, T2IDataset) else list(datasets)
@@ -160,8 +164,7 @@ def build_loader(
     order = SampleOrder([len(dataset) for dataset in datasets], weights, datasets[0].augmentation.seed)
     stream = TrainStream(datasets, order, global_batch_size, micro_batch_size, micro_batch_tokens, rank, world_size)
     if micro_batch_tokens is None:
-        split_evenly(global_batch_size, world_size, micro_batch_size)  # complains now
-        samples = micro_batch_size
+        samples = min(micro_batch_size, largest_share(global_batch_size, world_size))
     else:
         samples = max(1, micro_batch_tokens * LATENT_PIXELS**2 // max(dataset.resolution for dataset in datasets) ** 2)
     if num_workers:

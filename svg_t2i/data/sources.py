@@ -54,6 +54,7 @@ class TrainBatch:
         positions: (B,) int64, position of each sample in the training stream of all ranks.
         resolutions: (B,) int64, nominal side of each image in pixels, which sets its timestep shift.
         replaced: how many of the samples stand in for unusable ones.
+        counted: False for a micro-batch that only keeps its process in step with the others, which have one more.
     """
 
     images: tuple[Tensor, ...]
@@ -61,6 +62,7 @@ class TrainBatch:
     positions: Tensor
     resolutions: Tensor
     replaced: int = 0
+    counted: bool = True
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -5,8 +5,8 @@ Their fingerprints are recorded in every checkpoint: a DiT means nothing to othe
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ class MicroBatch:
     positions: Tensor  # (B,) int64, in the training stream
     resolutions: Tensor  # (B,) int64, nominal side of each image in pixels: sets its timestep shift
     text: TextFeatures
+    counted: bool = True  # False: only keeps its process in step with the others
 
 
 class CaptionCache:
@@ -84,7 +85,7 @@ class FrozenNetworks:
 
     Attributes:
         fingerprints: identity of both, recorded in checkpoints.
-        whole: context manager; inside it the networks can be used whether or not they are sharded at rest.
+        at_rest: where weights are sharded at rest, what makes them whole.
     """
 
     def __init__(self, autoencoder: SVGAutoencoder, text_encoder: TextEncoder, cache_tokens: int, precision: str):
@@ -94,24 +95,39 @@ class FrozenNetworks:
             "autoencoder": autoencoder.fingerprint(),
             "text_encoder": text_encoder.fingerprint(),
         }
-        self.whole: Callable[[], AbstractContextManager] = nullcontext
+        self.at_rest: ShardedAtRest | None = None
 
     def shard(self, world: World) -> None:
         """Keep a share of the weights on each rank from now on (see `ShardedAtRest`)."""
-        self.whole = ShardedAtRest((self.autoencoder, self.captions.encoder.model), world).whole
+        self.at_rest = ShardedAtRest((self.autoencoder, self.captions.encoder.model), world)
 
-    @torch.no_grad()
+    def whole(self) -> AbstractContextManager:
+        """Inside it the networks can be used, whether or not they are sharded at rest."""
+        return nullcontext() if self.at_rest is None else self.at_rest.whole()
+
     def prepare(
         self, batches: Sequence[TrainBatch | FeatureBatch], transformer: SVGDiT, device: torch.device
-    ) -> list[MicroBatch]:
-        """Encode a step's micro-batches from the loader, one after another; those of a cache only move."""
-        with self.whole():
-            return [self._prepare(batch.to(device), transformer) for batch in batches]
+    ) -> Iterator[MicroBatch]:
+        """Encode a step's micro-batches from the loader; those of a cache only move.
 
+        Each is encoded when it is asked for, so that one at a time takes memory; all before the first where weights are
+        sharded at rest, which are gathered once for a step.
+        """
+        prepared = (self._prepare(batch.to(device), transformer) for batch in batches)
+        if self.at_rest is None:
+            yield from prepared
+            return
+        with self.whole():
+            waiting = deque(prepared)
+        while waiting:
+            yield waiting.popleft()
+
+    @torch.no_grad()
     def _prepare(self, batch: TrainBatch | FeatureBatch, transformer: SVGDiT) -> MicroBatch:
         """One micro-batch on its device. Latents are normalised in fp32 whatever the precision."""
         if isinstance(batch, FeatureBatch):
-            return MicroBatch(*transformer.pack(batch.unpacked()), batch.positions, batch.resolutions, batch.text)
+            packed = transformer.pack(batch.unpacked())
+            return MicroBatch(*packed, batch.positions, batch.resolutions, batch.text, batch.counted)
         tokens, sizes = [], []
         for images in batch.images:  # (n, 3, H, W) uint8
             with mixed_precision(self.precision, images.device):
@@ -120,7 +136,7 @@ class FrozenNetworks:
             tokens.append(group)
             sizes += group_sizes
         text = self.captions(batch.captions)
-        return MicroBatch(torch.cat(tokens), tuple(sizes), batch.positions, batch.resolutions, text)
+        return MicroBatch(torch.cat(tokens), tuple(sizes), batch.positions, batch.resolutions, text, batch.counted)
 
 
 def mixed_precision(precision: str, device: torch.device) -> torch.autocast:

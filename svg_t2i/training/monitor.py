@@ -88,7 +88,9 @@ class Meter:
         self._host[4] += sum(batch.replaced for batch in batches)
 
     def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
-        """Per-sample losses (B,) at timesteps (B,)."""
+        """Per-sample losses (B,) at timesteps (B,), if they are counted."""
+        if not batch.counted:
+            return
         self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
         self.bins.update(timesteps, losses)
         text, image = batch.text.lengths, [h * w // self.sizes.patch_size**2 for h, w in batch.sizes]

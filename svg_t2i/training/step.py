@@ -112,13 +112,15 @@ def train_step(
     train, weights = config.train, state.weights
     state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, config.optim, train.max_steps)
 
-    meter.phase("encode")
     micro_batches = frozen.prepare(batches, state.transformer, world.device)
-    meter.phase("model")
-    for i, batch in enumerate(micro_batches):
-        with gradient_sync(objective, i == len(micro_batches) - 1, config.parallel.data_parallel):
+    for number in range(1, len(batches) + 1):
+        meter.phase("encode")
+        batch = next(micro_batches)
+        meter.phase("model")
+        with gradient_sync(objective, number == len(batches), config.parallel.data_parallel):
             losses, timesteps = objective(batch)
-            (losses.sum() * (world.size / train.global_batch_size)).backward()  # ranks are averaged over
+            weight = world.size / train.global_batch_size if batch.counted else 0.0  # ranks are averaged over
+            (losses.sum() * weight).backward()
         meter.add_losses(losses.detach(), timesteps, batch)
 
     meter.phase("update")

@@ -36,6 +36,8 @@ RUNS = {  # of two processes
     "compiled": [FSDP, BY_ONE, "parallel.compile=true"],
     "bf16": [FSDP, "train.precision=bf16", "train.micro_batch_size=2"],
 }  # fmt: skip
+# 4 samples of a step on three processes: two have nothing left for their second micro-batch
+RUNS_OF_THREE = {"three": [FSDP, BY_ONE], "ddp of three": [BY_ONE]}
 RUNS_OF_FOUR = {"hsdp": [HSDP, "parallel.shard_size=2", BY_ONE], "stopped": [HSDP, "parallel.shard_size=2", BY_ONE]}
 # second half after the first half of another; in four processes: hsdp
 AFTER = ["ddp after ddp", "sdp after sdp", "fsdp after fsdp", "fsdp after ddp", "hsdp after hsdp", "hsdp after sdp"]
@@ -83,7 +85,7 @@ def go_on(folder, name, source):
 def runs(toy_parts, tmp_path_factory, run_processes, free_port):
     """Folder with the runs of two and of four processes, and "one", that of a single one."""
     folder = tmp_path_factory.mktemp("runs")
-    for size, first in ((2, RUNS), (4, RUNS_OF_FOUR)):
+    for size, first in ((2, RUNS), (3, RUNS_OF_THREE), (4, RUNS_OF_FOUR)):
         second = {name: first[name.split()[0]] for name in AFTER if name.split()[0] in first}
         for name in second:
             go_on(folder, name, name.split()[2])
@@ -116,7 +118,7 @@ def logged(run, name):
     return [event.value for event in board.Scalars(f"train/{name}")]
 
 
-@pytest.mark.parametrize("name", [*(name for name in RUNS if name != "bf16"), "hsdp"])
+@pytest.mark.parametrize("name", [*(name for name in RUNS if name != "bf16"), *RUNS_OF_THREE, "hsdp"])
 def test_several_processes_compute_what_one_does(runs, name):
     assert difference(runs, "one", name, step=2) <= 1e-6
     assert difference(runs, "one", name) <= 1e-6

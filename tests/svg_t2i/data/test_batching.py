@@ -6,15 +6,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoencoder.common.config import UserError
-from svg_t2i.data.batching import split_by_tokens, split_evenly
+from autoencoder.common.config import REPO_ROOT, UserError, load_config
+from svg_t2i.data.batching import largest_share, num_micro_batches, split_by_tokens, split_evenly
+from svg_t2i.training.settings import TrainConfig
 
 
 def test_dealt_evenly_as_published():
     assert split_evenly(8, 2, 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
-    for count, world_size, micro in ((6, 1, 4), (6, 2, 6), (6, 1, 0)):
-        with pytest.raises(UserError, match=f"global_batch_size=6 must be .* of {world_size} processes × .*={micro} ="):
-            split_evenly(count, world_size, micro)
+    assert split_evenly(7, 2, 3) == [[[0, 2], [4, 6]], [[1], [3, 5]]]
+    assert split_evenly(3, 2, 1) == [[[0], [2]], [[], [1]]]
+    assert split_evenly(2, 3, 4) == [[[0]], [[1]], [[]]]
+
+
+@settings(deadline=None, max_examples=200)
+@given(count=st.integers(1, 300), world_size=st.integers(1, 70), micro=st.integers(1, 30))
+def test_any_number_of_processes_shares_any_batch(count, world_size, micro):
+    ranks = split_evenly(count, world_size, micro)
+    assert sorted(sample for rank in ranks for part in rank for sample in part) == list(range(count))
+    assert {len(rank) for rank in ranks} == {num_micro_batches(count, world_size, micro)}
+    fullest = largest_share(count, world_size)
+    for number, rank in enumerate(ranks):
+        sizes = [len(part) for part in rank]
+        assert [sample for part in rank for sample in part] == list(range(number, count, world_size))
+        assert fullest - 1 <= sum(sizes) <= fullest
+        assert max(sizes) <= micro
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= 1 or micro == 1 or count < world_size
+    if count % (world_size * micro) == 0:  # as published
+        assert all(len(part) == micro for rank in ranks for part in rank)
 
 
 @settings(deadline=None, max_examples=80)
@@ -61,3 +80,18 @@ def test_mistakes_are_named():
         split_by_tokens([500, 500, 500], 2, 500)  # the second rank's second micro-batch would be empty
     with pytest.raises(UserError, match="global_batch_size=2 leaves some of 3 processes without a sample"):
         split_by_tokens([1, 1], 3, 10)
+
+
+STAGES = sorted((REPO_ROOT / "configs" / "svg_t2i").glob("stage*.yaml"))
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_shipped_configs_start_on_any_number_of_processes(path):
+    """1 to 1024, as they say."""
+    assert "Tested for 1 to 1024 processes" in path.read_text()
+    loop = load_config(TrainConfig, path).train
+    for world_size in range(1, 1025):
+        ranks = split_evenly(loop.global_batch_size, world_size, loop.micro_batch_size)
+        assert len({len(rank) for rank in ranks}) == 1
+        assert sum(len(part) for rank in ranks for part in rank) == loop.global_batch_size
+        assert max(len(part) for rank in ranks for part in rank) <= loop.micro_batch_size

@@ -225,3 +225,16 @@ def test_crops_are_cut_where_earlier_runs_cut_them(tmp_path, fixed, expected):
     augmentation = Augmentation(crops_per_image=fixed, seed=3)
     dataset = T2IDataset(Manifest.open(tmp_path / "m.jsonl"), 64, 1.0, augmentation=augmentation)
     assert [int(dataset[position, 0].image[0, 0, 0]) for position in range(8)] == expected
+
+
+def test_a_rank_without_a_sample_keeps_in_step(datasets):
+    """5 samples, 4 processes, one at a time: three of them get a second micro-batch that does not count."""
+    stream = {**STREAM, "global_batch_size": 5, "micro_batch_size": 1, "total_steps": 2}
+    positions = []
+    for rank in range(4):
+        for number, step in enumerate(build_loader(datasets, **stream, rank=rank, world_size=4)):
+            assert sum(batch.counted for batch in step) == (2 if rank == 0 else 1)
+            assert len(step) == 2
+            assert all(len(batch) == 1 for batch in step)
+            positions += [(number, *batch.positions.tolist()) for batch in step if batch.counted]
+    assert sorted(positions) == [(step, 5 * step + i) for step in range(2) for i in range(5)]
