@@ -163,7 +163,8 @@ class Saver:
         if group is not None:
             dist.barrier(group)
         with _quiet():
-            dcp.save(state, checkpoint_id=temporary, process_group=group, no_dist=group is None)
+            writer = dcp.FileSystemWriter(temporary, per_thread_copy_ahead=0)  # the tensors are on the host already
+            dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
         own = [path for path in temporary.iterdir() if group is None or path.name.startswith(f"__{dist.get_rank()}_")]
         files = digests(own)
         if group is not None:

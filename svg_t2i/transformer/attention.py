@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+HEAD_DIM_MULTIPLE = 8  # of the variable-length kernel
 VARLEN_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.10
 
 
@@ -54,16 +55,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    if q.shape[1] == k.shape[1]:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
-    if VARLEN_KNOWS_GQA:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    head_dim, options = q.shape[-1], {}
+    if missing := -head_dim % HEAD_DIM_MULTIPLE:  # NextDiT_3B has 108; zeros change no product and no sum
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        options["scale"] = head_dim**-0.5
+    if q.shape[1] != k.shape[1]:
+        if VARLEN_KNOWS_GQA:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return out[..., :head_dim] if missing else out
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.disable  # the runs differ from batch to batch: as constants of a graph they would force recompiling

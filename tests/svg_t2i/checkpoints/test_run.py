@@ -137,3 +137,32 @@ def test_killed_at_any_moment_a_valid_checkpoint_is_left(tmp_path):
         assert_holds(newest, int(newest.name), size=200_000)
         shutil.rmtree(root)
     assert interrupted >= 3  # else the kill came when nothing was being written
+
+
+def test_writing_waits_for_no_stream_of_a_device(tmp_path, monkeypatch):
+    """As with a GPU: the state was copied to the host once, and nothing waits for the training's stream again."""
+    from torch.distributed.checkpoint import filesystem
+
+    waits = []
+
+    class Stream:
+        device_type = "cuda"
+
+        def wait_stream(self, other):
+            waits.append(other)
+
+        synchronize = record_event = lambda self, *_: waits.append(self)
+
+    saver = Saver(tmp_path)
+    monkeypatch.setattr(saver, "_staged", lambda state: (dict(state), None))  # there is no pinned memory here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+    many = {"model": {f"w{i}": torch.full((600_000,), float(i)) for i in range(12)}}
+    saver.save(1, many, {})
+    saver.close()
+    assert waits == []
+    monkeypatch.undo()
+    filled = {"model": {name: torch.empty(600_000) for name in many["model"]}}
+    load_checkpoint(newest_checkpoint(tmp_path, verify=True), filled)
+    assert all(torch.equal(filled["model"][name], tensor) for name, tensor in many["model"].items())

@@ -99,7 +99,7 @@ def test_variable_length_kernel_matches_plain_attention(dtype, heads, kv_heads):
         ("cuda", torch.float16, 64, True),
         ("cuda", torch.float32, 64, False),
         ("cuda", torch.float64, 64, False),
-        ("cuda", torch.bfloat16, 12, False),  # the kernel wants multiples of 8
+        ("cuda", torch.bfloat16, 12, True),  # padded: the kernel wants multiples of 8
         ("cpu", torch.bfloat16, 64, False),
     ],
 )
@@ -107,7 +107,8 @@ def test_half_precision_on_cuda_takes_the_variable_length_kernel(monkeypatch, de
     """Fake tensors have a device and no values, so no GPU is needed."""
     calls = []
 
-    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k):
+    def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **_):
+        assert {x.shape[-1] % 8 for x in (q, k, v)} == {0}
         calls.append((cu_q is cu_k is segments.cu_seqlens, longest_q, longest_k))
         return q
 
@@ -119,13 +120,41 @@ def test_half_precision_on_cuda_takes_the_variable_length_kernel(monkeypatch, de
     assert calls == ([(True, 5, 5)] if expected else [])
 
 
+@pytest.mark.parametrize("head_dim", [8, 12, 108])
+def test_padded_heads_give_the_same_result(monkeypatch, head_dim):
+    """The kernel is played by torch's dense attention; values and gradients, with shared key heads."""
+    segments = make_segments([2, 5, 3])
+
+    def varlen_attn(q, k, v, *_, scale=None, enable_gqa=False):
+        assert q.shape[-1] % 8 == 0
+        parts = [x.split(segments.lengths) for x in (q, k, v)]
+        dense = torch.nn.functional.scaled_dot_product_attention
+        outputs = [
+            dense(*(x.transpose(0, 1) for x in part), scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
+            for part in zip(*parts, strict=True)
+        ]
+        return torch.cat(outputs)
+
+    generator = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(10, heads, head_dim, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
+    weight = torch.randn(10, 6, head_dim, generator=generator)
+    results = []
+    for kernel in (False, True):
+        monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q, kernel=kernel: kernel)
+        monkeypatch.setattr(attention_module, "varlen_attn", varlen_attn)
+        out = attention(*qkv, segments)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
+    for ours, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, ours, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("knows_gqa", [True, False])
 def test_key_heads_are_shared_by_the_kernel_or_repeated_for_it(monkeypatch, knows_gqa):
     given = []
     monkeypatch.setattr(attention_module, "VARLEN_KNOWS_GQA", knows_gqa)
     monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
     monkeypatch.setattr(attention_module, "varlen_attn", lambda *tensors, **options: given.append((tensors, options)))
-    q, k, v = (x.detach() for x in random_qkv(5, 6, 2))
+    q, k, v = (x.detach() for x in random_qkv(5, 6, 2, 8))
     attention(q, k, v, make_segments([5]))
     attention(q, q, q, make_segments([5]))
     (tensors, options), (_, plain) = given
