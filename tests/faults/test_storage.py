@@ -165,6 +165,8 @@ def test_a_run_whose_folder_was_taken_stops_without_a_save(stage, tmp_path, monk
     path = stage.results(tmp_path) / FILE_NAME
 
     def take():
+        while stage.saved(tmp_path) != [1]:  # written in the background
+            time.sleep(0.05)
         path.write_text(json.dumps({"token": "other", "pid": 17, "host": "elsewhere"}))
         time.sleep(0.5)
 
