@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autoencoder.common.config import UserError
 from autoencoder.sources.captions import clean_text
 from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
-from svg_t2i.transformer.packing import TextFeatures
+from svg_t2i.transformer.packing import TextFeatures, upload
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,8 +155,9 @@ class TextEncoder:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # (B, L)
         true_tokens = mask.flatten().nonzero().squeeze(1)  # (sum L_i,), found on the host
 
-        hidden = self._before_last_layer(self._upload(input_ids), self._upload(mask))  # (B, L, D)
-        packed = hidden.flatten(0, 1).index_select(0, self._upload(true_tokens))  # (sum L_i, D)
+        input_ids, mask, true_tokens = (upload(tensor, self.device) for tensor in (input_ids, mask, true_tokens))
+        hidden = self._before_last_layer(input_ids, mask)  # (B, L, D)
+        packed = hidden.flatten(0, 1).index_select(0, true_tokens)  # (sum L_i, D)
         return TextFeatures(packed, tuple(map(len, rows)))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -194,11 +195,6 @@ class TextEncoder:
             prompt[:SHOWN_CHARACTERS],
             " (further cuts are not reported)" if self._num_cut == MAX_CUT_REPORTS else "",
         )
-
-    def _upload(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def _before_last_layer(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Run the model up to, and without, its last layer. (B, L), (B, L) → (B, L, D)."""

@@ -162,12 +162,15 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts[: len(lengths)] - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, for which the host does not wait: to a GPU it goes from pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _to_device(tables: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """All tables as int32, over in one copy, from pinned memory where that spares a synchronisation."""
+    """All tables as int32, over in one copy."""
     buffer = torch.from_numpy(np.concatenate(list(tables.values())).astype(np.int32))
-    if device.type == "cuda":
-        buffer = buffer.pin_memory()
-    parts = buffer.to(device, non_blocking=True).split([len(table) for table in tables.values()])
+    parts = upload(buffer, device).split([len(table) for table in tables.values()])
     return {name: part.clone() for name, part in zip(tables, parts, strict=True)}  # compiled code wants aligned storage
 
 
@@ -178,5 +181,5 @@ def _rope_tables(dims: tuple[int, ...], lens: tuple[int, ...], device: torch.dev
     for dim, length in zip(dims, lens, strict=True):
         frequencies = ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles = torch.arange(length, dtype=torch.float64).outer(frequencies)
-        tables.append(torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device))
+        tables.append(upload(torch.stack((angles.cos(), angles.sin()), dim=-1).float(), device))
     return tables

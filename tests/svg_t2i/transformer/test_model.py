@@ -1,5 +1,7 @@
 """SVGDiT against diffusers' transformer of the same family, and the properties that packing must not break."""
 
+import random
+
 import pytest
 import torch
 
@@ -167,6 +169,29 @@ def test_compiled_block_serves_all_lengths_with_one_graph(model, monkeypatch, kn
             arguments = x, packing.joint, packing.joint_rope, t_emb
             torch.testing.assert_close(compiled(*arguments), block(*arguments), atol=2e-6, rtol=0)
     assert len(graphs) == 1
+
+
+def test_compiled_blocks_are_two_graphs_without_a_break_over_ten_batches(model, monkeypatch):
+    """Forward and backward: one for batches, one for a single sample, whose gains are not looked up by token."""
+    operator = torch.library.custom_op("svg_t2i_test::varlen_ten", _varlen_on_cpu, mutates_args=())
+    operator.register_fake(lambda q, *_: torch.empty_like(q))
+    operator.register_autograd(lambda ctx, grad: (grad, grad[:, :1], grad[:, :1], None, None))  # of the right shapes
+    monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(
+        attention_module, "varlen_attn", lambda q, k, v, cu, _, most, *__, **___: operator(q, k, v, cu, most)
+    )
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", False)
+    graphs = []
+    count = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    block = torch.compile(model.layers[0], dynamic=True, fullgraph=True, backend=count)  # a break would be an error
+    rng = random.Random(0)
+    for samples in (4, 3, 1, 6, 2, 1, 5, 3, 8, 1):
+        sizes = tuple((rng.randint(2, 6), rng.randint(2, 6)) for _ in range(samples))
+        packing = model.plan(sizes, tuple(rng.randint(1, 9) for _ in sizes), torch.device("cpu"))
+        x, t_emb = torch.randn(sum(packing.joint.lengths), SMALL.dim), torch.randn(samples, SMALL.dim)
+        block(x, packing.joint, packing.joint_rope, t_emb).sum().backward()
+    assert len(graphs) <= 2
 
 
 def _varlen_on_cpu(

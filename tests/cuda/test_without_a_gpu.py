@@ -1,0 +1,113 @@
+"""The CUDA path at full size without a GPU: nothing waits for the device, memory fits, the fast kernels are taken.
+
+What is shown, and what is not: see `tests/fake_cuda.py`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fake_cuda
+
+FOLDER = Path(__file__).resolve().parent
+
+STAGES = ["stage1_256", "stage2_512", "stage3_1024", "stage4_sft"]
+OVERHEAD = 4  # GB on a real device besides tensors: its context, NCCL, workspaces
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory):
+    if fake_cuda.COMPILER is None:
+        pytest.skip("no C compiler here (apt-get install gcc), which the pretended driver needs")
+    if fake_cuda.torch.version.cuda is None:
+        pytest.skip("this torch is no CUDA build")
+    if fake_cuda.torch.cuda.is_available():
+        pytest.skip("there is a GPU, whose driver cannot be replaced")
+    folder = tmp_path_factory.mktemp("stubs")
+    fake_cuda.compile_stubs(folder)
+    return folder
+
+
+def results(stubs, script, *arguments):
+    done = fake_cuda.run(FOLDER / script, *arguments, stubs=stubs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def steps(stubs):
+    return {result["config"]: result for result in results(stubs, "train.py", 8, *STAGES)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_of_a_shipped_config(steps, stage):
+    """Rank 0 of 8, 2.6 B parameters."""
+    result = steps[stage]
+    assert 2.6e9 < result["parameters"] < 2.62e9
+    assert result["down"] == {}
+    assert result["waiting"] == {}
+    assert result["kernels"]["torch_attn::_varlen_attn"] == 2 * (26 + 2 + 2)  # two micro-batches, each block once
+    assert result["kernels"]["torch_attn::_varlen_attn_backward"] == 60
+    assert result["peak"] < 80 - OVERHEAD  # "fits 80 GB" says the config
+
+
+def test_every_head_size_takes_the_variable_length_kernel(stubs):
+    """NextDiT_3B has heads of 108 channels."""
+    name = "NextDiT_3B_GQA_patch1_Adaln_Refiner"
+    settings = [f"model={name}", "model_overrides.n_layers=1", "train.micro_batch_size=3", "train.global_batch_size=48"]
+    (result,) = results(stubs, "train.py", 8, "stage1_256", *settings)
+    assert result["kernels"]["torch_attn::_varlen_attn"] == 2 * (1 + 2 + 2)
+    assert result["down"] == result["waiting"] == {}
+
+
+@pytest.mark.parametrize(("how", "most"), [("resident", 13), ("offload", 6.5)])
+def test_sampling_at_1024_with_guidance(stubs, how, most):
+    (result,) = results(stubs, "sample.py", 1024, 1, how)
+    assert result["peak"] < most
+    assert result["down"] == {}  # while denoising
+    assert result["kernels"]["torch_attn::_varlen_attn"] >= 2 * 28
+
+
+def test_the_tool_notices_what_it_is_for(stubs, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import json, sys
+sys.path.insert(0, {str(FOLDER.parent)!r})
+import fake_cuda, torch
+fake_cuda.pretend(devices=2)
+mode = fake_cuda.FakeCuda()
+with mode:
+    mode.phase = "a"
+    x = torch.ones(1000, 1000, device="cuda", requires_grad=True)
+    (x * 2).sum().backward()
+    own = torch.arange(4).tolist()  # the host's own work has values
+    before = mode.now
+    mode.phase = "b"
+    y = torch.empty(3_000_000, dtype=torch.uint8, device="cuda")
+    del y
+    copies = [len(mode.waiting)]
+    torch.zeros(8).to("cuda", non_blocking=True)
+    copies.append(sum(mode.waiting.values()))
+    torch.zeros(8).pin_memory().to("cuda")
+    copies.append(sum(mode.waiting.values()))
+    torch.zeros(8).pin_memory().to("cuda", non_blocking=True)
+    copies.append(sum(mode.waiting.values()))
+    x.detach().cpu()
+    try:
+        x.sum().item()
+        waited = "no error"
+    except Exception as error:
+        waited = type(error).__name__
+print(json.dumps([own, before, mode.peaks["b"], copies, sum(mode.down.values()), waited, str(x.grad.device)]))
+"""
+    )
+    done = fake_cuda.run(script, stubs=stubs)
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, before, peak, copies, down, waited, device = json.loads(done.stdout.splitlines()[-1])
+    assert own == [0, 1, 2, 3]
+    assert before == 2 * 4_000_256  # x and its gradient, in blocks of 512 bytes
+    assert peak - before == 3_000_320
+    assert copies == [0, 1, 2, 2]
+    assert (down, waited, device) == (1, "DataDependentOutputException", "cuda:0")
