@@ -18,7 +18,7 @@ COMMANDS = [
     "autoencoder.train", "autoencoder.reconstruct", "autoencoder.evaluate_reconstruction",
     "autoencoder.measure_latents",
     "svg_t2i.train", "svg_t2i.sample", "svg_t2i.benchmark", "svg_t2i.cache_features", "svg_t2i.inspect_data",
-    "svg_t2i.export", "svg_t2i.app",
+    "svg_t2i.export", "svg_t2i.app", "svg_t2i.plan",
 ]  # fmt: skip
 HEAVY = ["transformers", "timm", "pytorch_lightning", "gradio", "torchmetrics", "diffusers", "torchvision"]
 

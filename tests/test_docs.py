@@ -149,6 +149,7 @@ AT_TOY_SIZE = {
     "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch_size", "64"],
     "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
     "python -m svg_t2i.inspect_data": [],
+    "python -m svg_t2i.plan": [],
     "python -m svg_t2i.sample --checkpoint": ["--num_inference_steps", "2"],
     **{f"python -m svg_t2i.sample {verb}": ["--num_inference_steps", "2"] for verb in EDITS[:-1]},
     f"python -m svg_t2i.sample {EDITS[-1]}": [],

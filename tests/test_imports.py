@@ -27,13 +27,14 @@ FLOORS = {
         {"pipeline"},
         {"evaluation"},
         {"training", "web"},
+        {"planning"},
         {"commands"},
     ],
 }
 FACES = {"autoencoder.model", "svg_t2i.pipeline"}
 COMMANDS = {
     "autoencoder": {"train", "reconstruct", "evaluate_reconstruction", "measure_latents"},
-    "svg_t2i": {"train", "sample", "benchmark", "cache_features", "inspect_data", "export", "app"},
+    "svg_t2i": {"train", "sample", "benchmark", "cache_features", "inspect_data", "export", "app", "plan"},
 }
 # Heavy or process-wide libraries, and the only rooms or modules that may import them.
 ONLY_IN = {

@@ -79,6 +79,20 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def skeleton(path_or_id: str | os.PathLike) -> PreTrainedModel | None:
+    """The text model of a folder without values (on the meta device); None where only a name of the Hub is known."""
+    from transformers import AutoConfig, AutoModel
+
+    source = checked_source(path_or_id)
+    if not Path(source).is_dir():
+        return None
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(pretrained(AutoConfig, source).get_text_config(), trust_remote_code=False)
+    except ERRORS as error:
+        raise UserError(_loading_advice(source, error)) from error
+
+
 def load_tokenizer(path_or_id: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a text encoder, from a folder in Hugging Face format or from the Hub.
 

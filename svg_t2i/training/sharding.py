@@ -55,7 +55,7 @@ def parallelize(module: nn.Module, config: ParallelConfig, precision: str, world
         UserError: `shard_size` does not divide the processes.
     """
     if config.activation_checkpointing != "none":
-        _checkpoint_activations(module, config.activation_checkpointing)
+        checkpoint_activations(module, config.activation_checkpointing)
     if config.compile:
         if config.activation_checkpointing != "none" and (world.device.type != "cuda" or precision != "bf16"):
             log.warning(
@@ -100,7 +100,7 @@ def _mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def _checkpoint_activations(module: nn.Module, mode: str) -> None:
+def checkpoint_activations(module: nn.Module, mode: str) -> None:
     """Recompute blocks in backward: all of them, or (selective) all but attention and every other matrix product."""
     options = {} if mode == "full" else {"context_fn": _selective_contexts}
     for blocks in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:

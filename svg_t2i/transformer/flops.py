@@ -20,6 +20,7 @@ PEAK_TFLOPS = {
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
+    "RTX 4090": 165.0,
 }
 
 
@@ -30,10 +31,11 @@ def peak_tflops(device_name: str) -> float | None:
 
 def training_flops(config: DiTConfig, image_tokens: Sequence[int], text_tokens: Sequence[int]) -> int:
     """Operations of forward and backward for samples of so many image and text tokens (after patching)."""
-    return 3 * sum(_forward(config, image, text) for image, text in zip(image_tokens, text_tokens, strict=True))
+    return 3 * sum(forward_flops(config, image, text) for image, text in zip(image_tokens, text_tokens, strict=True))
 
 
-def _forward(config: DiTConfig, image: int, text: int) -> int:
+def forward_flops(config: DiTConfig, image: int, text: int) -> int:
+    """Operations of one forward pass for a sample of so many image and text tokens."""
     dim, patch = config.dim, config.patch_size**2 * config.in_channels
     heads = config.n_heads + 2 * config.kv_heads
     per_token = 2 * dim * (heads * config.head_dim + dim + 3 * config.ffn_dim)  # qkv, out; w1, w2, w3

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 import fake_cuda
+from autoencoder.common.config import REPO_ROOT, load_config
+from svg_t2i.planning.gpus import find_gpu
+from svg_t2i.planning.sampling import plan_sampling
+from svg_t2i.planning.training import CONTEXT, FRAGMENTS, GB, measure_training, memory_of
+from svg_t2i.training.settings import TrainConfig
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -52,6 +57,25 @@ def test_a_step_of_a_shipped_config(steps, stage):
     assert result["peak"] < 80 - OVERHEAD  # "fits 80 GB" says the config
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_plan_of_a_run_is_what_it_takes(steps, stage):
+    """Within 3 %, with the second micro-batch, when gradients are there, or the first."""
+    result, config = steps[stage], load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / f"{stage}.yaml")
+    sizes = config.model_config(384, 2304)
+    parts = memory_of(config, sizes, result["parameters"], config.parallel.data_parallel, shards=8)
+    passes = [
+        measure_training(sizes, tuple(map(tuple, grids)), tuple(lengths), config.parallel.activation_checkpointing).peak
+        for grids, lengths in zip(result["grids"], result["lengths"], strict=True)
+    ]
+    fixed = sum(parts.values()) + result["static"][0] * GB
+    assert max(fixed - parts["gradients"] + passes[0], fixed + passes[1]) == pytest.approx(
+        result["peak"] * GB, rel=0.03
+    )
+    assert [parts["weights"], parts["moments"] + parts["averages"]] == pytest.approx(
+        [part * GB for part in result["static"][1:]], rel=0.01
+    )
+
+
 def test_every_head_size_takes_the_variable_length_kernel(stubs):
     """NextDiT_3B has heads of 108 channels."""
     name = "NextDiT_3B_GQA_patch1_Adaln_Refiner"
@@ -65,6 +89,10 @@ def test_every_head_size_takes_the_variable_length_kernel(stubs):
 def test_sampling_at_1024_with_guidance(stubs, how, most):
     (result,) = results(stubs, "sample.py", 1024, 1, how)
     assert result["peak"] < most
+    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage4_sft.yaml")
+    plan = plan_sampling(config, find_gpu("12gb"), 1024)
+    planned = plan.resident if how == "resident" else plan.taking_turns
+    assert (planned - CONTEXT) / (1 + FRAGMENTS) == pytest.approx(result["peak"] * GB, rel=0.03)
     assert result["down"] == {}  # while denoising
     assert result["kernels"]["torch_attn::_varlen_attn"] >= 2 * 28
 

@@ -103,6 +103,8 @@ def step_of(config: TrainConfig, world: World, networks: tuple, mode: fake_cuda.
         "micro_batches": number,
         "samples": share,
         "static": [round((end - start) / fake_cuda.GB, 2) for start, end in zip([0, *sizes], sizes)],
+        "grids": [[(h // 16, w // 16) for h, w in batch.sizes] for batch in batches],
+        "lengths": [[int(text.split()[0]) if text else 1 for text in batch.captions] for batch in batches],
         **mode.report(),
     }
 

@@ -1,0 +1,164 @@
+"""What a run will take, before a cluster is booked: memory of every way to spread it, time and cost. An estimate.
+
+    python -m svg_t2i.plan --config stage1_256 --gpus 64 --gpu h100 --price 2.5
+    python -m svg_t2i.plan --config stage3_1024 --gpus 8 --gpu h100 train.micro_batch_size=4
+    python -m svg_t2i.plan --sample 1024 --gpu 4090
+
+Nothing is downloaded, and no GPU is needed: networks are built without values and one pass through them is counted.
+Memory is that of blocks that are not compiled; compiled ones take less.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from autoencoder.common.commands import Parser, command, require_positive
+from autoencoder.common.config import REPO_ROOT, UserError, find_config, load_config
+from svg_t2i.planning import sampling, training
+from svg_t2i.planning.gpus import GPUS, find_gpu
+from svg_t2i.planning.sampling import SamplingPlan, plan_sampling
+from svg_t2i.planning.training import GB, Choice, TrainingPlan, plan_training
+from svg_t2i.training.settings import TrainConfig
+
+FOLDER = REPO_ROOT / "configs" / "svg_t2i"
+TERA, PETA = 1e12, 1e15
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace."""
+    parser = Parser("svg_t2i.plan", __doc__)
+    parser.add_argument(
+        "--config", default="stage4_sft", help="YAML file of a DiT training, or a name in configs/svg_t2i"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes of its entries")
+    parser.add_argument("--gpus", type=int, default=8, help="how many")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--price", type=float, help="of a GPU for an hour (default: no cost is shown)")
+    parser.add_argument(
+        "--utilisation", type=float,
+        help="share of the peak that the transformer's arithmetic gets "
+        f"(default: {training.UTILISATION} in training and {sampling.UTILISATION} in sampling, as measured)",
+    )  # fmt: skip
+    parser.add_argument("--caption_tokens", type=int, default=150, help="of a caption, on average")
+    parser.add_argument("--image_kb", type=float, default=300, help="of an image file, on average")
+    parser.add_argument(
+        "--sample", type=int, metavar="PIXELS", help="plan drawing images of this side (default: training)"
+    )
+    parser.add_argument("--images", type=int, default=1, help="with --sample: in a batch")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="with --sample: model calls")
+    return parser.parse_intermixed_args(argv)
+
+
+@command
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    require_positive(arguments, "gpus", "caption_tokens", "images", "num_inference_steps")
+    if arguments.price is not None and arguments.price < 0 or arguments.image_kb <= 0:
+        raise UserError("--price must not be negative, and --image_kb must be positive")
+    path = find_plan_config(arguments.config)
+    config, gpu = load_config(TrainConfig, path, arguments.overrides), find_gpu(arguments.gpu)
+    given = {} if arguments.utilisation is None else {"utilisation": arguments.utilisation}
+    if arguments.sample is not None:
+        plan = plan_sampling(
+            config, gpu, arguments.sample, arguments.images, arguments.num_inference_steps,
+            caption_tokens=arguments.caption_tokens, **given,
+        )  # fmt: skip
+        print("\n".join(describe_sampling(plan, arguments, gpu.name, gpu.memory)))
+        return
+    plan = plan_training(config, gpu, arguments.gpus, caption_tokens=arguments.caption_tokens, **given)
+    print("\n".join(describe_training(plan, arguments, path)))
+
+
+def find_plan_config(name: str) -> Path:
+    """A YAML file as `find_config` finds it, or of configs/svg_t2i. UserError where there is none."""
+    if "/" not in name and not Path(name).exists():
+        return find_config(FOLDER / name)
+    return find_config(name)
+
+
+def describe_training(plan: TrainingPlan, arguments: argparse.Namespace, path: Path) -> list[str]:
+    """The plan in lines."""
+    utilisation = arguments.utilisation or training.UTILISATION
+    per_image, per_step = plan.flops_per_image / TERA, plan.flops_per_image * plan.samples_per_step / PETA
+    lines = [
+        f"{path.stem} on {plan.gpus} × {plan.gpu.name} ({plan.gpu.memory:g} GB). An estimate.",
+        f"{plan.parameters / 1e9:.2f} B trained and {plan.frozen_parameters / 1e9:.2f} B frozen parameters",
+        f"{plan.image_tokens} image and {plan.text_tokens} text tokens an image, "
+        f"{per_image:.1f} TFLOP an image, {per_step:.1f} PFLOP a step",
+        f"batch {plan.samples_per_step}: {plan.micro_batches} micro-batches of up to {plan.micro_batch_size} a GPU",
+        f"a checkpoint has {plan.checkpoint_bytes / GB:.1f} GB",
+        "",
+        "GB on a GPU:",
+    ]
+    if plan.text_assumed:
+        lines.insert(2, "the text encoder is not here: taken to be as large as Gemma-2-2B")
+    if plan.idle_share > 0.01:
+        lines.insert(-2, f"{plan.idle_share:.0%} of the GPUs' time is waited: {plan.gpus} do not divide the batch")
+    lines += _table(plan)
+    best = plan.best
+    if best is None:
+        least = min(plan.choices, key=lambda choice: choice.total)
+        return [*lines, "", f"nothing fits: {least.total / GB:.0f} GB are needed at least. Use more GPUs, "
+                "parallel.shard_frozen=true, or a smaller train.micro_batch_size"]  # fmt: skip
+    lines += ["", f"fastest that fits: parallel.data_parallel={best.data_parallel} "
+              f"parallel.activation_checkpointing={best.checkpointing}"]  # fmt: skip
+    if best.seconds is None:
+        return [*lines, f"no time: the peak of {plan.gpu.name} is not in the table"]
+    images, hours = plan.samples_per_step / best.seconds, plan.steps * best.seconds / 3600
+    lines += [
+        f"{best.seconds:.2f} s a step at a utilisation of {utilisation:.0%}: {images:.0f} images/s, "
+        f"{images * arguments.image_kb / 1e6:.2f} GB/s of image files to read",
+        f"{plan.steps} steps: {hours:.0f} hours, {hours * plan.gpus:.0f} GPU-hours"
+        + (f", {hours * plan.gpus * arguments.price:,.0f} at {arguments.price:g} an hour" if arguments.price else ""),
+    ]
+    return lines
+
+
+def _table(plan: TrainingPlan) -> list[str]:
+    parts = list(plan.choices[0].memory)
+    head = ["data_parallel", "checkpointing", *parts, "total", "head-room", "s a step", ""]
+    rows = [head, *(_row(choice, plan, parts) for choice in plan.choices)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _row(choice: Choice, plan: TrainingPlan, parts: list[str]) -> list[str]:
+    room = plan.gpu.memory - choice.total / GB
+    mark = "← fastest" if choice is plan.best else "" if room >= 0 else "too large"
+    seconds = "?" if choice.seconds is None else f"{choice.seconds:.2f}"
+    memory = [f"{choice.memory[part] / GB:.1f}" for part in parts]
+    return [
+        choice.data_parallel,
+        choice.checkpointing,
+        *memory,
+        f"{choice.total / GB:.1f}",
+        f"{room:.1f}",
+        seconds,
+        mark,
+    ]
+
+
+def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, name: str, memory: float) -> list[str]:
+    """The plan in lines."""
+
+    def fits(need: float) -> str:
+        return "fits" if need <= memory * GB else "does not fit"
+
+    weights = ", ".join(f"{part} {size / GB:.1f}" for part, size in plan.weights.items())
+    stages = ", ".join(f"{stage} {size / GB:.1f}" for stage, size in plan.stages.items())
+    return [
+        f"{arguments.images} of {arguments.sample}×{arguments.sample} px in {arguments.num_inference_steps} steps with "
+        f"guidance on {name} ({memory:g} GB), bf16. An estimate.",
+        f"{plan.parameters / 1e9:.2f} B parameters; weights in GB: {weights}",
+        f"GB besides them: {stages}",
+        f"all networks on the card: {plan.resident / GB:.1f} GB, which {fits(plan.resident)}",
+        f"taking turns (--cpu_offload): {plan.taking_turns / GB:.1f} GB, which {fits(plan.taking_turns)}",
+        f"{plan.flops / TERA:.0f} TFLOP"
+        + ("; no time: the peak of this card is not in the table" if plan.seconds is None
+           else f", {plan.seconds:.1f} s at a utilisation of {arguments.utilisation or sampling.UTILISATION:.0%}"),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Bytes of a pass through a network, found by running it on tensors without values (torch's meta device).
+
+Where a GPU would run one kernel, the meta device would run its parts and keep what they need: RMS norms and packed
+attention are played by functions that keep what the kernels keep. Tests compare the result with CUDA tensors without
+values at full size (`tests/cuda`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from svg_t2i.transformer import attention
+
+META = torch.device("meta")
+BLOCK = 512  # bytes; what CUDA's allocator rounds up to
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes of one pass, besides the weights.
+
+    Attributes:
+        kept: after the forward pass, for backward.
+        peak: most at any time; the gradient of a weight counts until it is complete.
+    """
+
+    kept: int
+    peak: int
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside; the storages of `known` are none of them."""
+
+    def __init__(self, known: Any = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._sizes:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._sizes[storage._cdata] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """What the fused RMS norm keeps: its input, and a number for each row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+
+@contextmanager
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Inside, networks in bf16 on the meta device keep what they keep on a GPU under autocast."""
+    plain = F.rms_norm, F.group_norm, F.conv2d
+    F.rms_norm = lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)
+    F.group_norm = lambda x, *others: plain[1](x.float(), *(o.float() if isinstance(o, Tensor) else o for o in others))
+    F.conv2d = lambda x, weight, *others: plain[2](x.to(weight.dtype), weight, *others)
+    chosen, attention.has_varlen_kernel = attention.has_varlen_kernel, lambda q: True
+    try:
+        yield
+    finally:
+        F.rms_norm, F.group_norm, F.conv2d = plain
+        attention.has_varlen_kernel = chosen
+
+
+def measure_pass(network: nn.Module, run: Callable[[], Tensor], backward: bool = True) -> PassBytes:
+    """Bytes of `run`, a pass through `network`, both on the meta device."""
+    weights = list(network.parameters()) + list(network.buffers())
+    with kernels_of_a_gpu(), torch.set_grad_enabled(backward), _LiveBytes(weights) as live:
+        result = run()
+        kept = live.now
+        if not backward:
+            return PassBytes(0, live.peak)
+        live.peak = live.now
+        hooks = [weight.register_post_accumulate_grad_hook(_drop) for weight in network.parameters()]
+        result.sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return PassBytes(kept, live.peak)
+
+
+def _drop(weight: Tensor) -> None:
+    weight.grad = None

@@ -1,0 +1,98 @@
+"""The plan of drawing images: memory of each stage, resident and with networks taking turns, and time on a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoencoder.common.config import UserError
+from autoencoder.images.files import LATENT_PIXELS
+from svg_t2i.planning.gpus import GPU
+from svg_t2i.planning.memory import META, measure_pass
+from svg_t2i.planning.networks import autoencoder_skeleton, count, size, text_size
+from svg_t2i.planning.training import CONTEXT, FRAGMENTS
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.transformer.flops import forward_flops
+from svg_t2i.transformer.model import SVGDiT
+from svg_t2i.transformer.packing import TextFeatures
+
+UTILISATION = 0.41  # of an H200 at 1024 px with guidance: docs/benchmarks.md
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What `plan_sampling` finds, for weights and activations in bf16.
+
+    Attributes:
+        resident: most bytes with all networks on the card. taking_turns: with model offload. Both with its own share.
+        stages: bytes of each stage besides weights.
+        seconds: of a batch, without encoding and decoding; None where the card's peak is not known.
+    """
+
+    parameters: int
+    text_assumed: bool
+    weights: dict[str, int]
+    stages: dict[str, int]
+    resident: float
+    taking_turns: float
+    flops: float
+    seconds: float | None
+
+
+def plan_sampling(
+    config: TrainConfig, gpu: GPU, side: int, images: int = 1, steps: int = 50, utilisation: float = UTILISATION,
+    caption_tokens: int = 150,
+) -> SamplingPlan:  # fmt: skip
+    """The plan of a batch of square images with guidance, of the networks that a training configuration names.
+
+    Raises:
+        UserError: a side that is no multiple of 16, or another number out of its range.
+    """
+    if side < LATENT_PIXELS or side % LATENT_PIXELS:
+        raise UserError(f"--sample {side}: a side is a positive multiple of {LATENT_PIXELS} pixels")
+    if min(images, steps, caption_tokens) < 1 or not 0 < utilisation <= 1:
+        raise UserError(f"images = {images}, steps = {steps}, utilisation = {utilisation}: must be positive")
+    autoencoder, text = autoencoder_skeleton(config.autoencoder), text_size(config.text_encoder)
+    sizes = config.model_config(autoencoder.channels, text.width)
+    with META:
+        transformer = SVGDiT(sizes).to(torch.bfloat16)
+    grid = (side // LATENT_PIXELS,) * 2
+    cells = grid[0] * grid[1]
+    lengths = (caption_tokens,) * images + (1,) * images  # the empty prompt of the guiding branch
+
+    def velocity() -> Tensor:
+        tokens = torch.empty(
+            2 * images * cells // sizes.patch_size**2, sizes.patch_size**2 * sizes.in_channels, device=META
+        )
+        features = torch.empty(sum(lengths), sizes.cap_feat_dim, device=META, dtype=torch.bfloat16)
+        times = torch.empty(1, device=META)
+        return transformer.forward_packed(tokens, (grid,) * len(lengths), times, TextFeatures(features, lengths))
+
+    weights = {
+        "text encoder": 2 * text.parameters, "transformer": size(transformer), "autoencoder": size(autoencoder),
+    }  # fmt: skip
+    decoder = autoencoder.decoder.to(torch.bfloat16)
+    latents = torch.empty(1, autoencoder.channels, *grid, device=META, dtype=torch.bfloat16)
+    low_weights = size(decoder)  # which autocast makes of the fp32 ones
+    stages = {
+        "denoising": measure_pass(transformer, velocity, backward=False).peak,
+        "decoding": measure_pass(decoder, lambda: decoder(latents), backward=False).peak + low_weights,
+    }
+    everything = sum(weights.values())
+    turns = [
+        weights["text encoder"],
+        weights["transformer"] + stages["denoising"],
+        weights["autoencoder"] + stages["decoding"],
+    ]
+    flops = images * steps * sum(forward_flops(sizes, cells // sizes.patch_size**2, n) for n in (caption_tokens, 1))
+    return SamplingPlan(
+        count(transformer), text.assumed, weights, stages,
+        _with_own(everything + max(stages.values())), _with_own(max(turns)), flops,
+        None if gpu.tflops is None else flops / (gpu.tflops * 1e12 * utilisation),
+    )  # fmt: skip
+
+
+def _with_own(tensors: float) -> float:
+    return tensors * (1 + FRAGMENTS) + CONTEXT

@@ -1,0 +1,124 @@
+"""The plan as its user sees it, and what it must not depend on."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from autoencoder.common.config import UserError, load_config
+from svg_t2i import plan
+from svg_t2i.planning.gpus import GPUS, find_gpu
+from svg_t2i.planning.training import CHECKPOINTING, GB, communication_seconds, plan_training
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.transformer.flops import training_flops
+
+
+def run(words):
+    plan.main(words.split())
+
+
+@pytest.fixture(scope="module")
+def stage1():
+    return load_config(TrainConfig, plan.find_plan_config("stage1_256"))
+
+
+def test_the_issue_s_own_line(capsys):
+    run("--config stage1_256 --gpus 64 --gpu h100 --price 2")
+    out = capsys.readouterr().out
+    assert "2.61 B trained and 2.69 B frozen" in out
+    assert "1 micro-batches of up to 24 a GPU" in out
+    assert "a checkpoint has 41.8 GB" in out
+    assert "fastest that fits: parallel.data_parallel=sdp parallel.activation_checkpointing=none" in out
+    assert out.count("← fastest") == 1
+    assert "An estimate" in out
+    assert "400000 steps" in out
+
+
+def test_more_gpus_are_faster_and_hold_less(stage1):
+    plans = [plan_training(stage1, find_gpu("h100"), gpus) for gpus in (8, 64)]
+    for found in plans:
+        assert found.flops_per_image == training_flops(stage1.model_config(384, 2304), [256], [150])
+        assert {(c.data_parallel, c.checkpointing) for c in found.choices} >= {
+            (mode, checkpointing) for mode in ("ddp", "sdp", "fsdp") for checkpointing in CHECKPOINTING
+        }
+        assert found.best.total <= 80 * GB
+        fitting = [c for c in found.choices if c.total <= 80 * GB]
+        assert found.best.seconds == min(c.seconds for c in fitting)
+    few, many = plans
+    assert (few.micro_batches, many.micro_batches) == (8, 1)
+    assert few.best.seconds == pytest.approx(8 * many.best.seconds, rel=0.01)
+    assert few.best.memory["weights"] == 8 * many.best.memory["weights"]
+
+
+def test_uneven_shares_and_settings_show(stage1):
+    uneven = plan_training(stage1, find_gpu("a100"), 1000)
+    assert uneven.idle_share == pytest.approx(1 - 1536 / 2000)
+    sharded = replace(stage1, parallel=replace(stage1.parallel, shard_frozen=True))
+    whole, shared = (plan_training(c, find_gpu("h100"), 8).choices[0].memory for c in (stage1, sharded))
+    assert shared["frozen networks"] < whole["frozen networks"] / 5
+    halved = replace(stage1, train=replace(stage1.train, micro_batch_size=12))
+    smaller = plan_training(halved, find_gpu("h100"), 8).choices[0].memory["activations"]
+    assert smaller == pytest.approx(
+        plan_training(stage1, find_gpu("h100"), 8).choices[0].memory["activations"] / 2, rel=0.02
+    )
+    assert plan_training(stage1, find_gpu("h100"), 8, utilisation=0.66).best.seconds == pytest.approx(
+        plan_training(stage1, find_gpu("h100"), 8, utilisation=0.33).best.seconds / 2
+    )
+
+
+def test_what_goes_over_the_network():
+    """By hand, 1e9 parameters in bf16 on 16 cards of two machines, three micro-batches."""
+    h100 = GPUS["h100"]
+    seconds = {mode: communication_seconds(mode, 10**9, 3, 16, h100, "bf16") for mode in ("ddp", "sdp", "fsdp", "hsdp")}
+    assert seconds == pytest.approx(
+        {"ddp": 8 / 50, "sdp": (2 + 3 * 4) / 50, "fsdp": 3 * (4 + 4) / 50, "hsdp": 24 / 450 + 8 / 8 / 50}
+    )
+    assert communication_seconds("fsdp", 10**9, 3, 1, h100, "bf16") == 0
+
+
+def test_nothing_fits_says_what_is_needed(capsys):
+    run("--config stage1_256 --gpus 1 --gpu 24gb")
+    out = capsys.readouterr().out
+    assert "nothing fits: 6" in out
+    assert "too large" in out
+    assert "fastest" not in out.replace("← fastest", "fastest")
+
+
+def test_sampling(capsys):
+    for gpu, all_together, in_turns in (("h100", "fits", "fits"), ("12gb", "does not fit", "fits")):
+        plan.main(["--sample", "1024", "--gpu", gpu])
+        out = capsys.readouterr().out
+        assert f"GB, which {all_together}\n" in out.split("all networks")[1]
+        assert f"which {in_turns}\n" in out.split("taking turns")[1]
+    assert "no time" in out
+
+
+def test_a_small_model_of_folders_is_no_gemma(toy_parts, tmp_path, capsys):
+    """Sizes of the networks that are named, without their weights."""
+    content = yaml.safe_load((toy_parts / "train.yaml").read_text())
+    plan.main(["--config", str(toy_parts / "train.yaml"), "--gpus", "2", "--gpu", "4090"])
+    out = capsys.readouterr().out
+    assert "taken to be as large" not in out
+    assert "0.00 B trained and 0.00 B frozen" in out
+    content["text_encoder"]["path"] = "someone/t5"
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(content))
+    plan.main(["--config", str(tmp_path / "train.yaml"), "--gpus", "2"])
+    assert "taken to be as large as Gemma-2-2B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpu h1000", "--gpu h1000: unknown; choose one of a100"),
+        ("--config stage9", "stage9.*does not exist"),
+        ("--gpus 0", "--gpus 0 must be at least 1"),
+        ("--utilisation 1.5", "utilisation = 1.5"),
+        ("--sample 100", "multiple of 16"),
+        ("--price -1", "--price"),
+        ("train.micro_batch=3", "unknown key 'train.micro_batch'"),
+        ("--config configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn", "unknown key"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        run(words)
