@@ -3,6 +3,7 @@
     python -m svg_t2i.plan --config stage1_256 --gpus 64 --gpu h100 --price 2.5
     python -m svg_t2i.plan --config stage3_1024 --gpus 8 --gpu h100 train.micro_batch_size=4
     python -m svg_t2i.plan --sample 1024 --gpu 4090
+    python -m svg_t2i.plan --config configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn
 
 Nothing is downloaded, and no GPU is needed: networks are built without values and one pass through them is counted.
 Memory is that of blocks that are not compiled; compiled ones take less.
@@ -14,8 +15,10 @@ import argparse
 from pathlib import Path
 
 from autoencoder.common.commands import Parser, command, require_positive
-from autoencoder.common.config import REPO_ROOT, UserError, find_config, load_config
-from svg_t2i.planning import sampling, training
+from autoencoder.common.config import REPO_ROOT, UserError, build, find_config, read_config
+from autoencoder.training.settings import AutoencoderTrainConfig
+from svg_t2i.planning import autoencoder, sampling, training
+from svg_t2i.planning.autoencoder import AutoencoderPlan, plan_autoencoder
 from svg_t2i.planning.gpus import GPUS, find_gpu
 from svg_t2i.planning.sampling import SamplingPlan, plan_sampling
 from svg_t2i.planning.training import GB, Choice, TrainingPlan, plan_training
@@ -29,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace."""
     parser = Parser("svg_t2i.plan", __doc__)
     parser.add_argument(
-        "--config", default="stage4_sft", help="YAML file of a DiT training, or a name in configs/svg_t2i"
+        "--config", default="stage4_sft", help="YAML file of either stage, or a name in configs/svg_t2i"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes of its entries")
     parser.add_argument("--gpus", type=int, default=8, help="how many")
@@ -37,8 +40,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--price", type=float, help="of a GPU for an hour (default: no cost is shown)")
     parser.add_argument(
         "--utilisation", type=float,
-        help="share of the peak that the transformer's arithmetic gets "
-        f"(default: {training.UTILISATION} in training and {sampling.UTILISATION} in sampling, as measured)",
+        help="share of the peak that the arithmetic gets "
+        f"(default: {training.UTILISATION} in training and {sampling.UTILISATION} in sampling, as measured; "
+        f"{autoencoder.UTILISATION} for the autoencoder, assumed)",
     )  # fmt: skip
     parser.add_argument("--caption_tokens", type=int, default=150, help="of a caption, on average")
     parser.add_argument("--image_kb", type=float, default=300, help="of an image file, on average")
@@ -56,9 +60,16 @@ def main(argv: list[str]) -> None:
     require_positive(arguments, "gpus", "caption_tokens", "images", "num_inference_steps")
     if arguments.price is not None and arguments.price < 0 or arguments.image_kb <= 0:
         raise UserError("--price must not be negative, and --image_kb must be positive")
-    path = find_plan_config(arguments.config)
-    config, gpu = load_config(TrainConfig, path, arguments.overrides), find_gpu(arguments.gpu)
+    path, gpu = find_plan_config(arguments.config), find_gpu(arguments.gpu)
+    values = read_config(path, arguments.overrides, resolvers=True)
     given = {} if arguments.utilisation is None else {"utilisation": arguments.utilisation}
+    if isinstance(values.get("model"), dict):  # of stage 1
+        if arguments.sample is not None:
+            raise UserError("--sample plans for the networks of a DiT training; give such a file as --config")
+        plan = plan_autoencoder(build(AutoencoderTrainConfig, values, str(path)), gpu, arguments.gpus, **given)
+        print("\n".join(describe_autoencoder(plan, arguments, path)))
+        return
+    config = build(TrainConfig, values, str(path))
     if arguments.sample is not None:
         plan = plan_sampling(
             config, gpu, arguments.sample, arguments.images, arguments.num_inference_steps,
@@ -105,12 +116,11 @@ def describe_training(plan: TrainingPlan, arguments: argparse.Namespace, path: P
               f"parallel.activation_checkpointing={best.checkpointing}"]  # fmt: skip
     if best.seconds is None:
         return [*lines, f"no time: the peak of {plan.gpu.name} is not in the table"]
-    images, hours = plan.samples_per_step / best.seconds, plan.steps * best.seconds / 3600
+    images = plan.samples_per_step / best.seconds
     lines += [
         f"{best.seconds:.2f} s a step at a utilisation of {utilisation:.0%}: {images:.0f} images/s, "
         f"{images * arguments.image_kb / 1e6:.2f} GB/s of image files to read",
-        f"{plan.steps} steps: {hours:.0f} hours, {hours * plan.gpus:.0f} GPU-hours"
-        + (f", {hours * plan.gpus * arguments.price:,.0f} at {arguments.price:g} an hour" if arguments.price else ""),
+        _cost(f"{plan.steps} steps", plan.steps * best.seconds / 3600, plan.gpus, arguments.price),
     ]
     return lines
 
@@ -137,6 +147,39 @@ def _row(choice: Choice, plan: TrainingPlan, parts: list[str]) -> list[str]:
         seconds,
         mark,
     ]
+
+
+def describe_autoencoder(plan: AutoencoderPlan, arguments: argparse.Namespace, path: Path) -> list[str]:
+    """The plan in lines."""
+    utilisation = arguments.utilisation or autoencoder.UTILISATION
+    parts = ", ".join(f"{part} {size / GB:.1f}" for part, size in plan.memory.items())
+    lines = [
+        f"{path.stem} on {plan.gpus} × {plan.gpu.name} ({plan.gpu.memory:g} GB). An estimate.",
+        f"{plan.parameters / 1e6:.1f} M trained parameters, and {plan.discriminator_parameters / 1e6:.1f} M of the "
+        "discriminator",
+        f"{plan.images_per_gpu} images of {plan.side}×{plan.side} px at once on a GPU, {plan.images_per_step} a step, "
+        f"{plan.flops / TERA:.2f} TFLOP an image",
+        f"GB on a GPU, while the discriminator plays: {parts}",
+        f"{plan.total / GB:.1f} GB in all, which {'fits' if plan.fits else 'does not fit'}"
+        + ("" if plan.fits else ": use a smaller data.params.batch_size, with training.accumulate_grad_batches, or "
+           "training.trainer.precision=bf16-mixed"),
+        f"a checkpoint has {plan.checkpoint_bytes / GB:.1f} GB",
+    ]  # fmt: skip
+    if plan.seconds is None:
+        return [*lines, f"no time: the peak of {plan.gpu.name} is not in the table"]
+    images = plan.images_per_step / plan.seconds
+    lines.append(
+        f"{plan.seconds:.2f} s a step at a utilisation of {utilisation:.0%}: {images:.0f} images/s, "
+        f"{images * arguments.image_kb / 1e6:.2f} GB/s of image files to read"
+    )
+    if plan.steps is not None:
+        return [*lines, _cost(f"{plan.steps} steps", plan.steps * plan.seconds / 3600, plan.gpus, arguments.price)]
+    return [*lines, _cost("a million images", 1e6 / images / 3600, plan.gpus, arguments.price)]
+
+
+def _cost(what: str, hours: float, gpus: int, price: float | None) -> str:
+    cost = f", {hours * gpus * price:,.0f} at {price:g} an hour" if price else ""
+    return f"{what}: {hours:.1f} hours, {hours * gpus:.1f} GPU-hours{cost}"
 
 
 def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, name: str, memory: float) -> list[str]:

@@ -138,6 +138,19 @@ def build_inception() -> nn.Module:
     return inception.requires_grad_(False)
 
 
+def lpips_network() -> nn.Module:
+    """The network of `build_lpips` with random weights in its trunk."""
+    import lpips
+
+    with warnings.catch_warnings():  # the package builds its trunk by an old torchvision spelling
+        warnings.simplefilter("ignore", UserWarning)
+        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    layers = list(model.lins)
+    del model.lins  # the same layers are registered as lin0 … lin4, the names in checkpoints
+    model.lins = layers
+    return model.eval().requires_grad_(False)
+
+
 def build_lpips() -> nn.Module:
     """LPIPS with a VGG-16 trunk (arXiv 1801.03924): `lpips(x, y)` of images in [-1, 1] → distances (n, 1, 1, 1).
 
@@ -149,7 +162,6 @@ def build_lpips() -> nn.Module:
     Raises:
         Unavailable: the VGG-16 weights are neither cached nor downloadable.
     """
-    import lpips
     from torchvision.models import VGG16_Weights
 
     try:
@@ -160,13 +172,8 @@ def build_lpips() -> nn.Module:
             f"LPIPS needs torchvision's VGG-16 weights, which cannot be had ({error}): put {url} into "
             f"{torch.hub.get_dir()}/checkpoints, or train without: model.params.lossconfig.params.perceptual_weight=0"
         ) from error
-    with warnings.catch_warnings():  # the package builds its trunk by an old torchvision spelling
-        warnings.simplefilter("ignore", UserWarning)
-        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    model = lpips_network()
     slices = {name.split(".")[1]: name.split(".")[0] for name in model.net.state_dict()}  # "0" → "slice1", ...
     features = {key.removeprefix("features."): value for key, value in vgg.items() if key.startswith("features.")}
     model.net.load_state_dict({f"{slices[key.split('.')[0]]}.{key}": value for key, value in features.items()})
-    layers = list(model.lins)
-    del model.lins  # the same layers are registered as lin0 … lin4, the names in checkpoints
-    model.lins = layers
-    return model.eval().requires_grad_(False)
+    return model

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,29 +83,47 @@ class _FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
-    """Inside, networks in bf16 on the meta device keep what they keep on a GPU under autocast."""
-    plain = F.rms_norm, F.group_norm, F.conv2d
+    """Inside, networks on the meta device keep what they keep on a GPU."""
+    plain, chosen = F.rms_norm, attention.has_varlen_kernel
     F.rms_norm = lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)
-    F.group_norm = lambda x, *others: plain[1](x.float(), *(o.float() if isinstance(o, Tensor) else o for o in others))
-    F.conv2d = lambda x, weight, *others: plain[2](x.to(weight.dtype), weight, *others)
-    chosen, attention.has_varlen_kernel = attention.has_varlen_kernel, lambda q: True
+    attention.has_varlen_kernel = lambda q: True
     try:
         yield
     finally:
-        F.rms_norm, F.group_norm, F.conv2d = plain
-        attention.has_varlen_kernel = chosen
+        F.rms_norm, attention.has_varlen_kernel = plain, chosen
 
 
-def measure_pass(network: nn.Module, run: Callable[[], Tensor], backward: bool = True) -> PassBytes:
-    """Bytes of `run`, a pass through `network`, both on the meta device."""
+class _Autocast(TorchFunctionMode):
+    """The casts of `torch.autocast`, which does not know the meta device: products in bf16, some others in fp32."""
+
+    LOW = frozenset({"conv2d", "linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"})
+    SINGLE = frozenset({"group_norm", "layer_norm", "pow", "__pow__", "sum", "norm", "exp", "rsqrt", "softmax"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        dtype = torch.bfloat16 if name in self.LOW else torch.float32 if name in self.SINGLE else None
+        if dtype is not None:
+            args = tuple(_cast(value, dtype) for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def measure_pass(
+    network: nn.Module, run: Callable[[], Tensor], backward: bool = True, autocast: bool = False
+) -> PassBytes:
+    """Bytes of `run`, a pass through `network`, both on the meta device. autocast: as `torch.autocast` in bf16."""
     weights = list(network.parameters()) + list(network.buffers())
     with kernels_of_a_gpu(), torch.set_grad_enabled(backward), _LiveBytes(weights) as live:
-        result = run()
+        with _Autocast() if autocast else nullcontext():
+            result = run()
         kept = live.now
         if not backward:
             return PassBytes(0, live.peak)
-        live.peak = live.now
-        hooks = [weight.register_post_accumulate_grad_hook(_drop) for weight in network.parameters()]
+        trained = [weight for weight in network.parameters() if weight.requires_grad]
+        hooks = [weight.register_post_accumulate_grad_hook(_drop) for weight in trained]
         result.sum().backward()
     for hook in hooks:
         hook.remove()

@@ -10,6 +10,8 @@ import pytest
 
 import fake_cuda
 from autoencoder.common.config import REPO_ROOT, load_config
+from autoencoder.training.settings import AutoencoderTrainConfig
+from svg_t2i.planning.autoencoder import plan_autoencoder
 from svg_t2i.planning.gpus import find_gpu
 from svg_t2i.planning.sampling import plan_sampling
 from svg_t2i.planning.training import CONTEXT, FRAGMENTS, GB, measure_training, memory_of
@@ -95,6 +97,18 @@ def test_sampling_at_1024_with_guidance(stubs, how, most):
     assert (planned - CONTEXT) / (1 + FRAGMENTS) == pytest.approx(result["peak"] * GB, rel=0.03)
     assert result["down"] == {}  # while denoising
     assert result["kernels"]["torch_attn::_varlen_attn"] >= 2 * 28
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_of_the_autoencoder_is_what_a_step_takes(stubs, precision):
+    (result,) = results(stubs, "autoencoder.py", 8, 256, precision)
+    assert result["down"] == {}
+    path = REPO_ROOT / "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn.yaml"
+    mixed = ["training.trainer.precision=bf16-mixed"] * (precision == "bf16")
+    config = load_config(AutoencoderTrainConfig, path, ["data.params.batch_size=8", *mixed])
+    plan = plan_autoencoder(config, find_gpu("h100"), 1)
+    tensors = plan.total - plan.memory["device's own"]
+    assert tensors == pytest.approx(result["peak"] * GB, rel=0.03)
 
 
 def test_the_tool_notices_what_it_is_for(stubs, tmp_path):

@@ -12,6 +12,8 @@ from svg_t2i.planning.training import CHECKPOINTING, GB, communication_seconds, 
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.flops import training_flops
 
+STAGE1 = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn"
+
 
 def run(words):
     plan.main(words.split())
@@ -106,6 +108,28 @@ def test_a_small_model_of_folders_is_no_gemma(toy_parts, tmp_path, capsys):
     assert "taken to be as large as Gemma-2-2B" in capsys.readouterr().out
 
 
+def test_the_autoencoder(capsys):
+    run(f"--config {STAGE1} --gpus 8 --gpu h200 --price 3")
+    out = capsys.readouterr().out
+    assert "43.0 M trained parameters, and 2.8 M of the discriminator" in out
+    assert "64 images of 256×256 px at once on a GPU, 512 a step" in out
+    assert "which fits\n" in out
+    assert "a million images" in out
+    run(f"--config {STAGE1} --gpu a100 training.trainer.max_steps=100 training.trainer.max_epochs=null")
+    out = capsys.readouterr().out
+    assert "does not fit: use a smaller data.params.batch_size" in out
+    assert "100 steps: " in out
+
+
+def test_every_shipped_config_of_the_autoencoder_has_a_plan(capsys):
+    folders = [plan.FOLDER.parent / "autoencoder" / name for name in ("pure", "residual")]
+    paths = [path for folder in folders for path in folder.glob("*.yaml")]
+    for path in paths:
+        run(f"--config {path} data.params.batch_size=1")
+    assert capsys.readouterr().out.count("An estimate") == len(paths)
+    assert len(paths) >= 8
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -116,7 +140,8 @@ def test_a_small_model_of_folders_is_no_gemma(toy_parts, tmp_path, capsys):
         ("--sample 100", "multiple of 16"),
         ("--price -1", "--price"),
         ("train.micro_batch=3", "unknown key 'train.micro_batch'"),
-        ("--config configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn", "unknown key"),
+        (f"--config {STAGE1} --sample 256", "--sample plans for the networks of a DiT training"),
+        (f"--config {STAGE1} training.tranier=1", "unknown key 'training.tranier'"),
     ],
 )
 def test_mistakes_are_named(words, message):
