@@ -74,6 +74,12 @@ class Stage:
         names = (path.stem.removeprefix("step_") for path in (self.results(folder) / "checkpoints").glob("*"))
         return sorted(int(name) for name in names if name.isdigit())
 
+    def wait_for_the_first(self, folder: Path) -> None:
+        """Return when the checkpoint of step 1, which is written in the background, is whole."""
+        while self.saved(folder) != [1] or list((self.results(folder) / "checkpoints").glob(".tmp*")):
+            time.sleep(0.05)
+        time.sleep(0.1)
+
     def path(self, folder: Path, step: int) -> Path:
         """A file with tensors of a checkpoint."""
         checkpoints = self.results(folder) / "checkpoints"

@@ -121,7 +121,12 @@ def test_a_disk_that_fills_up_during_a_save(stage, tmp_path, monkeypatch, capfd)
 
 def test_a_folder_that_is_removed(stage, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "run"
-    stage.at_step(monkeypatch, 2, lambda: shutil.rmtree(stage.results(folder)))
+
+    def remove():
+        stage.wait_for_the_first(folder)
+        shutil.rmtree(stage.results(folder))
+
+    stage.at_step(monkeypatch, 2, remove)
     assert stage.fork(folder, stage.steps(3)) == 2
     error = capfd.readouterr().err
     assert "is no longer this run's: it was deleted; stopped without another save" in error
@@ -165,8 +170,7 @@ def test_a_run_whose_folder_was_taken_stops_without_a_save(stage, tmp_path, monk
     path = stage.results(tmp_path) / FILE_NAME
 
     def take():
-        while stage.saved(tmp_path) != [1]:  # written in the background
-            time.sleep(0.05)
+        stage.wait_for_the_first(tmp_path)
         path.write_text(json.dumps({"token": "other", "pid": 17, "host": "elsewhere"}))
         time.sleep(0.5)
 
