@@ -33,10 +33,16 @@ class PassBytes:
     Attributes:
         kept: after the forward pass, for backward.
         peak: most at any time; the gradient of a weight counts until it is complete.
+        course: how many gradients (numbers) are complete, and the most bytes while it is so many.
     """
 
     kept: int
     peak: int
+    course: tuple[tuple[int, int], ...] = ()
+
+    def peak_with(self, gradient: float) -> float:
+        """The peak where the first backward pass of a step leaves so many bytes for each number of a gradient."""
+        return max([self.peak, *(most + gradient * complete for complete, most in self.course)])
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -123,12 +129,24 @@ def measure_pass(
         if not backward:
             return PassBytes(0, live.peak)
         trained = [weight for weight in network.parameters() if weight.requires_grad]
-        hooks = [weight.register_post_accumulate_grad_hook(_drop) for weight in trained]
+        course, most = _Course(live), live.peak
+        hooks = [weight.register_post_accumulate_grad_hook(course) for weight in trained]
+        live.peak = live.now
         result.sum().backward()
     for hook in hooks:
         hook.remove()
-    return PassBytes(kept, live.peak)
+    return PassBytes(kept, max([most, *(peak for _, peak in course.points)]), tuple(course.points))
 
 
-def _drop(weight: Tensor) -> None:
-    weight.grad = None
+class _Course:
+    """Called with a weight whose gradient is complete: notes the bytes until then, and drops the gradient."""
+
+    def __init__(self, live: _LiveBytes):
+        self.live, self.complete = live, 0
+        self.points: list[tuple[int, int]] = []
+
+    def __call__(self, weight: Tensor) -> None:
+        self.points.append((self.complete, self.live.peak))
+        self.complete += weight.numel()
+        weight.grad = None
+        self.live.peak = self.live.now

@@ -115,13 +115,17 @@ def plan_training(
                 "activations": activations.peak * _bytes(loop.precision) / 2,
                 "frozen networks": frozen + cache,
             }
+            if number == 1:  # they come while the activations go
+                memory["gradients"] = activations.peak_with(4 / shards) - activations.peak
             reserve = CONTEXT + (NCCL if gpus > 1 else 0) + FRAGMENTS * sum(memory.values())
             busy = communication_seconds(mode, parameters, number, gpus, gpu, loop.precision)
             seconds = None
             if gpu.tflops is not None:
                 seconds = max(share * flops * factor / (gpu.tflops * 1e12 * utilisation), busy)
             choices.append(Choice(mode, checkpointing, memory | {"device's own": reserve}, seconds, busy))
-    choices.sort(key=lambda c: (c.total > gpu.memory * GB, c.seconds or 0.0, CHECKPOINTING[c.checkpointing], c.total))
+    choices.sort(
+        key=lambda c: (c.total > gpu.memory * GB, c.seconds or 0.0, CHECKPOINTING[c.checkpointing], c.communication)
+    )
     return TrainingPlan(
         parameters, count(autoencoder) + text.parameters, text.assumed, tokens, caption_tokens, flops, number, samples,
         1 - loop.global_batch_size / (gpus * share), (3 + len(loop.ema_decays)) * 4 * parameters,

@@ -35,7 +35,7 @@ class Conditions:
     negative: which text the guiding branch has; None without guidance, or when `guide` leads.
     guide: a weaker model that takes the place of the unconditional branch.
     scales: guidance scale of each image.
-    captions: the prompt of each image in words, for messages.
+    captions: the prompt of each image in words, for messages; or none.
     """
 
     texts: TextFeatures
@@ -58,7 +58,7 @@ class Conditions:
             negative=None if self.negative is None else pick(self.negative),
             scales=pick(self.scales),
             weights=tuple(map(pick, self.weights)),
-            captions=pick(self.captions),
+            captions=pick(self.captions) if self.captions else (),
         )
 
     def refined_for(self, model: SVGDiT) -> Conditions:

@@ -26,6 +26,16 @@ def test_a_chain_of_products_keeps_their_inputs():
         assert all(weight.grad is None for weight in network.parameters())
 
 
+def test_gradients_come_while_inputs_go():
+    """Four products of 256×256 on 1024 rows: an input of 1 MiB goes for each gradient that comes."""
+    network = linear(4)
+    found = measure_pass(network, lambda: network(torch.empty(1024, 256, device=META)))
+    assert [complete for complete, _ in found.course] == [256 * 256 * n for n in range(4)]
+    assert found.peak_with(0) == found.peak
+    assert found.peak_with(4) < found.peak + 4 * 4 * 256 * 256  # not all of both at one time
+    assert found.peak_with(1000) >= 3 * 1000 * 256 * 256
+
+
 def test_without_gradients_two_are_there_at_a_time():
     found = measure_pass(linear(6), lambda: linear(6)(torch.empty(1024, 256, device=META)), backward=False)
     assert found.kept == 0

@@ -30,7 +30,7 @@ def test_the_issue_s_own_line(capsys):
     assert "2.61 B trained and 2.69 B frozen" in out
     assert "1 micro-batches of up to 24 a GPU" in out
     assert "a checkpoint has 41.8 GB" in out
-    assert "fastest that fits: parallel.data_parallel=sdp parallel.activation_checkpointing=none" in out
+    assert "fastest that fits: parallel.data_parallel=hsdp parallel.activation_checkpointing=none" in out
     assert out.count("← fastest") == 1
     assert "An estimate" in out
     assert "400000 steps" in out
@@ -49,7 +49,9 @@ def test_more_gpus_are_faster_and_hold_less(stage1):
     few, many = plans
     assert (few.micro_batches, many.micro_batches) == (8, 1)
     assert few.best.seconds == pytest.approx(8 * many.best.seconds, rel=0.01)
-    assert few.best.memory["weights"] == 8 * many.best.memory["weights"]
+    of_eight, of_all = (next(c for c in found.choices if c.data_parallel == "sdp") for found in plans)
+    assert of_eight.memory["weights"] == 8 * of_all.memory["weights"]
+    assert few.best.data_parallel == "sdp"  # as the config says: least to exchange
 
 
 def test_uneven_shares_and_settings_show(stage1):

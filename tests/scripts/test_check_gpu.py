@@ -1,0 +1,87 @@
+"""The report of a GPU: in its form for CPUs, and cut off, failing and running out of time at its parts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from autoencoder.common.config import UserError
+from benchmarks import gpu_report
+from benchmarks.gpu_report import Failed, Part, call, parse_arguments, planned_gib, report
+
+
+@pytest.fixture
+def options(tmp_path):
+    return parse_arguments(["--device", "cpu", "--output", str(tmp_path), "--minutes", "5"])
+
+
+def test_the_parts_run_on_a_cpu_at_toy_size(tmp_path, repo_root):
+    words = ["--device", "cpu", "--minutes", "4", "--output", tmp_path, "--parity_dir", tmp_path / "none"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_report", *words],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert list(found) == [part.name for part in gpu_report.PARTS]
+    assert "skipped" in found["parity"]
+    assert all("failed" not in entry for entry in found.values())
+    assert found["survival"]["found"]["largest_difference"] <= 1e-6
+    assert "vs diffusers" in "\n".join(found["training_256"]["output"])
+    assert "## Sampling" in (tmp_path / "gpu_report.md").read_text()
+
+
+def test_what_is_done_stays(options):
+    """Files after each part; a failed part and one for which there is no time do not end the report."""
+    seen = []
+
+    def fine(_, left):
+        seen.append(sorted(json.loads((options.output / "gpu_report.json").read_text())) if seen else [])
+        assert 0 < left <= 300
+        return {"value": 3}, "a line"
+
+    def failing(*_):
+        raise Failed("exit code 1\nits last words")
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    parts = [Part("a", "A", 0, fine), Part("b", "B", 0, failing), Part("c", "C", 0, fine)]
+    report(options, parts)
+    assert seen == [[], ["a", "b"]]
+    text = (options.output / "gpu_report.md").read_text()
+    assert "failed, exit code 1" in text
+    assert "its last words" in text
+    options.device = "cuda"
+    results = report(options, [Part("late", "Late", 10**6, fine)])
+    assert results["late"]["skipped"].startswith("1000000 s are needed and ")
+    with pytest.raises(KeyboardInterrupt):
+        report(options, [*parts[:1], Part("d", "D", 0, cut_off)])
+    assert list(json.loads((options.output / "gpu_report.json").read_text())) == ["a"]
+
+
+def test_a_command_that_fails_or_takes_too_long_is_noted():
+    with pytest.raises(Failed, match="exit code 1"):
+        call(["no.such.module"], 30)
+    with pytest.raises(Failed, match="not done after 2 s\nbegun"):
+        call(["timeit", "-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"], 2)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cpu runs all parts"):
+        gpu_report.main(["--output", str(tmp_path)])
+    with pytest.raises(UserError, match="--minutes 0.0 must be positive"):
+        gpu_report.main(["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "batch", "checkpointing", "measured"), [(256, 24, "none", 81.9), (1024, 2, "selective", 51.9)]
+)
+def test_the_plan_agrees_with_what_an_h200_measured(pixels, batch, checkpointing, measured):
+    """docs/benchmarks.md, eager, GiB."""
+    assert planned_gib(pixels, batch, checkpointing) == pytest.approx(measured, rel=0.06)
