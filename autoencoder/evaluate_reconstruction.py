@@ -73,6 +73,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """Measure reconstructions as the command line says, and write the numbers."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     torch.backends.cudnn.allow_tf32 = False  # the same numbers on every GPU

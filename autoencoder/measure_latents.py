@@ -57,6 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """Measure the statistics of the latents as the command line says, and write them."""
     arguments = parse_arguments(argv)
     crops = open_crops(arguments)
     partial = arguments.output.with_suffix(".partial.safetensors")

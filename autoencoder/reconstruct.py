@@ -191,6 +191,7 @@ def find_images(words: Sequence[str], reading: Reading) -> list[Found]:
 
 @command
 def main(argv: list[str]) -> None:
+    """Reconstruct the images that the command line names."""
     arguments = parse_arguments(argv)
     images = find_images(arguments.images, Reading(image_column=arguments.image_column))[: arguments.max_images]
     jobs = prepare(images, arguments.sizes)

@@ -18,6 +18,7 @@ from autoencoder.common.config import find_config, load_config
 
 @command
 def main(argv: list[str]) -> None:
+    """Train from the configuration that the command line names; SystemExit where a run stopped early."""
     parser = Parser("autoencoder.train", __doc__)
     parser.add_config("YAML file, with or without .yaml, also from the root of the repository")
     parser.add_argument("--devices", type=int, help="processes on this machine; default: training.trainer.devices")

@@ -28,8 +28,9 @@ import torch
 from autoencoder.common.config import REPO_ROOT, UserError
 from autoencoder.common.weights import replacing, write_json
 from svg_t2i.checkpoints.weights import load_transformer
+from svg_t2i.planning.networks import transformer_counts
 from svg_t2i.planning.training import GB, measure_training
-from svg_t2i.transformer.model import MODELS, SVGDiT
+from svg_t2i.transformer.model import MODELS
 
 MODEL = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 SHOWN = 60  # lines of a part's output
@@ -54,7 +55,7 @@ class Part:
     run: Callable[[argparse.Namespace, float], tuple[dict[str, Any], str]]
 
 
-def call(words: Sequence[object], seconds: float, check: bool = True) -> str:
+def call(words: Sequence[object], seconds: float) -> str:
     """What a command prints. Raises Failed."""
     command = [sys.executable, "-m", *map(str, words)]
     group = subprocess.Popen(
@@ -65,7 +66,7 @@ def call(words: Sequence[object], seconds: float, check: bool = True) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(group.pid, signal.SIGKILL)
         raise Failed(f"not done after {seconds:.0f} s\n{group.communicate()[0]}") from None
-    if check and group.returncode:
+    if group.returncode:
         raise Failed(f"exit code {group.returncode}\n{output}")
     return output
 
@@ -114,8 +115,7 @@ def planned_gib(pixels: int, batch: int, checkpointing: str) -> float:
     """What svg_t2i.plan expects of the benchmark's eager step: all weights, moments, an average, no frozen networks."""
     from benchmarks.forward import ragged_lengths
 
-    with torch.device("meta"):
-        parameters = sum(weight.numel() for weight in SVGDiT(MODELS[MODEL]).parameters())
+    parameters, _ = transformer_counts(MODELS[MODEL])
     grid = (pixels // 16,) * 2
     passed = measure_training(MODELS[MODEL], (grid,) * batch, ragged_lengths(batch), checkpointing)
     return ((4 + 8 + 4 + 2) * parameters + passed.peak_with(4)) / 2**30  # one micro-batch: gradients come in its course

@@ -100,6 +100,7 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
 
 @command
 def main(argv: list[str]) -> None:
+    """Serve the page until Ctrl-C or SIGTERM."""
     arguments = parse_arguments(argv)
     try:
         from svg_t2i.web.page import launch

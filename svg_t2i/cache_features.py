@@ -67,6 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """Write the feature cache of the configuration that the command line names."""
     arguments = parse_arguments(argv)
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     if config.data.all_sources[0].feature_cache is None:

@@ -56,6 +56,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """Print the plan of what the command line names: stage 1, stage 2, or drawing images."""
     arguments = parse_arguments(argv)
     require_positive(arguments, "gpus", "caption_tokens", "images", "num_inference_steps")
     if arguments.price is not None and arguments.price < 0 or arguments.image_kb <= 0:

@@ -67,9 +67,12 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 def build_loss(
-    lossconfig: Mapping[str, Any], source: str = "config", norm: type[nn.BatchNorm2d] | None = None
+    lossconfig: Mapping[str, Any],
+    source: str = "config",
+    norm: type[nn.BatchNorm2d] | None = None,
+    perceptual: nn.Module | None = None,
 ) -> AutoencoderLoss:
-    """The loss of a `lossconfig` mapping {target, params}; `norm` as in AutoencoderLoss.
+    """The loss of a `lossconfig` mapping {target, params}; `norm` and `perceptual` as in AutoencoderLoss.
 
     Raises:
         ConfigError: unknown target or parameter.
@@ -78,7 +81,8 @@ def build_loss(
     target = lossconfig.get("target", "autoencoder.training.losses.AutoencoderLoss")
     defaults = resolve_target(target, f"{source}: model.params.lossconfig.target", LOSSES)
     params = {**defaults, **(lossconfig.get("params") or {})}
-    return AutoencoderLoss(build(LossConfig, params, f"{source}: model.params.lossconfig.params"), norm=norm)
+    settings = build(LossConfig, params, f"{source}: model.params.lossconfig.params")
+    return AutoencoderLoss(settings, perceptual, norm)
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------

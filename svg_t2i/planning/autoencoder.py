@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from autoencoder.evaluation.metrics import lpips_network
 from autoencoder.images.files import LATENT_PIXELS
 from autoencoder.model import SVGAutoencoder
 from autoencoder.training.batches import DATA, FolderParams
-from autoencoder.training.losses import LOSSES, AutoencoderLoss, LossConfig
+from autoencoder.training.losses import AutoencoderLoss, build_loss
 from autoencoder.training.settings import AutoencoderTrainConfig
-from svg_t2i.planning.gpus import GPU
+from svg_t2i.planning.gpus import GPU, own_share
 from svg_t2i.planning.memory import META, kernels_of_a_gpu, measure_pass
-from svg_t2i.planning.networks import count, size
-from svg_t2i.planning.training import CONTEXT, FRAGMENTS, GB, NCCL
+from svg_t2i.planning.networks import autoencoder_of, count, size
+from svg_t2i.planning.training import GB
 
 UTILISATION = 0.3  # an assumption: it was not measured
 
@@ -65,10 +65,10 @@ def plan_autoencoder(
         raise UserError(f"gpus = {gpus}, utilisation = {utilisation}: must be positive")
     data = build(resolve_target(config.data.target, "data.target", DATA), config.data.params, "data.params")
     side = data.train.params.size if isinstance(data, FolderParams) else data.train_resol
-    params = replace(config.model.params, ckpt_path=None)
-    params = replace(params, dinoconfig=replace(params.dinoconfig, weights=None))
+    autoencoder = autoencoder_of(config.model.params)
     with META:
-        autoencoder, loss = SVGAutoencoder(params), _loss(config)
+        loss = build_loss(config.model.params.lossconfig, perceptual=lpips_network())
+    loss.to(META).train()  # some buffers of LPIPS are made on the CPU
     trained = sum(weight.numel() for weight in autoencoder.trainable_parameters())
     rival = 0 if loss.discriminator is None else count(loss.discriminator)
     mixed = config.training.trainer.precision == "bf16-mixed"
@@ -79,7 +79,7 @@ def plan_autoencoder(
         "weights": 4 * (trained + rival), "gradients": 4 * (trained + rival), "moments": 8 * (trained + rival),
         "averages": kept * trained, "activations": activations, "frozen networks": frozen,
     }  # fmt: skip
-    memory["device's own"] = CONTEXT + (NCCL if gpus > 1 else 0) + FRAGMENTS * sum(memory.values())
+    memory["device's own"] = own_share(sum(memory.values()), gpus)
     accumulated = config.training.accumulate_grad_batches
     seconds = None
     if gpu.tflops is not None:
@@ -89,15 +89,6 @@ def plan_autoencoder(
         trained, rival, side, data.batch_size, data.batch_size * gpus * accumulated, memory, flops, seconds,
         config.training.trainer.max_steps, size(autoencoder, loss) + 8 * (trained + rival) + kept * trained, gpu, gpus,
     )  # fmt: skip
-
-
-def _loss(config: AutoencoderTrainConfig) -> AutoencoderLoss:
-    given = config.model.params.lossconfig
-    target = given.get("target", next(iter(LOSSES)))
-    params = {**resolve_target(target, "model.params.lossconfig.target", LOSSES), **(given.get("params") or {})}
-    settings = build(LossConfig, params, "model.params.lossconfig.params")
-    perceptual = lpips_network() if settings.perceptual_weight > 0 else None
-    return AutoencoderLoss(settings, perceptual).to(META).train()  # some of the buffers are made on the CPU
 
 
 def _step(

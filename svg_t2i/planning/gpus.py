@@ -30,6 +30,14 @@ class GPU:
         return peak_tflops(self.name)
 
 
+CONTEXT, NCCL, FRAGMENTS = 0.5e9, 1.5e9, 0.03  # bytes, bytes where there are several GPUs, share of the tensors
+
+
+def own_share(tensors: float, gpus: int = 1) -> float:
+    """Bytes that a device takes besides so many of tensors: its context, exchange with others, fragmentation."""
+    return CONTEXT + (NCCL if gpus > 1 else 0) + FRAGMENTS * tensors
+
+
 GPUS = {
     "a100": GPU("NVIDIA A100 80GB", 80, 300, 25),
     "a100-40": GPU("NVIDIA A100 40GB", 40, 300, 25),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autoencoder.common.config import build, find_config, locate, read_config
 from autoencoder.model import ModelConfig, SVGAutoencoder
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.planning.memory import META
 from svg_t2i.text.loading import skeleton
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.packing import Sizes, TextFeatures
 
 GEMMA_PARAMETERS, GEMMA_WIDTH = 2_614_341_888, 2304  # gemma-2-2b
 
@@ -42,10 +47,36 @@ def autoencoder_skeleton(source: AutoencoderSource) -> SVGAutoencoder:
     path = folder / "config.json" if folder.is_dir() else find_config(source.config)
     content = read_config(path)
     params = content.get("params") or content.get("model", {}).get("params", {})
-    config = build(ModelConfig, params, str(path))
+    return autoencoder_of(build(ModelConfig, params, str(path)))
+
+
+def autoencoder_of(config: ModelConfig) -> SVGAutoencoder:
+    """An autoencoder on the meta device; the weights that the settings name are not looked for."""
     config = replace(config, ckpt_path=None, dinoconfig=replace(config.dinoconfig, weights=None))
     with META:
         return SVGAutoencoder(config)
+
+
+def transformer_of(sizes: DiTConfig) -> SVGDiT:
+    """A transformer in bf16 on the meta device."""
+    with META:
+        return SVGDiT(sizes).to(torch.bfloat16)
+
+
+@lru_cache
+def transformer_counts(sizes: DiTConfig) -> tuple[int, int]:
+    """Parameters of a transformer, and of one of its blocks."""
+    transformer = transformer_of(sizes)
+    return count(transformer), count(transformer.layers[0])
+
+
+def velocity(transformer: SVGDiT, grids: Sizes, lengths: Sequence[int], timesteps: int) -> Tensor:
+    """A pass for latents of such grids with captions of so many tokens, at so many times."""
+    sizes, patch = transformer.config, transformer.config.patch_size**2
+    tokens = torch.empty(sum(h * w for h, w in grids) // patch, patch * sizes.in_channels, device=META)
+    features = torch.empty(sum(lengths), sizes.cap_feat_dim, device=META, dtype=torch.bfloat16)
+    times = torch.empty(timesteps, device=META)
+    return transformer.forward_packed(tokens, tuple(grids), times, TextFeatures(features, tuple(lengths)))
 
 
 def count(*networks: nn.Module) -> int:

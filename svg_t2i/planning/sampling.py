@@ -9,14 +9,11 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import LATENT_PIXELS
-from svg_t2i.planning.gpus import GPU
+from svg_t2i.planning.gpus import GPU, own_share
 from svg_t2i.planning.memory import META, measure_pass
-from svg_t2i.planning.networks import autoencoder_skeleton, count, size, text_size
-from svg_t2i.planning.training import CONTEXT, FRAGMENTS
+from svg_t2i.planning.networks import autoencoder_skeleton, count, size, text_size, transformer_of, velocity
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.flops import forward_flops
-from svg_t2i.transformer.model import SVGDiT
-from svg_t2i.transformer.packing import TextFeatures
 
 UTILISATION = 0.41  # of an H200 at 1024 px with guidance: docs/benchmarks.md
 
@@ -56,19 +53,12 @@ def plan_sampling(
         raise UserError(f"images = {images}, steps = {steps}, utilisation = {utilisation}: must be positive")
     autoencoder, text = autoencoder_skeleton(config.autoencoder), text_size(config.text_encoder)
     sizes = config.model_config(autoencoder.channels, text.width)
-    with META:
-        transformer = SVGDiT(sizes).to(torch.bfloat16)
-    grid = (side // LATENT_PIXELS,) * 2
-    cells = grid[0] * grid[1]
+    transformer, grid = transformer_of(sizes), (side // LATENT_PIXELS,) * 2
+    tokens = grid[0] * grid[1] // sizes.patch_size**2
     lengths = (caption_tokens,) * images + (1,) * images  # the empty prompt of the guiding branch
 
-    def velocity() -> Tensor:
-        tokens = torch.empty(
-            2 * images * cells // sizes.patch_size**2, sizes.patch_size**2 * sizes.in_channels, device=META
-        )
-        features = torch.empty(sum(lengths), sizes.cap_feat_dim, device=META, dtype=torch.bfloat16)
-        times = torch.empty(1, device=META)
-        return transformer.forward_packed(tokens, (grid,) * len(lengths), times, TextFeatures(features, lengths))
+    def both_branches() -> Tensor:
+        return velocity(transformer, (grid,) * len(lengths), lengths, timesteps=1)
 
     weights = {
         "text encoder": 2 * text.parameters, "transformer": size(transformer), "autoencoder": size(autoencoder),
@@ -76,7 +66,7 @@ def plan_sampling(
     decoder, latents = autoencoder.decoder, torch.empty(1, autoencoder.channels, *grid, device=META)
     copies = size(decoder) // 2  # in bf16, which autocast makes of the fp32 weights and keeps
     stages = {
-        "denoising": measure_pass(transformer, velocity, backward=False).peak,
+        "denoising": measure_pass(transformer, both_branches, backward=False).peak,
         "decoding": measure_pass(decoder, lambda: decoder(latents), backward=False, autocast=True).peak + copies,
     }
     everything = sum(weights.values())
@@ -85,7 +75,7 @@ def plan_sampling(
         weights["transformer"] + stages["denoising"],
         weights["autoencoder"] + stages["decoding"],
     ]
-    flops = images * steps * sum(forward_flops(sizes, cells // sizes.patch_size**2, n) for n in (caption_tokens, 1))
+    flops = images * steps * sum(forward_flops(sizes, tokens, n) for n in (caption_tokens, 1))
     return SamplingPlan(
         count(transformer), text.assumed, weights, stages,
         _with_own(everything + max(stages.values())), _with_own(max(turns)), flops,
@@ -94,4 +84,4 @@ def plan_sampling(
 
 
 def _with_own(tensors: float) -> float:
-    return tensors * (1 + FRAGMENTS) + CONTEXT
+    return tensors + own_share(tensors)

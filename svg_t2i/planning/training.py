@@ -9,26 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from autoencoder.common.config import UserError
 from autoencoder.images.files import LATENT_PIXELS
 from svg_t2i.data.batching import largest_share, num_micro_batches
-from svg_t2i.planning.gpus import GPU
-from svg_t2i.planning.memory import META, PassBytes, measure_pass
-from svg_t2i.planning.networks import autoencoder_skeleton, count, size, text_size
+from svg_t2i.planning.gpus import GPU, own_share
+from svg_t2i.planning.memory import PassBytes, measure_pass
+from svg_t2i.planning.networks import (
+    autoencoder_skeleton,
+    count,
+    size,
+    text_size,
+    transformer_counts,
+    transformer_of,
+    velocity,
+)
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import checkpoint_activations
 from svg_t2i.transformer.flops import training_flops
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
-from svg_t2i.transformer.packing import Sizes, TextFeatures
+from svg_t2i.transformer.model import DiTConfig
+from svg_t2i.transformer.packing import Sizes
 
 GB = 1e9
 MACHINE = 8  # GPUs
 UTILISATION = 0.33  # with encoding, compiled, of an H200 at 256 and at 1024 px: docs/benchmarks.md
 MODES = ("ddp", "sdp", "fsdp", "hsdp")
 CHECKPOINTING = {"none": 1.0, "selective": 1.2, "full": 4 / 3}  # arithmetic, times that without
-CONTEXT, NCCL, FRAGMENTS = 0.5e9, 1.5e9, 0.03  # bytes, bytes where there are several GPUs, share of the rest
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What `plan_training` finds. choices: fastest first among those that fit, then the others by memory."""
+    """What `plan_training` finds. choices: those that fit first, and of each kind the fastest first."""
 
     parameters: int
     frozen_parameters: int
@@ -97,12 +102,10 @@ def plan_training(
     number = num_micro_batches(loop.global_batch_size, gpus, loop.micro_batch_size)
     share = largest_share(loop.global_batch_size, gpus)
     samples = -(-share // number)
-    cells = config.data.all_sources[0].resolution or config.data.resolution
-    grid = (cells // LATENT_PIXELS,) * 2
+    grid = (config.data.all_sources[0].resolution // LATENT_PIXELS,) * 2
     tokens = grid[0] * grid[1] // sizes.patch_size**2
     flops = training_flops(sizes, [tokens], [caption_tokens])
-    with META:
-        parameters = count(SVGDiT(sizes))
+    parameters, _ = transformer_counts(sizes)
     frozen = size(autoencoder) + text.parameters * _bytes(loop.precision)
     frozen /= gpus if config.parallel.shard_frozen else 1
     cache = config.text_encoder.cache_tokens * text.width * _bytes(loop.precision)
@@ -117,7 +120,7 @@ def plan_training(
             }
             if number == 1:  # they come while the activations go
                 memory["gradients"] = activations.peak_with(4 / shards) - activations.peak
-            reserve = CONTEXT + (NCCL if gpus > 1 else 0) + FRAGMENTS * sum(memory.values())
+            reserve = own_share(sum(memory.values()), gpus)
             busy = communication_seconds(mode, parameters, number, gpus, gpu, loop.precision)
             seconds = None
             if gpu.tflops is not None:
@@ -145,9 +148,7 @@ def memory_of(
     low = _bytes(config.train.precision)
     own = 4 * parameters / shards
     if data_parallel in ("fsdp", "hsdp"):
-        with META:
-            block = count(SVGDiT(sizes).layers[0])
-        gathered = 2 * low * block  # one in use, one on its way
+        gathered = 2 * low * transformer_counts(sizes)[1]  # one in use, one on its way
     else:  # ddp: copies that autocast makes; sdp: the gathered weights
         gathered = low * parameters if low < 4 or data_parallel == "sdp" else 0
     return {
@@ -161,19 +162,10 @@ def memory_of(
 
 def measure_training(sizes: DiTConfig, grids: Sizes, lengths: Sequence[int], checkpointing: str) -> PassBytes:
     """Bytes of forward and backward in bf16 for latents of such grids with captions of so many tokens."""
-    with META:
-        model = SVGDiT(sizes).to(torch.bfloat16)
+    model = transformer_of(sizes)
     if checkpointing != "none":
         checkpoint_activations(model, checkpointing)
-
-    def run() -> torch.Tensor:
-        patch = sizes.patch_size**2
-        tokens = torch.empty(sum(h * w for h, w in grids) // patch, patch * sizes.in_channels, device=META)
-        features = torch.empty(sum(lengths), sizes.cap_feat_dim, device=META, dtype=torch.bfloat16)
-        times = torch.empty(len(grids), device=META)
-        return model.forward_packed(tokens, tuple(grids), times, TextFeatures(features, tuple(lengths)))
-
-    return measure_pass(model, run)
+    return measure_pass(model, lambda: velocity(model, grids, lengths, timesteps=len(grids)))
 
 
 def communication_seconds(

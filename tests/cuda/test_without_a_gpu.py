@@ -12,9 +12,9 @@ import fake_cuda
 from autoencoder.common.config import REPO_ROOT, load_config
 from autoencoder.training.settings import AutoencoderTrainConfig
 from svg_t2i.planning.autoencoder import plan_autoencoder
-from svg_t2i.planning.gpus import find_gpu
+from svg_t2i.planning.gpus import CONTEXT, FRAGMENTS, find_gpu
 from svg_t2i.planning.sampling import plan_sampling
-from svg_t2i.planning.training import CONTEXT, FRAGMENTS, GB, measure_training, memory_of
+from svg_t2i.planning.training import GB, measure_training, memory_of
 from svg_t2i.training.settings import TrainConfig
 
 FOLDER = Path(__file__).resolve().parent
