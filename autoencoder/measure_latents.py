@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         autoencoder = load_autoencoder(arguments, world.device)
         # Where a published file lacks the residual channels, as the release makes them up
         channels, made_up = autoencoder.channels, autoencoder.channels - autoencoder.encoder.channels
-        row = autoencoder.config.num_layer
+        row = autoencoder.model_config.num_layer
         others = {path: LatentStats.load(path, channels, row, made_up) for path in arguments.compare}
         if world.is_main:
             warn_of_batch_statistics(autoencoder, arguments.batch_size)

@@ -87,7 +87,7 @@ class SVGAutoencoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.model_config = config
         self.encoder = build_encoder(config.dinoconfig)
         self.extra_vit = None if config.extra_vit_config is None else ResidualViT(config.extra_vit_config)
         self.decoder = HyDecoder(config.hyconfig) if config.ddconfig is None else ConvDecoder(config.ddconfig)
@@ -180,13 +180,13 @@ class SVGAutoencoder(nn.Module):
 
         Only what DROPPED names is left out. UserError naming keys and remedy otherwise.
         """
-        self._load_state(read_state_dict(path, "autoencoder checkpoint", self.config.use_ema, verify=True), path)
+        self._load_state(read_state_dict(path, "autoencoder checkpoint", self.model_config.use_ema, verify=True), path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything needed to load this autoencoder again (the drawing at the top); each file atomically."""
         folder = Path(folder)
-        dinoconfig = replace(self.config.dinoconfig, weights=None)
-        params = replace(self.config, ckpt_path=None, use_ema=False, dinoconfig=dinoconfig)
+        dinoconfig = replace(self.model_config.dinoconfig, weights=None)
+        params = replace(self.model_config, ckpt_path=None, use_ema=False, dinoconfig=dinoconfig)
         config = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint(), "params": to_dict(params)}
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.stats is not None:
@@ -275,9 +275,9 @@ class SVGAutoencoder(nn.Module):
 
     def read_stats(self, path: str | Path) -> LatentStats:
         """Statistics of latents like these from a file, which `set_stats` may attach."""
-        residual = self.config.extra_vit_config
+        residual = self.model_config.extra_vit_config
         made_up = residual.output_dim if residual is not None and residual.published_stats else 0
-        return LatentStats.load(locate(path), self.channels, self.config.num_layer, made_up)
+        return LatentStats.load(locate(path), self.channels, self.model_config.num_layer, made_up)
 
     def _attach(self, stats: str | Path | LatentStats | None) -> None:
         """`set_stats` of statistics, a file of them, or nothing."""
@@ -300,7 +300,7 @@ class SVGAutoencoder(nn.Module):
                 f"{wanted}: {'describe it in' if residual else 'set to null'} model.params.extra_vit_config, as the "
                 f"files svg_autoencoder_{'R' if residual else 'P'}_* in configs/autoencoder/pre-trained do"
             )
-        kernel, (section, _) = state.get("decoder.conv_in.weight"), self.config.decoder
+        kernel, (section, _) = state.get("decoder.conv_in.weight"), self.model_config.decoder
         stored = "hyconfig" if kernel is not None and kernel.ndim == 5 else "ddconfig"
         if kernel is not None and stored != section:
             raise UserError(
@@ -317,11 +317,11 @@ class SVGAutoencoder(nn.Module):
         return self.stats
 
     def _check_sizes(self) -> None:
-        section, decoder = self.config.decoder
+        section, decoder = self.model_config.decoder
         if decoder.z_channels != self.channels:
             residual = "" if self.extra_vit is None else f" and the residual branch {self.extra_vit.config.output_dim}"
             raise UserError(
-                f"model.params: the encoder {self.config.dinoconfig.model_name} gives {self.encoder.channels} "
+                f"model.params: the encoder {self.model_config.dinoconfig.model_name} gives {self.encoder.channels} "
                 f"channels{residual}, but {section}.z_channels is {decoder.z_channels}; set it to {self.channels}"
             )
         if self.decoder.scale != self.encoder.patch_size:

@@ -21,7 +21,6 @@ import torch
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError
 from autoencoder.common.processes import choose_device
-from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.options import PRESETS
 from svg_t2i.web.requests import Limits, Studio
 
@@ -86,6 +85,8 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     checkpoint = arguments.checkpoint or find_quickstart()
     device = choose_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    from svg_t2i.pipeline import SVGT2IPipeline  # diffusers takes seconds to import, which --help need not wait for
+
     pipeline = SVGT2IPipeline.from_pretrained(checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)

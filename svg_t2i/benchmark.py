@@ -24,7 +24,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
@@ -42,7 +42,6 @@ from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
 from svg_t2i.features.settings import AutoencoderSource
-from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sample import (
     add_parts,
     add_sampling_arguments,
@@ -54,6 +53,9 @@ from svg_t2i.sample import (
 )
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.text.files import read_prompts
+
+if TYPE_CHECKING:
+    from svg_t2i.pipeline import SVGT2IPipeline
 
 MAX_GRID_IMAGES = 96
 

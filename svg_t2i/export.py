@@ -1,6 +1,6 @@
 """Write the weights of a run or checkpoint as files to share.
 
-python -m svg_t2i.export results/stage3_1024 exported                  # config.json, model.safetensors
+python -m svg_t2i.export results/stage3_1024 exported                  # config.json and safetensors
 python -m svg_t2i.export results/stage3_1024 exported --published      # consolidated*.pth, model_args.pth
 """
 

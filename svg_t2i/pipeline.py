@@ -5,62 +5,108 @@
 
 A call encodes the prompts, draws one noise per seed, solves dx/dt = v(x, t) from t=0 (noise) to t=1 (data) in the
 normalised latent space, denormalises and decodes; each of these is a function of `sampling.steps`. Image i depends on
-its own prompt, seed and settings only, never on what else is in the batch. Names and behaviour follow diffusers.
+its own prompt, seed and settings only, never on what else is in the batch.
+
+It is a `diffusers.DiffusionPipeline`: saving, devices and dtypes, offloading, progress bar and components are its own.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from autoencoder.common.config import UserError
-from autoencoder.model import SVGAutoencoder
+from autoencoder.common.config import UserError, build
 from autoencoder.sources.folders import list_images
-from svg_t2i.sampling import from_images, steps
+from svg_t2i.sampling import from_images, loading, saved, steps
+from svg_t2i.sampling.components import SVGAutoencoder, SVGDiT
 from svg_t2i.sampling.denoising import strength_start
-from svg_t2i.sampling.from_images import ImageInput, Match
-from svg_t2i.sampling.loading import fetch, find_sources, load_networks, push_pipeline, save_pipeline
-from svg_t2i.sampling.networks import Networks
+from svg_t2i.sampling.from_images import Match
+from svg_t2i.sampling.inputs import CloseUp, ImageInput, as_list, masks_for, prepare_image
+from svg_t2i.sampling.memory import memory_stage
+from svg_t2i.sampling.networks import Networks, check_widths
 from svg_t2i.sampling.options import SamplingOptions, changed, preset_options
-from svg_t2i.sampling.steps import OutputType, StepEnd, SVGT2IOutput
+from svg_t2i.sampling.schedulers import check_scheduler
+from svg_t2i.sampling.steps import OutputType, Running
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.enhance import enhance
-from svg_t2i.transformer.model import SVGDiT
-
-DECODE_PIXELS = 2 * 1024 * 1024
+from svg_t2i.transformer.packing import TextFeatures
 
 PipelineStepEnd = Callable[["SVGT2IPipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
+Prompts = str | Sequence[str]
 
 
-class SVGT2IPipeline:
+@dataclass
+class SVGT2IOutput(BaseOutput):
+    """What a call gives; also output["images"] and output[0].
+
+    images: PIL images; with output_type "np" an array (B, H, W, 3) and with "pt" a tensor (B, 3, H, W), both in [0, 1];
+        with "latent" normalised latents (B, C, h, w). A list of each where sizes differ.
+    seeds: the seed of each image; None where generators or latents were given.
+    """
+
+    images: list[Image.Image] | list[np.ndarray] | np.ndarray | list[Tensor] | Tensor
+    seeds: list[int] | None = None
+
+
+class SVGT2IPipeline(DiffusionPipeline):
     """Text to image, and what starts from images.
 
     Attributes:
-        networks: the autoencoder, the transformer, the text encoder, and where they run.
         options: the sampling settings of calls that name no others; saved with the pipeline.
-        decode_pixels: how many pixels are decoded at once.
 
     Raises:
-        UserError: when latent channels or text widths of the networks do not fit each other.
+        UserError: when latent channels or text widths of the networks do not fit each other, or when the transformer
+            was trained with other networks.
     """
+
+    model_cpu_offload_seq = "text_encoder->transformer->autoencoder"
+    _optional_components = ["scheduler", "guide"]
+    _exclude_from_cpu_offload = ["autoencoder"]  # of the layer by layer kind: it is small
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
         autoencoder: SVGAutoencoder,
         transformer: SVGDiT,
-        text_encoder: TextEncoder,
-        options: SamplingOptions | None = None,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: SchedulerMixin | None = None,
+        guide: SVGDiT | None = None,
+        sampling: SamplingOptions | Mapping[str, Any] | None = None,
+        max_length: int = 256,
     ):
-        self.networks = Networks(autoencoder, transformer, text_encoder)
-        self.options = options or SamplingOptions()
-        self.decode_pixels = DECODE_PIXELS
-        self._progress_bar: dict[str, Any] = {}
+        """autoencoder, transformer, guide: those of `sampling.components`, or the plain networks.
+
+        guide: a weaker transformer for autoguidance (`set_guide`).
+        sampling: the pipeline's `options`. max_length: most tokens kept of a prompt.
+        """
+        super().__init__()
+        check_widths(autoencoder, transformer, text_encoder.config.get_text_config().hidden_size, guide)
+        autoencoder, transformer = SVGAutoencoder.adopt(autoencoder), SVGDiT.adopt(transformer)
+        guide = None if guide is None else SVGDiT.adopt(guide)
+        for network in filter(None, (autoencoder, transformer, guide)):
+            network.eval().requires_grad_(False)
+        self.register_modules(
+            autoencoder=autoencoder, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
+            scheduler=scheduler, guide=guide,
+        )  # fmt: skip
+        self.options = sampling if isinstance(sampling, SamplingOptions) else build(SamplingOptions, sampling)
+        self.register_to_config(sampling=asdict(self.options), max_length=max_length)
+        self._interrupt = False
+        self._prompt_encoder = TextEncoder(text_encoder, tokenizer, max_length)
+        saved.check_fingerprints({"transformer": transformer, "guide": guide}, autoencoder, self._prompt_encoder)
 
     # ------------------------------------------------------------------------------------------- loading and saving
 
@@ -70,15 +116,15 @@ class SVGT2IPipeline:
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         subfolder: str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        autoencoder: str | os.PathLike | None = None,
+        autoencoder: Any = None,
         autoencoder_checkpoint: str | os.PathLike | None = None,
         latent_stats: str | os.PathLike | None = None,
-        text_encoder: str | os.PathLike | None = None,
-        guide: str | os.PathLike | None = None,
+        text_encoder: Any = None,
+        guide: Any = None,
         use_ema: bool = True,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
     ) -> SVGT2IPipeline:
         """Load a saved pipeline (folder or Hub id), a training run, one checkpoint, or the published `pre-trained/`.
 
@@ -88,147 +134,203 @@ class SVGT2IPipeline:
             text_encoder: Hugging Face folder or id. A training checkpoint records its own networks.
             guide: folder of a weaker DiT of the same latents and text features, for autoguidance.
             use_ema: the averaged weights rather than the raw ones.
-            torch_dtype: of transformer and text encoder. Weights of the decoder and all statistics stay fp32.
+            dtype, torch_dtype: of transformer and text encoder, also as text ("bfloat16", "bf16"); fp32 by default.
+                Weights of the autoencoder and all statistics stay fp32.
+            **kwargs: those of `DiffusionPipeline.from_pretrained`: revision, token, cache_dir, local_files_only,
+                variant, device_map, quantization_config, components by name, … Some want a saved pipeline.
 
         Raises:
             UserError: anything missing, or networks whose fingerprints show that they do not belong together.
         """
-        sources = find_sources(
-            fetch(pretrained_model_name_or_path, revision, token),
-            subfolder=subfolder,
-            autoencoder=autoencoder,
-            autoencoder_checkpoint=autoencoder_checkpoint,
-            latent_stats=latent_stats,
-            text_encoder=text_encoder,
-            guide=guide,
-        )
-        *networks, guide_network = load_networks(sources, use_ema, torch_dtype)
-        pipeline = cls(*networks, sources.options)
-        pipeline.set_guide(guide_network)
-        return pipeline
+        dtype = saved.as_dtype(torch_dtype if dtype is None else dtype)
+        folder = loading.fetch(pretrained_model_name_or_path, **loading.download_arguments(kwargs))
+        folder = folder / subfolder if subfolder else folder
+        parts = {
+            "autoencoder": autoencoder, "autoencoder_checkpoint": autoencoder_checkpoint, "latent_stats": latent_stats,
+            "text_encoder": text_encoder, "guide": guide,
+        }  # fmt: skip
+        if saved.is_saved_pipeline(folder):
+            given = loading.load_given(folder, parts, use_ema, dtype)
+            with saved.loading_errors(folder):
+                return super().from_pretrained(
+                    folder, **{"torch_dtype": dtype, "use_safetensors": True}, **given, **kwargs
+                )
+        device = saved.device_alone(kwargs, folder)
+        components = loading.load_networks(loading.find_sources(folder, **parts), use_ema, dtype)
+        return cls(**components, **kwargs).to(device)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write all networks (safetensors, JSON, statistics, fingerprints): all that `from_pretrained` needs."""
-        save_pipeline(self.networks, self.options, save_directory)
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The content of model_index.json. UserError if it names other classes than a pipeline of this kind has."""
+        return saved.checked_index(super().load_config(*args, **kwargs), cls.__name__)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload SVGT2IPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face Hub; returns the commit's address."""
-        where = {"commit_message": commit_message, "private": private, "token": token, "revision": revision}
-        return push_pipeline(self.networks, self.options, repo_id, **where)
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write all networks (safetensors, JSON, statistics, fingerprints): all that `from_pretrained` needs.
+
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` reads it as well. **kwargs: those of
+        diffusers: variant, max_shard_size, push_to_hub, …
+        """
+        self.register_to_config(sampling=asdict(self.options), max_length=self._prompt_encoder.max_length)
+        self.transformer.register_to_config(fingerprints=saved.fingerprints(self.networks))
+        saved.begin(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The content of model_index.json, with the class as `DiffusionPipeline` finds it: in pipeline.py beside."""
+        return saved.with_class(super().to_json_string(), type(self).__name__)
 
     # -------------------------------------------------------------------------------------------------- the networks
 
-    @property
-    def autoencoder(self) -> SVGAutoencoder:
-        """Images ↔ latents."""
-        return self.networks.autoencoder
+    def to(self, *args: Any, **kwargs: Any) -> SVGT2IPipeline:
+        """Move all networks to a device, transformer and text encoder also to a dtype: to("cuda", torch.bfloat16)."""
+        with memory_stage("loading the weights"):
+            return super().to(*args, **kwargs)
 
     @property
-    def transformer(self) -> SVGDiT:
-        """The diffusion transformer."""
-        return self.networks.transformer
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """Prompts → text features."""
-        return self.networks.text_encoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where sampling runs."""
-        return self.networks.device
+    def networks(self) -> Networks:
+        """The networks as the steps of a call use them."""
+        encoder = self._prompt_encoder
+        if (encoder.model, encoder.tokenizer) != (self.text_encoder, self.tokenizer):  # a component was replaced
+            encoder = self._prompt_encoder = TextEncoder(self.text_encoder, self.tokenizer, encoder.max_length)
+        device = self._execution_device
+        return Networks(self.autoencoder, self.transformer, encoder, self.guide, device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of transformer and text encoder."""
-        return self.networks.dtype
+        return self.transformer.dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> SVGT2IPipeline:
-        """Move all networks to a device, transformer and text encoder also to a dtype: to("cuda", torch.bfloat16)."""
-        self.networks.to(*args, **kwargs)
-        return self
-
-    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Text encoder, transformer and autoencoder take turns on `device`; otherwise they are on the CPU."""
-        self.networks.offload_to(device)
-
-    def compile(self, **kwargs: Any) -> None:
-        """Compile the transformer's blocks, for any image size and prompt length; `kwargs` go to torch.compile."""
-        self.networks.compile(**kwargs)
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that is running ends after this step; a callback sets `_interrupt`."""
+        return self._interrupt
 
     def set_guide(self, guide: SVGDiT | None) -> None:
         """Guide away from a weaker model with the same prompt (autoguidance) instead of the unconditional branch."""
-        self.networks.set_guide(guide)
+        if guide is not None:
+            check_widths(self.autoencoder, self.transformer, self._prompt_encoder.hidden_size, guide)
+            guide = SVGDiT.adopt(guide).eval().requires_grad_(False).to(self.transformer.device, self.dtype)
+        self.guide = guide
 
-    def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Options for tqdm, e.g. disable=True."""
-        self._progress_bar |= kwargs
+    def compile(self, **kwargs: Any) -> None:
+        """Compile the transformers' blocks, for any image size and prompt length; `kwargs` go to torch.compile."""
+        for model in filter(None, (self.transformer, self.guide)):
+            model.compile_repeated_blocks(**{"dynamic": True, **kwargs})
 
     # ------------------------------------------------------------------------------------------------- text to image
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        *,
+        prompt: Prompts | None = None,
         height: int | Sequence[int] | None = None,
         width: int | Sequence[int] | None = None,
+        *,
         num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: TextFeatures | Tensor | Sequence[Tensor] | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: TextFeatures | Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        scheduler: SchedulerMixin | None = None,
+        packed: bool = False,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: PipelineStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preset: str | None = None,
         **options: Any,
     ) -> SVGT2IOutput | tuple:
-        """Make `len(prompt) · num_images_per_prompt` images, prompt by prompt, in one packed batch.
+        """Make `len(prompt) · num_images_per_prompt` images, prompt by prompt.
 
         Args:
             prompt: one or several; each is prefixed with the system prompt of `options`.
             height, width: pixels, multiples of 16; or one per prompt.
-            seed: one for the first image (image i uses seed + i within its prompt), or one per image.
+            seed: one for the first image (image i uses seed + i within its prompt), or one per image. None draws new
+                ones; the output names them.
             generator: torch generators instead of seeds: one for all, or one per image.
             latents: starting noise (B, C, height/16, width/16), or a list of (C, h, w), instead of drawing it.
-            output_type, return_dict: see `SVGT2IOutput`; False returns it as a tuple.
+            prompt_embeds, negative_prompt_embeds: text features in place of the texts, of `encode_prompt`: padded
+                (B, L, D) with a mask (B, L), a list of (L, D), or packed.
+            max_sequence_length: most tokens kept of a prompt; None for the pipeline's own limit.
+            scheduler: of diffusers, in place of the solver (`sampling.schedulers`); also a component of the pipeline.
+            packed: let the images share forward passes. Faster for several small images, which then depend on each
+                other in their last bits.
+            output_type, return_dict: see `SVGT2IOutput`; False returns (images,).
             callback_on_step_end: (pipeline, step, t, {"latents", "indices"}) after every step, latents of the images
-                `indices`; a returned {"latents": …} replaces them.
+                `indices`; a returned {"latents": …} replaces them. `pipeline._interrupt = True` ends the call there.
             preset: settings of a model stage (`options.PRESETS`) in place of the pipeline's own.
             **options: fields of `SamplingOptions`: num_inference_steps, guidance_scale, negative_prompt, solver, …
 
         Raises:
             UserError: an argument out of range, named with its value; or out of memory, naming the stage.
         """
-        options |= {name: side for name, side in (("height", height), ("width", width)) if isinstance(side, int)}
-        settings = self._settings(preset, output_type, options)
-        request = steps.plan_request(prompt, height, width, num_images_per_prompt, seed, settings)
+        settings = self._settings(preset, options)
+        watched = callback_on_step_end, callback_on_step_end_tensor_inputs
+        running = self._running(output_type, *watched, scheduler, packed)
+        width_of_texts = self.transformer.config.cap_feat_dim
+        prompts = steps.texts_or_features("prompt", prompt, prompt_embeds, prompt_attention_mask, width_of_texts)
+        request = steps.plan_request(prompts, height, width, num_images_per_prompt, seed, settings)
+        negatives = steps.negative_features(
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            options,
+            settings,
+            len(request.prompts),
+            width_of_texts,
+        )
         settings = settings.repeated(len(request.prompts) // num_images_per_prompt, num_images_per_prompt)
-        conditions = steps.encode_prompts(self.networks, request.prompts, settings)
-        noise = steps.draw_noise(self.networks, request, generator, latents)
-        on_step_end = self._bound(callback_on_step_end)
-        solved = steps.solve(self.networks, noise, conditions, settings, on_step_end, self._progress_bar)
-        return self._output(solved, output_type, return_dict)
+        networks = self.networks
+        texts = {"negatives": negatives, "max_length": max_sequence_length, "packed": packed}
+        conditions = steps.encode_prompts(networks, request.prompts, settings, **texts)
+        noise = steps.draw_noise(networks, request, generator, latents)
+        solved = steps.solve(networks, noise, conditions, settings, running)
+        seeds = request.seeds if generator is None and latents is None else None
+        return self._output(networks, solved, seeds, output_type, return_dict)
+
+    def encode_prompt(
+        self,
+        prompt: Prompts,
+        negative_prompt: Prompts = "",
+        *,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        max_sequence_length: int | None = None,
+        system_prompt: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Text features for a call: prompt_embeds (B, L, D) and their mask (B, L), and those of the negative prompts.
+
+        system_prompt: which one goes before the prompts; None for the pipeline's own.
+        """
+        prompts = steps.as_prompts(prompt)
+        kind = {} if system_prompt is None else {"system_prompt": system_prompt}
+        settings = changed(self.options, {"negative_prompt": negative_prompt, **kind}).repeated(len(prompts), 1)
+        columns = [prompts, settings.negative_prompts(len(prompts))][: 1 + do_classifier_free_guidance]
+        padded = [
+            steps.padded_features(
+                self.networks, column, settings.system_prompt, num_images_per_prompt, max_sequence_length
+            )
+            for column in columns
+        ]
+        self.maybe_free_model_hooks()
+        return *padded[0], *(padded[1] if do_classifier_free_guidance else (None, None))
 
     def enhance(self, prompt: str) -> str:
         """The prompt rewritten in more detail by the causal text encoder; use it with system_prompt="align"."""
-        with self.networks.stage("encoding the prompts", self.text_encoder):
-            return enhance(prompt, self.text_encoder)
+        with steps.stage("encoding the prompts"):
+            written = enhance(prompt, self.networks.text_encoder)
+        self.maybe_free_model_hooks()
+        return written
 
     # ---------------------------------------------------------------------------------------------------- from images
     # Keywords that these share with a text-to-image call (num_images_per_prompt, seed, generator, output_type,
-    # return_dict, callback_on_step_end, preset, and the fields of `SamplingOptions`) mean the same here.
+    # return_dict, callback_on_step_end, scheduler, preset, and the fields of `SamplingOptions`) mean the same here.
 
     def image_to_image(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         image: ImageInput | Sequence[ImageInput],
         *,
         strength: float = 0.6,
@@ -244,76 +346,100 @@ class SVGT2IPipeline:
         self, image: ImageInput | Sequence[ImageInput], *, t: float = 0.3, prompt: str = "", **settings: Any
     ) -> SVGT2IOutput | tuple:
         """Other images like this one: noised to time t in [0, 1) and sampled on; the nearer to 1, the more alike."""
-        images = from_images.as_list(image)
+        images = as_list(image)
         return self._from_images([prompt] * len(images), images, start=t, **settings)
 
     def inpaint(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         image: ImageInput | Sequence[ImageInput],
-        mask_image: ImageInput,
+        mask_image: ImageInput | Sequence[ImageInput],
         *,
         strength: float = 1.0,
+        paste_original: bool = True,
+        padding_mask_crop: int | None = None,
         **settings: Any,
     ) -> SVGT2IOutput | tuple:
         """Repaint the cells where the mask is white; the latents of all other cells stay exactly what they were.
 
-        mask_image: an image of the image's size (a cell is repainted if any of its 16×16 pixels is white), or a
-            tensor of latent cells (H/16, W/16), nonzero where to repaint.
+        mask_image: an image of the image's size, or one per image. A cell of 16×16 pixels is repainted if any of them
+            is more than half white. Or a tensor of latent cells (H/16, W/16), nonzero where to repaint.
         strength: as in `image_to_image`, for the repainted cells.
+        paste_original: take each pixel from the original as far as the mask is black there: exactly where it is all
+            black. False keeps what the decoder makes of the whole image.
+        padding_mask_crop: repaint in close-up: the surroundings of the mask, with this many pixels on each side, are
+            enlarged to height × width, repainted, and put back into the image, which keeps its size.
         """
-        return self._from_images(prompt, image, strength=strength, mask=mask_image, **settings)
+        shared = {"strength": strength, "paste_original": paste_original, **settings}
+        if padding_mask_crop is None:
+            return self._from_images(prompt, image, mask=mask_image, **shared)
+        output_type, return_dict = shared.pop("output_type", "pil"), shared.pop("return_dict", True)
+        padding = steps.as_whole("padding_mask_crop", padding_mask_crop)
+        if padding < 0 or output_type != "pil":
+            raise UserError(f"padding_mask_crop = {padding}: must not be negative, and output_type must be 'pil'")
+        options = self._settings(shared.get("preset"), {name: shared.get(name) for name in ("height", "width")})
+        images, masks = as_list(image), as_list(mask_image)
+        masks = masks * len(images) if len(masks) == 1 else masks
+        parts = [CloseUp.of(one, mask, padding, options.size) for one, mask in zip(images, masks, strict=True)]
+        shared |= {"height": options.height, "width": options.width}
+        painted = self._from_images(prompt, [x.image for x in parts], mask=[x.part for x in parts], **shared)
+        parts = parts * len(steps.as_prompts(prompt)) if len(parts) == 1 else parts
+        each = len(painted.images) // len(parts)
+        images = [parts[i // each].paste(picture) for i, picture in enumerate(painted.images)]
+        return SVGT2IOutput(images, painted.seeds) if return_dict else (images,)
 
     def _from_images(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompts,
         image: ImageInput | Sequence[ImageInput],
         *,
         strength: float | None = None,
         start: float = 0.0,
-        mask: ImageInput | None = None,
+        mask: Any = None,
+        paste_original: bool = False,
         num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        scheduler: SchedulerMixin | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: PipelineStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         preset: str | None = None,
         **options: Any,
     ) -> SVGT2IOutput | tuple:
         """Noise encoded images to `start` (or to where `strength` begins) and sample on, one image per prompt."""
-        if not 0 <= start < 1:
-            raise UserError(f"t = {start}: must lie in [0, 1); 0 is noise, 1 the image itself")
-        if strength is not None and not 0 < strength <= 1:
-            raise UserError(f"strength = {strength}: must be above 0 and at most 1")
-        settings = self._settings(preset, output_type, options)
+        from_images.check_start(start, strength)
+        settings = self._settings(preset, options)
+        running = self._running(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, scheduler)
         prompts, images = from_images.pair_with_prompts(prompt, image, options.get("height"), options.get("width"))
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
         request = steps.plan_request(prompts, heights, widths, num_images_per_prompt, seed, settings)
         settings = settings.repeated(len(prompts), num_images_per_prompt)
-        cells = None
-        if mask is not None:
-            cells = [from_images.prepare_mask(mask, size).to(self.device) for size in request.sizes]
+        masks = None if mask is None else masks_for(mask, request.sizes, num_images_per_prompt)
         starts = [start] * len(request.sizes)
         if strength is not None and strength < 1:
-            starts = [strength_start(settings, size, strength) for size in request.sizes]
-        conditions = steps.encode_prompts(self.networks, request.prompts, settings)
-        clean = [x for x in steps.encode_images(self.networks, images) for _ in range(num_images_per_prompt)]
-        noise = steps.draw_noise(self.networks, request, generator)
-        on_step_end = self._bound(callback_on_step_end)
-        solved = from_images.sample_on(
-            self.networks, clean, noise, starts, conditions, settings, on_step_end, self._progress_bar, cells
-        )
-        return self._output(solved, output_type, return_dict)
+            starts = [strength_start(settings, size, strength, running.scheduler) for size in request.sizes]
+        networks = self.networks
+        conditions = steps.encode_prompts(networks, request.prompts, settings)
+        clean = [x for x in steps.encode_images(networks, images) for _ in range(num_images_per_prompt)]
+        noise = steps.draw_noise(networks, request, generator)
+        cells = None if masks is None else [one.cells.to(networks.device) for one in masks]
+        solved = from_images.sample_on(networks, clean, noise, starts, conditions, settings, running, cells)
+        originals = [x for x in images for _ in range(num_images_per_prompt)]
+        keep = list(zip(originals, (one.pixels for one in masks))) if masks and paste_original else None
+        seeds = request.seeds if generator is None else None
+        return self._output(networks, solved, seeds, output_type, return_dict, keep)
 
     def interpolate(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: Prompts = "",
         image: Sequence[ImageInput] | None = None,
         *,
         weights: int | Sequence[float] = 5,
         t: float = 0.3,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
+        scheduler: SchedulerMixin | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: PipelineStepEnd | None = None,
@@ -333,24 +459,26 @@ class SVGT2IPipeline:
         """
         first_prompt, second_prompt = from_images.interpolation_ends(prompt, image, t)
         shares, start = from_images.interpolation_weights(weights), 0.0
-        settings = self._settings(preset, output_type, options)
+        settings, networks = self._settings(preset, options), self.networks
+        running = self._running(output_type, callback_on_step_end, ("latents",), scheduler)
         if image is not None:
-            first = from_images.prepare_image(image[0], options.get("height"), options.get("width"))
-            pair = [first, from_images.prepare_image(image[1], *first.shape[1:])]
+            first = prepare_image(image[0], options.get("height"), options.get("width"))
+            pair = [first, prepare_image(image[1], *first.shape[1:])]
             settings = changed(settings, {"height": first.shape[1], "width": first.shape[2]})
-        seeds = [seed] * len(shares) if isinstance(seed, int) else seed
+        if seed is None:
+            seed = steps.plan_request(first_prompt, None, None, 1, None, settings).seeds[0]
+        seeds = [seed] * len(shares) if np.ndim(seed) == 0 else seed
         request = steps.plan_request([first_prompt] * len(shares), None, None, 1, seeds, settings)
-        x = steps.draw_noise(self.networks, request)
+        x = steps.draw_noise(networks, request)
         if image is not None:
             start = t
-            left, right = steps.encode_images(self.networks, pair)
+            left, right = steps.encode_images(networks, pair)
             x = [torch.lerp(noise, from_images.slerp(left, right, share), t) for noise, share in zip(x, shares)]
         if start < 1:
             others = None if second_prompt is None else [second_prompt] * len(shares)
-            conditions = steps.encode_prompts(self.networks, request.prompts, settings, others, shares)
-            on_step_end = self._bound(callback_on_step_end)
-            x = steps.solve(self.networks, x, conditions, settings, on_step_end, self._progress_bar, start=start)
-        return self._output(x, output_type, return_dict)
+            conditions = steps.encode_prompts(networks, request.prompts, settings, others, shares)
+            x = steps.solve(networks, x, conditions, settings, running, start=start)
+        return self._output(networks, x, request.seeds, output_type, return_dict)
 
     def retrieve(self, image: ImageInput, folder: str | Path | Sequence[Path], *, top_k: int = 10) -> list[Match]:
         """The images below a folder (or among files) whose latents are most like the query's, best first.
@@ -358,22 +486,53 @@ class SVGT2IPipeline:
         Unreadable files are left out with a warning. Raises UserError if no image is left.
         """
         files = list_images(folder) if isinstance(folder, (str, Path)) else [Path(path) for path in folder]
-        return from_images.nearest_images(self.networks, image, files, top_k)
+        matches = from_images.nearest_images(self.networks, image, files, top_k)
+        self.maybe_free_model_hooks()
+        return matches
 
     # --------------------------------------------------------------------------------------------- shared by the calls
 
-    def _settings(self, preset: str | None, output_type: str, changes: Mapping[str, Any]) -> SamplingOptions:
+    def _settings(self, preset: str | None, changes: Mapping[str, Any]) -> SamplingOptions:
         """The pipeline's options, or a preset's, with changes. UserError for unknown or wrong ones."""
-        steps.check_output_type(output_type)
         return changed(self.options if preset is None else preset_options(preset), changes)
 
-    def _bound(self, callback: PipelineStepEnd | None) -> StepEnd | None:
-        return None if callback is None else partial(callback, self)
+    def _running(
+        self,
+        output_type: str,
+        callback: PipelineStepEnd | None,
+        inputs: Sequence[str],
+        scheduler: Any,
+        packed: bool = False,
+    ) -> Running:
+        """How the steps of a call run; UserError for what cannot be asked for."""
+        steps.check_output_type(output_type)
+        if set(inputs) - set(self._callback_tensor_inputs):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs = {list(inputs)}: choose from {self._callback_tensor_inputs}"
+            )
+        scheduler = self.scheduler if scheduler is None else scheduler
+        if scheduler is not None:
+            check_scheduler(scheduler)
+        self._interrupt = False
+        on_step_end = None if callback is None else partial(callback, self)
+        return Running(packed, scheduler, on_step_end, self.progress_bar, lambda: self._interrupt)
 
-    def _output(self, latents: list[Tensor], output_type: OutputType, return_dict: bool) -> SVGT2IOutput | tuple:
-        """Clean latents (C, h, w) → the output that was asked for."""
+    def _output(
+        self,
+        networks: Networks,
+        latents: list[Tensor],
+        seeds: list[int] | None,
+        output_type: OutputType,
+        return_dict: bool,
+        keep: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> SVGT2IOutput | tuple:
+        """Clean latents (C, h, w) → the output that was asked for; `keep`: originals and the new images' share."""
         if output_type == "latent":
             images: Any = steps.stack(latents)
         else:
-            images = steps.as_output_type(steps.decode_latents(self.networks, latents, self.decode_pixels), output_type)
-        return SVGT2IOutput(images) if return_dict else (images,)
+            pictures = steps.decode_latents(networks, latents)
+            if keep is not None:
+                pictures = [torch.lerp(old.to(new), new, share.to(new)) for new, (old, share) in zip(pictures, keep)]
+            images = steps.as_output_type(pictures, output_type)
+        self.maybe_free_model_hooks()
+        return SVGT2IOutput(images, seeds) if return_dict else (images,)

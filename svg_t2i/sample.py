@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -35,13 +35,15 @@ from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from autoencoder.sources.folders import list_images
 from svg_t2i.flow.solvers import SOLVERS
-from svg_t2i.pipeline import DECODE_PIXELS, SVGT2IPipeline
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
-from svg_t2i.sampling.from_images import crop_image, prepare_mask
+from svg_t2i.sampling.inputs import crop_image, prepare_mask
 from svg_t2i.sampling.loading import fetch, find_sources
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 from svg_t2i.text.files import Prompt, read_prompts
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, which --help need not wait for
+    from svg_t2i.pipeline import SVGT2IPipeline
 
 SUB_COMMANDS = {
     "generate": "images of prompts; what is done without a sub-command",
@@ -92,6 +94,8 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
+    from svg_t2i.pipeline import SVGT2IPipeline
+
     return SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
         **_parts(arguments),
@@ -119,7 +123,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="default: cuda when there is one")
     model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
-    model.add_argument("--decode_pixels", type=int, default=DECODE_PIXELS, help="pixels decoded at once")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,14 +188,14 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         what.add_argument("--resolution", metavar="[CATEGORY:]WxH", nargs=several, help=size)
         what.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt and resolution")
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
-        what.add_argument("--batch_size", type=int, default=4, help="images in one packed batch")
+        what.add_argument("--batch_size", type=int, default=4, help="images in one call")
         add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder to write")
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse numbers out of range, before any file is opened."""
-    require_positive(arguments, "num_images_per_prompt", "batch_size", "decode_pixels", "top_k", "limit")
+    require_positive(arguments, "num_images_per_prompt", "batch_size", "top_k", "limit")
     require_positive(arguments, "num_images", "images_per_scene")
     last = 1 if arguments.command == "interpolate" else math.nextafter(1, 0)
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -239,7 +242,6 @@ def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2I
         pipeline.to(device)
     if arguments.compile:
         pipeline.compile()
-    pipeline.decode_pixels = arguments.decode_pixels
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -104,11 +104,13 @@ def toy_pipeline(toy_parts):
     transformer = SVGDiT(DiTConfig(in_channels=32, cap_feat_dim=32, **sizes))
     for parameter in transformer.parameters():  # the published initialisation predicts zero: nothing would be tested
         parameter.data += 0.05 * torch.randn_like(parameter)
+    text = TextEncoder.from_pretrained(toy_parts / "text_encoder")
     pipeline = SVGT2IPipeline(
         SVGAutoencoder.from_pretrained(toy_parts / "autoencoder"),
         transformer,
-        TextEncoder.from_pretrained(toy_parts / "text_encoder"),
-        SamplingOptions(height=32, width=48, num_inference_steps=4, guidance_scale=3.0),
+        text.model,
+        text.tokenizer,
+        sampling=SamplingOptions(height=32, width=48, num_inference_steps=4, guidance_scale=3.0),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

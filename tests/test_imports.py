@@ -38,7 +38,10 @@ COMMANDS = {
 }
 # Heavy or process-wide libraries, and the only rooms or modules that may import them.
 ONLY_IN = {
-    "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score"},
+    "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score", "svg_t2i.pipeline"},
+    "diffusers": {
+        "svg_t2i.pipeline", "svg_t2i.sampling.components", "svg_t2i.sampling.inputs", "svg_t2i.sampling.schedulers",
+    },
     "tokenizers": {"svg_t2i.text.toy"},
     "timm": {"autoencoder.encoders"},
     "pytorch_lightning": {"autoencoder.training"},
@@ -49,7 +52,7 @@ ONLY_IN = {
     "pyarrow": {"autoencoder.sources.tables"},
     "datasets": {"autoencoder.sources.hub"},
     "gradio": {"svg_t2i.web.page"},
-    "huggingface_hub": {"svg_t2i.sampling.loading"},
+    "huggingface_hub": {"svg_t2i.sampling.loading", "svg_t2i.checkpoints.weights"},
     "torch.distributed": {
         "autoencoder.common.processes", "autoencoder.training", "svg_t2i.checkpoints", "svg_t2i.training",
     },

@@ -142,7 +142,7 @@ def load_autoencoder(arguments: argparse.Namespace, device: torch.device, stats:
 
 def warn_of_batch_statistics(autoencoder: SVGAutoencoder, batch_size: int) -> None:
     """Say that latents depend on the batch, where a residual branch normalises over it (as published)."""
-    residual = autoencoder.config.extra_vit_config
+    residual = autoencoder.model_config.extra_vit_config
     if residual is not None and residual.use_outnorm and residual.outnorm == "batch" and batch_size > 1:
         logger.warning(
             "extra_vit_config.outnorm is batch, as published: the residual latents of an image depend on the %d images "

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, build, to_dict
@@ -23,7 +23,6 @@ from autoencoder.common.weights import read_state_dict, write_json
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.index import SafeReader
 from svg_t2i.checkpoints.run import (
-    FORMAT,
     META,
     newest_checkpoint,
     read_checkpoint_meta,
@@ -34,7 +33,11 @@ from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_di
 
 log = logging.getLogger(__name__)
 
-EXPORT_CONFIG, EXPORT_WEIGHTS = "config.json", "model.safetensors"
+EXPORT_CONFIG = "config.json"
+# The files of a diffusers model: one, or several with an index. Exports of before have one of another name.
+EXPORT_WEIGHTS, OLD_EXPORT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+EXPORT_INDEX = f"{EXPORT_WEIGHTS}.index.json"
+MAX_SHARD_SIZE = "10GB"  # diffusers' own
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,15 @@ def _part(meta: Mapping[str, Any], ema: bool | float, folder: Path) -> str:
 
 
 def _read_export_meta(folder: Path) -> dict[str, Any]:
+    """`model_args` and `fingerprints` of config.json, which holds the sizes themselves as diffusers wants them."""
     path = folder / EXPORT_CONFIG
     try:
         meta = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); export the model again") from error
+    if isinstance(meta, dict) and meta.get("_class_name") == SVGDiT.__name__:
+        sizes = {key: value for key, value in meta.items() if not key.startswith("_") and key != "fingerprints"}
+        return {"model_args": sizes, "fingerprints": meta.get("fingerprints") or {}}
     if not isinstance(meta, dict) or "model_args" not in meta:
         raise UserError(f"{path}: not the config.json of an exported DiT (it names no model_args)")
     return meta
@@ -85,7 +92,25 @@ def _read_export_meta(folder: Path) -> dict[str, Any]:
 def _read_export(folder: Path, ema: bool | float) -> TransformerFile:
     meta = _read_export_meta(folder)
     config = build(DiTConfig, meta["model_args"], source=str(folder / EXPORT_CONFIG))
-    return TransformerFile(config, read_state_dict(folder / EXPORT_WEIGHTS, "exported DiT"), meta)
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        state |= read_state_dict(path, "exported DiT")
+    return TransformerFile(config, state, meta)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of an export's weights. UserError for an index that names anything but files beside it."""
+    index = folder / EXPORT_INDEX
+    if not index.is_file():
+        old = folder / OLD_EXPORT_WEIGHTS
+        return [old if old.is_file() else folder / EXPORT_WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is broken ({error!r}); export the model again") from error
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index} is refused: its weights are not files beside it ({', '.join(map(str, names))[:200]})")
+    return [folder / name for name in names]
 
 
 def _read_published(folder: Path, ema: bool | float) -> TransformerFile:
@@ -182,15 +207,21 @@ def check_fingerprints(folder: str | os.PathLike, autoencoder: Mapping[str, Any]
     Raises:
         UserError: naming the recorded and the present fingerprint.
     """
-    recorded = read_meta(folder).get("fingerprints", {})
-    before = {f"autoencoder's {key}": value for key, value in recorded.get("autoencoder", {}).items()}
+    compare_fingerprints(read_meta(folder).get("fingerprints", {}), autoencoder, text_encoder, str(folder))
+
+
+def compare_fingerprints(
+    recorded: Mapping[str, Any], autoencoder: Mapping[str, Any], text_encoder: str | None, source: str
+) -> None:
+    """`check_fingerprints` of what `source` recorded; a text encoder of None is not compared."""
+    before = {f"autoencoder's {key}": value for key, value in (recorded.get("autoencoder") or {}).items()}
     now: dict[str, Any] = {f"autoencoder's {key}": value for key, value in autoencoder.items()}
-    if "text_encoder" in recorded:
+    if recorded.get("text_encoder") and text_encoder is not None:
         before["text encoder"], now["text encoder"] = recorded["text_encoder"], text_encoder
     other = [f"{name} was {before[name]} and is {now.get(name)}" for name in before if before[name] != now.get(name)]
     if other:
         raise UserError(
-            f"{folder} was trained with other frozen networks than those loaded now: {'; '.join(other)}; "
+            f"{source} was trained with other frozen networks than those loaded now: {'; '.join(other)}; "
             "give the ones it was trained with, or start a new run from it with init_from"
         )
 
@@ -224,7 +255,7 @@ def init_from(model: nn.Module, folder: str | os.PathLike) -> TransformerFile:
 
 
 def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
-    """Write `out/config.json` and `out/model.safetensors` from anything `read_transformer` reads.
+    """Write a folder that diffusers' models have (`save_transformer`) from anything `read_transformer` reads.
 
     Raises:
         UserError: as `load_transformer`, or if `out` is not empty.
@@ -262,11 +293,13 @@ def save_transformer(
     autoencoder_fingerprint: Mapping[str, Any] | None = None,
     text_fingerprint: str | None = None,
 ) -> Path:
-    """Write `config.json` and `model.safetensors`, with the fingerprints of what the model belongs to, if known."""
+    """Write config.json and weights as diffusers does, with the fingerprints of what the model belongs to, if known."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     fingerprints = {"autoencoder": autoencoder_fingerprint, "text_encoder": text_fingerprint}
     known = {name: value for name, value in fingerprints.items() if value is not None}
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, out / EXPORT_WEIGHTS)
-    write_json({"format": FORMAT, "model_args": to_dict(model.config), "fingerprints": known}, out / EXPORT_CONFIG)
+    pattern = EXPORT_WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    save_torch_state_dict(model.state_dict(), out, filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE)
+    config = {"_class_name": SVGDiT.__name__, **to_dict(model.config), "fingerprints": known}
+    write_json(config, out / EXPORT_CONFIG)
     return out

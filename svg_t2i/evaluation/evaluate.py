@@ -133,7 +133,7 @@ def sample_batch(
     pipeline: SVGT2IPipeline, prompts: Sequence[str], batch: range, seed: int, sampling: SamplingOptions
 ) -> list[Image.Image]:
     """The images number `batch` of a run over `prompts`, made together. Image i has seed + i."""
-    return pipeline([prompts[i] for i in batch], seed=[seed + i for i in batch], **asdict(sampling)).images
+    return pipeline([prompts[i] for i in batch], seed=[seed + i for i in batch], packed=True, **asdict(sampling)).images
 
 
 def render(pipeline: SVGT2IPipeline, prompts: Sequence[str], settings: EvaluationConfig, world: World) -> Tensor:

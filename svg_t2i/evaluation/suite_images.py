@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -17,9 +17,11 @@ from autoencoder.common.weights import write_json
 from autoencoder.images.files import save_png
 from svg_t2i.evaluation.evaluate import own_batches, sample_batch
 from svg_t2i.evaluation.suites import SuiteName, SuitePrompt, complete, image_path
-from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
 from svg_t2i.sampling.options import SamplingOptions
+
+if TYPE_CHECKING:
+    from svg_t2i.pipeline import SVGT2IPipeline
 
 
 def generate(

@@ -1,20 +1,24 @@
 """From noise to latents: the guided transformer as a velocity on packed tokens, and the solvers run on it.
 
-Images of all sizes with captions of all lengths are one packed batch; conditional and unconditional branch run in one
-forward pass. What does not depend on time, the captions behind the context refiner, is computed once.
+Conditional and unconditional branch of an image are one packed forward pass. By default every image has its own, so
+that it does not depend on the others to the last bit; with `packed`, images of all sizes with captions of all lengths
+share one. What does not depend on time, the captions behind the context refiner, is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoencoder.common.config import UserError
 from svg_t2i.flow.guidance import guided_velocity
 from svg_t2i.flow.paths import expand_samples
 from svg_t2i.flow.solvers import SOLVERS, sample, solver_times
+from svg_t2i.sampling import schedulers
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import RefinedText, Sizes, TextFeatures
@@ -61,9 +65,16 @@ class Conditions:
             captions=pick(self.captions) if self.captions else (),
         )
 
-    def refined_for(self, model: SVGDiT) -> Conditions:
+    def refined_for(self, model: SVGDiT, packed: bool) -> Conditions:
         """With the texts behind the model's context refiner, each of them once."""
-        return replace(self, texts=model.refine(self.texts))
+        return replace(self, texts=refine(model, self.texts, packed))
+
+
+def refine(model: SVGDiT, texts: TextFeatures, packed: bool) -> RefinedText:
+    """All texts behind the context refiner, in one pass, or in one each where they must not depend on the others."""
+    if packed:
+        return model.refine(texts)
+    return TextFeatures.cat([model.refine(texts.select([i])) for i in range(len(texts.lengths))])
 
 
 class Denoiser:
@@ -123,9 +134,9 @@ class Denoiser:
         )
 
 
-def same_grid_groups(options: SamplingOptions, sizes: Sizes) -> list[list[int]]:
+def same_grid_groups(options: SamplingOptions, sizes: Sizes, scheduler: Any = None) -> list[list[int]]:
     """Which images can be solved together: equal time shift; one by one where the solver adapts its step to them."""
-    if SOLVERS[options.solver].adaptive:
+    if scheduler is None and SOLVERS[options.solver].adaptive:
         return [[i] for i in range(len(sizes))]
     groups: dict[float | None, list[int]] = {}
     for i, (h, w) in enumerate(sizes):
@@ -133,22 +144,38 @@ def same_grid_groups(options: SamplingOptions, sizes: Sizes) -> list[list[int]]:
     return list(groups.values())
 
 
-def count_steps(options: SamplingOptions, sizes: Sizes, start: float = 0.0) -> int:
+def count_steps(options: SamplingOptions, sizes: Sizes, start: float = 0.0, scheduler: Any = None) -> int:
     """How often a step callback will be called for images of these latent sizes."""
-    groups = same_grid_groups(options, sizes)
-    return sum(len(_times(options, sizes[rows[0]], start)) - 1 for rows in groups)
+    grids = (_times(options, sizes[rows[0]], scheduler) for rows in same_grid_groups(options, sizes, scheduler))
+    return sum(t > max(start, times[0]) for times in grids for t in times)
 
 
-def _times(options: SamplingOptions, size: tuple[int, int], start: float) -> list[float]:
+def _times(options: SamplingOptions, size: tuple[int, int], scheduler: Any) -> list[float]:
     shift = options.shift_for(size[0] * size[1])
-    return solver_times(options.solver, options.num_inference_steps, shift, start)
+    if scheduler is not None:
+        return schedulers.prepare(scheduler, options.num_inference_steps, shift)[1]
+    return solver_times(options.solver, options.num_inference_steps, shift)
 
 
-def strength_start(options: SamplingOptions, size: tuple[int, int], strength: float) -> float:
-    """The time where the last `strength` of the steps begins, as in diffusers' image-to-image; size (h, w) cells."""
-    times = _times(options, size, 0.0)
+def strength_start(options: SamplingOptions, size: tuple[int, int], strength: float, scheduler: Any = None) -> float:
+    """The time where the last `strength` of the steps begins, as in diffusers' image-to-image; size (h, w) cells.
+
+    Raises:
+        UserError: that is less than one step.
+    """
+    times = _times(options, size, scheduler)
     steps = len(times) - 1
-    return times[steps - max(1, round(strength * steps))]
+    if strength * steps < 1:
+        raise UserError(f"strength = {strength}: of {steps} steps that is less than one; at least {1 / steps:.3g}")
+    return times[steps - round(strength * steps)]
+
+
+class Interrupted(Exception):
+    """Ends a solution before its time; carries the packed latents at hand."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.tokens = tokens
 
 
 @torch.inference_mode()
@@ -162,6 +189,9 @@ def denoise(
     known: Sequence[Tensor] | None = None,
     repaint: Sequence[Tensor] | None = None,
     on_step: StepCallback | None = None,
+    interrupted: Callable[[], bool] = bool,
+    scheduler: Any = None,
+    packed: bool = False,
 ) -> list[Tensor]:
     """Solve dx/dt = v(x, t) from `start` to t = 1 for every image.
 
@@ -170,29 +200,44 @@ def denoise(
         known, repaint: for inpainting. Clean latents (C, h, w) and a mask (h, w) an image: where the mask is 0, the
             straight path from the given x to the known latents is followed instead of the model.
         on_step: (step, t, latents of this group, their indices) after each step; may return changed latents.
+        interrupted: asked after each step; the first true answer ends the solution, with the latents as they are.
+        scheduler: a scheduler of diffusers instead of the solver of `options` (`schedulers`).
+        packed: whether images may share a forward pass, which small ones are faster in.
 
     Returns:
         Normalised latents (C, h, w) per image.
     """
     sizes = tuple((x.shape[1], x.shape[2]) for x in latents)
     finished: list[Tensor] = list(latents)
-    guide_texts = None if conditions.guide is None else conditions.guide.refine(conditions.texts)
-    conditions = conditions.refined_for(transformer)
-    for rows in same_grid_groups(options, sizes):
+    guide_texts = None if conditions.guide is None else refine(conditions.guide, conditions.texts, packed)
+    conditions = conditions.refined_for(transformer, packed)
+    for rows in same_grid_groups(options, sizes, scheduler):
+        if interrupted():
+            break
         group = tuple(sizes[row] for row in rows)
         x, _ = transformer.pack([latents[row] for row in rows])
-        velocity = _velocity(transformer, sizes, conditions, guide_texts, rows, options)
+        velocity = _velocity(transformer, sizes, conditions, guide_texts, rows, options, packed)
         if known is not None:
             target, _ = transformer.pack([known[row] for row in rows])
             mask, _ = transformer.pack([repaint[row].to(x.dtype).expand_as(known[row]) for row in rows])
             velocity = _inpainting(velocity, x, target, mask, start)
 
         def report(step: int, t: float, tokens: Tensor, rows=rows, group=group) -> Tensor | None:
-            replaced = on_step(step, t, transformer.unpack(tokens, group), rows)
-            return None if replaced is None else transformer.pack(replaced)[0]
+            replaced = on_step(step, t, transformer.unpack(tokens, group), rows) if on_step else None
+            tokens = tokens if replaced is None else transformer.pack(replaced)[0]
+            if interrupted():
+                raise Interrupted(tokens)
+            return tokens
 
         shift = options.shift_for(group[0][0] * group[0][1])
-        x = sample(options.solver, velocity, x, options.num_inference_steps, shift, on_step and report, start)
+        try:
+            if scheduler is not None:
+                prepared, times = schedulers.prepare(scheduler, options.num_inference_steps, shift)
+                x = schedulers.integrate(prepared, times, velocity, x, report, start)
+            else:
+                x = sample(options.solver, velocity, x, options.num_inference_steps, shift, report, start)
+        except Interrupted as end:
+            x = end.tokens
         if known is not None:
             x = torch.lerp(target, x, mask)
         for row, solved in zip(rows, transformer.unpack(x, group), strict=True):
@@ -207,10 +252,14 @@ def _velocity(
     guide_texts: RefinedText | None,
     rows: Sequence[int],
     options: SamplingOptions,
+    packed: bool,
 ) -> Callable[[Tensor, float], Tensor]:
-    """The guided velocity of packed tokens of the images `rows`: of all at once, on a CPU of a few after another."""
-    few = [list(rows)]
-    if conditions.texts.features.device.type == "cpu":
+    """The guided velocity of packed tokens of the images `rows`: of one after another, or of all at once.
+
+    What is `packed` is on a CPU a few at once.
+    """
+    few = [list(rows)] if packed else [[row] for row in rows]
+    if packed and conditions.texts.features.device.type == "cpu":
         few = _few_at_once(sizes, rows, CPU_NUMBERS // transformer.config.dim)
     denoisers = [
         Denoiser(transformer, [sizes[row] for row in some], conditions.select(some), guide_texts) for some in few

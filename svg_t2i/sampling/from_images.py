@@ -1,40 +1,27 @@
-"""Sampling that starts from images: their preparation, and the steps that text to image does not have.
-
-Images are PIL images, files, or tensors (3, H, W) in [0, 1]. Their sides are cropped to multiples of 16 pixels.
-"""
+"""Sampling that starts from images: the steps that text to image does not have."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from autoencoder.common.config import UserError
-from autoencoder.images.files import (
-    LATENT_PIXELS,
-    ImageError,
-    crop_square,
-    crop_to_size,
-    load_image,
-    to_float,
-    to_rgb,
-    to_uint8_tensor,
-)
+from autoencoder.images.files import ImageError, crop_square, load_image
 from svg_t2i.sampling.denoising import Conditions
+from svg_t2i.sampling.inputs import ImageInput, as_list, prepare_image, to_rgb_image
 from svg_t2i.sampling.networks import Networks
-from svg_t2i.sampling.options import SamplingOptions, check_side
-from svg_t2i.sampling.steps import StepEnd, encode_images, solve
+from svg_t2i.sampling.options import SamplingOptions
+from svg_t2i.sampling.steps import Running, as_prompts, encode_images, solve
 
 log = logging.getLogger(__name__)
 
-ImageInput = Image.Image | str | Path | Tensor
 EMBEDDING_SIZE, EMBEDDING_BATCH = 256, 16
 
 
@@ -46,6 +33,14 @@ class Match:
     similarity: float
 
 
+def check_start(start: float, strength: float | None) -> None:
+    """UserError for a time outside [0, 1), or a strength outside (0, 1]."""
+    if not 0 <= start < 1:
+        raise UserError(f"t = {start}: must lie in [0, 1); 0 is noise, 1 the image itself")
+    if strength is not None and not 0 < strength <= 1:
+        raise UserError(f"strength = {strength}: must be above 0 and at most 1")
+
+
 def pair_with_prompts(
     prompt: str | Sequence[str],
     image: ImageInput | Sequence[ImageInput],
@@ -53,7 +48,7 @@ def pair_with_prompts(
     width: int | None = None,
 ) -> tuple[list[str], list[Tensor]]:
     """Prompts, and as many prepared images. UserError unless there is one image, or one per prompt."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = as_prompts(prompt)
     images = [prepare_image(one, height, width) for one in as_list(image)]
     if len(images) == 1:
         images *= len(prompts)
@@ -69,8 +64,7 @@ def sample_on(
     starts: Sequence[float],
     conditions: Conditions,
     options: SamplingOptions,
-    on_step_end: StepEnd | None = None,
-    progress_bar: Mapping[str, Any] | None = None,
+    running: Running,
     repaint: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Noise the latents `clean` (C, h, w) to their start times and solve from there.
@@ -84,10 +78,8 @@ def sample_on(
         inpainting: dict[str, Any] = {}
         if repaint is not None:
             inpainting = {"known": [clean[i] for i in rows], "repaint": [repaint[i] for i in rows]}
-        ends = solve(
-            networks, x, conditions.select(rows), options, on_step_end, progress_bar,
-            start=start, rows=rows, **inpainting,
-        )  # fmt: skip
+        chosen = conditions.select(rows)
+        ends = solve(networks, x, chosen, options, running, start=start, rows=rows, **inpainting)
         for i, end in zip(rows, ends, strict=True):
             solved[i] = end
     return solved
@@ -95,7 +87,7 @@ def sample_on(
 
 def embed_images(networks: Networks, images: Sequence[ImageInput]) -> Tensor:
     """Unit vectors (B, C) that are near for pictures of like things: normalised latents averaged over the cells."""
-    latents = encode_images(networks, [prepare_image(image) for image in images])
+    latents = encode_images(networks, [prepare_image(image) for image in images], packed=True)
     return F.normalize(torch.stack([x.mean(dim=(1, 2)) for x in latents]), dim=1)
 
 
@@ -136,63 +128,6 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     left = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / divisor)
     right = torch.where(straight, share, (share * angle).sin() / divisor)
     return (left * a + right * b) * torch.lerp(*lengths, share)
-
-
-def prepare_image(image: ImageInput, height: int | None = None, width: int | None = None) -> Tensor:
-    """(3, H, W) in [-1, 1], cropped in the middle to the size given, or else to the multiples of 16 below its own."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise UserError(f"image tensors are float (3, H, W) in [0, 1], got {tuple(image.shape)} {image.dtype}")
-        check_side("image height", image.shape[1])
-        check_side("image width", image.shape[2])
-        if image.min() < 0 or image.max() > 1:
-            raise UserError(f"image tensors lie in [0, 1]; got values from {image.min():.3g} to {image.max():.3g}")
-        return 2 * image.float() - 1
-    return to_float(to_uint8_tensor(crop_image(image, height, width)))
-
-
-def crop_image(image: Image.Image | str | Path, height: int | None = None, width: int | None = None) -> Image.Image:
-    """An image or file scaled and cropped in the middle to the size given, or cropped to multiples of 16 below its own.
-
-    Raises:
-        UserError: unreadable, or smaller than 16 pixels.
-    """
-    picture = to_rgb_image(image)
-    size = [given or own // LATENT_PIXELS * LATENT_PIXELS for given, own in zip((width, height), picture.size)]
-    for name, side in zip(("image width", "image height"), size):
-        check_side(name, side)
-    return crop_to_size(picture, tuple(size))
-
-
-def prepare_mask(mask: ImageInput, size: tuple[int, int]) -> Tensor:
-    """Latent cells (h, w) to repaint, 1 or 0, from a mask image or a tensor of cells; UserError if there are none."""
-    h, w = size
-    if isinstance(mask, Tensor):
-        if mask.shape != (h, w):
-            raise UserError(f"mask of {tuple(mask.shape)} cells: the image has {h}×{w} (height/16 × width/16)")
-        cells = (mask != 0).float()
-    else:
-        picture = mask if isinstance(mask, Image.Image) else load_image(mask)
-        white = crop_to_size(picture.convert("L").convert("RGB"), (w * LATENT_PIXELS, h * LATENT_PIXELS))
-        pixels = (to_uint8_tensor(white)[:1] > 127).float()  # (1, H, W)
-        cells = F.max_pool2d(pixels, LATENT_PIXELS)[0]  # (h, w)
-    if not cells.any():
-        raise UserError("the mask is black everywhere: nothing to repaint; white marks what to repaint")
-    return cells
-
-
-def to_rgb_image(image: ImageInput) -> Image.Image:
-    """A PIL image or file as RGB, upright. UserError for tensors, which have no size to be changed to."""
-    if isinstance(image, Tensor):
-        raise UserError("an image tensor cannot be resized here; give a PIL image or a file")
-    return to_rgb(image, turn=True) if isinstance(image, Image.Image) else load_image(image)
-
-
-def as_list(image: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """One image or several, also as a tensor (B, 3, H, W), as a list."""
-    if isinstance(image, Tensor) and image.ndim == 4:
-        return list(image)
-    return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
 def interpolation_ends(

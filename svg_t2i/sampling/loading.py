@@ -2,18 +2,16 @@
 
 `find_sources` knows four layouts:
 
-    a saved pipeline      model_index.json, transformer/, autoencoder/, text_encoder/
+    a saved pipeline      model_index.json, transformer/, autoencoder/, text_encoder/, tokenizer/ (`saved`)
     a training run        checkpoints/…, or one checkpoint; it recorded its autoencoder and text encoder
-    an exported DiT       config.json, model.safetensors; name the other parts
+    an exported DiT       config.json, diffusion_pytorch_model.safetensors; name the other parts
     the published one     pre-trained/autoencoder/*.yaml, *.ckpt; DiT folders with model_args.pth anywhere below;
                           dinov3_s16p_layer_patchtoken_stats_dist.pt; optionally a gemma-2-2b folder
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,21 +19,17 @@ from typing import Any
 
 import torch
 
-from autoencoder.common.config import UserError, build, find_config, first_line, locate, to_dict
+from autoencoder.common.config import UserError, build, find_config, first_line, locate
 from autoencoder.common.hub import announce, folder_or_hub_name, nearest
-from autoencoder.common.weights import write_json
-from autoencoder.model import SVGAutoencoder
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints import weights as checkpoints
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.sampling.memory import memory_stage
-from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
+from svg_t2i.sampling.saved import read_old_index
 from svg_t2i.text.encoder import TextEncoder
-from svg_t2i.text.loading import checked_source
-from svg_t2i.transformer.model import SVGDiT
+from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
 
-INDEX = "model_index.json"
 DEFAULT_AUTOENCODER = "P_stage3_1024"
 AUTOENCODER_OF_STAGE = {"stage1": "P_stage1_256", "stage2": "P_stage2_512"}
 PUBLISHED_STATS = "dinov3_s16p_layer_patchtoken_stats_dist.pt"
@@ -64,8 +58,16 @@ class Sources:
         checked_source(self.text_encoder.path)
 
 
-def fetch(name: str | os.PathLike, revision: str | None = None, token: str | None = None) -> Path:
+def download_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What concerns a download, taken out of the arguments of a call."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+    return {name: arguments.pop(name) for name in names if arguments.get(name) is not None}
+
+
+def fetch(name: str | os.PathLike, **download: Any) -> Path:
     """`name` as a local folder; a Hub id `owner/name` that is no folder here is downloaded (or found in the cache).
+
+    download: revision, token, cache_dir, local_files_only, force_download, as everywhere.
 
     Raises:
         UserError: there is no such folder, and the Hub has it neither.
@@ -81,7 +83,7 @@ def fetch(name: str | os.PathLike, revision: str | None = None, token: str | Non
 
     announce(source)
     try:
-        return Path(snapshot_download(source, revision=revision, token=token))
+        return Path(snapshot_download(source, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"checkpoint = {source!r}: no such folder here{nearest(source)}, and the Hugging Face Hub did not give it: "
@@ -112,7 +114,7 @@ def find_sources(
 
 
 def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
-    index = read_index(folder)
+    index = read_old_index(folder)
     if index is not None:
         options, max_length = index
         return Sources(
@@ -211,13 +213,11 @@ def _require_value(name: str, recorded: Any, where: object) -> None:
         raise UserError(f"{where} was trained with {name} = {recorded!r}, written so; give {name} (--{name}) yourself")
 
 
-# ---------------------------------------------------------------------------------------------- loading and saving
+# ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load_networks(
-    sources: Sources, use_ema: bool, torch_dtype: torch.dtype
-) -> tuple[SVGAutoencoder, SVGDiT, TextEncoder, SVGDiT | None]:
-    """Autoencoder, transformer, text encoder, and the guide or None, on the CPU.
+def load_networks(sources: Sources, use_ema: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of a pipeline: its networks, on the CPU, and its settings.
 
     Raises:
         UserError: anything missing, or networks whose fingerprints show that they do not belong together.
@@ -226,62 +226,48 @@ def load_networks(
     text = sources.text_encoder
     with memory_stage("loading the weights"):
         autoencoder = sources.autoencoder.load()
-        text_encoder = TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=torch_dtype)
+        encoder = TextEncoder.from_pretrained(text.path, max_length=text.max_length, dtype=dtype)
         loaded = []
         for folder in filter(None, (sources.transformer, sources.guide)):
-            checkpoints.check_fingerprints(folder, autoencoder.fingerprint(), text_encoder.fingerprint())
-            loaded.append(checkpoints.load_transformer(folder, ema=use_ema).to(torch_dtype))
-    transformer, *guide = loaded
-    return autoencoder, transformer, text_encoder, guide[0] if guide else None
-
-
-def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
-    """Sampling defaults and caption limit of a saved pipeline; None if `folder` is none."""
-    path = folder / INDEX
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        max_length = int(content.get("max_length", TextSource().max_length))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is broken ({error}); save the pipeline again") from error
-    return build(SamplingOptions, content.get("sampling", {}), source=str(path)), max_length
-
-
-def save_pipeline(networks: Networks, options: SamplingOptions, folder: str | os.PathLike) -> None:
-    """Write the layout of a saved pipeline; the index last, so that a folder with one is complete."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX).unlink(missing_ok=True)
-    networks.autoencoder.save_pretrained(folder / "autoencoder")
-    checkpoints.save_transformer(
-        networks.transformer,
-        folder / "transformer",
-        autoencoder_fingerprint=networks.autoencoder.fingerprint(),
-        text_fingerprint=networks.text_encoder.fingerprint(),
-    )
-    networks.text_encoder.save_pretrained(folder / "text_encoder")
-    content = {
-        "_class_name": "SVGT2IPipeline",
-        "max_length": networks.text_encoder.max_length,
-        "sampling": to_dict(options),
+            checkpoints.check_fingerprints(folder, autoencoder.fingerprint(), encoder.fingerprint())
+            loaded.append(load_component(folder, use_ema, dtype))
+    return {
+        "autoencoder": autoencoder,
+        "transformer": loaded[0],
+        "guide": loaded[1] if sources.guide else None,
+        "text_encoder": encoder.model,
+        "tokenizer": encoder.tokenizer,
+        "sampling": sources.options,
+        "max_length": text.max_length,
     }
-    write_json(content, folder / INDEX)
 
 
-def push_pipeline(networks: Networks, options: SamplingOptions, repo_id: str, **where: Any) -> str:
-    """Save to a temporary folder and upload it; returns the commit's address. See `SVGT2IPipeline.push_to_hub`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def load_given(folder: Path, parts: Mapping[str, Any], use_ema: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """The components of a saved pipeline that the caller names otherwise: by a path, or as they are.
 
-    api = HfApi(token=where["token"])
-    with tempfile.TemporaryDirectory() as folder:
-        save_pipeline(networks, options, folder)
-        try:
-            repo_id = api.create_repo(repo_id, private=where["private"], exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=where["commit_message"], revision=where["revision"]
-            )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise UserError(f"push_to_hub({repo_id!r}) failed: {error}; sign in with `hf auth login`") from error
-    return str(commit.commit_url)
+    Raises:
+        UserError: anything missing.
+    """
+    given = {name: part for name, part in parts.items() if part is not None}
+    components = {name: part for name, part in given.items() if not isinstance(part, (str, os.PathLike))}
+    paths = {name: str(part) for name, part in given.items() if name not in components}
+    if {"autoencoder", "autoencoder_checkpoint", "latent_stats"} & set(paths):
+        names = {"config": "autoencoder", "checkpoint": "autoencoder_checkpoint", "stats": "latent_stats"}
+        source = {ours: paths[theirs] for ours, theirs in names.items() if theirs in paths}
+        source = build(AutoencoderSource, {"config": str(folder / "autoencoder"), **source}, source="autoencoder")
+        components["autoencoder"] = source.load()
+    if "text_encoder" in paths:
+        source = checked_source(paths["text_encoder"])
+        components |= {"text_encoder": load_model(source, dtype), "tokenizer": load_tokenizer(source)}
+    if "guide" in paths:
+        components["guide"] = load_component(paths["guide"], use_ema, dtype)
+    return components
+
+
+def load_component(folder: str | os.PathLike, use_ema: bool, dtype: torch.dtype) -> Any:
+    """The DiT of any folder as a component, with the fingerprints recorded there."""
+    from svg_t2i.sampling.components import SVGDiT  # diffusers takes seconds to import, and looking for folders none
+
+    transformer = SVGDiT.adopt(checkpoints.load_transformer(folder, ema=use_ema).to(dtype))
+    transformer.register_to_config(fingerprints=checkpoints.read_meta(folder).get("fingerprints") or {})
+    return transformer

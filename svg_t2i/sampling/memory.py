@@ -14,8 +14,7 @@ ADVICE = {
     "encoding the images": "give fewer or smaller images at once, or enable_model_cpu_offload() (--cpu_offload)",
     "denoising": "make fewer images at once (--batch_size), a smaller height and width, torch_dtype=torch.bfloat16 "
     "(--dtype bf16), or enable_model_cpu_offload() (--cpu_offload)",
-    "decoding": "lower decode_pixels, the pixels decoded at once (--decode_pixels), or enable_model_cpu_offload() "
-    "(--cpu_offload)",
+    "decoding": "make smaller images, or enable_model_cpu_offload() (--cpu_offload)",
     "loading the weights": "use torch_dtype=torch.bfloat16 (--dtype bf16), or enable_model_cpu_offload() "
     "(--cpu_offload)",
 }

@@ -113,7 +113,7 @@ def _per_prompt(value: Any, name: str, count: int | None) -> list[Any]:
     if not isinstance(value, tuple):
         return [value] * (1 if count is None else count)
     if count is not None and len(value) != count:
-        raise UserError(f"{len(value)} values of {name} for {count} prompts; give one per prompt, or a single one")
+        raise UserError(f"{name} = {list(value)}: give one value, or as many as prompts ({count})")
     return list(value)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
 from autoencoder.sources.captions import clean_text
-from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
+from svg_t2i.text.loading import caps_attention, checked_source, load_model, load_tokenizer
 from svg_t2i.transformer.packing import TextFeatures, upload
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
@@ -59,6 +60,9 @@ def build_prompt(caption: str, kind: str = "base") -> str:
     return SYSTEM_PROMPTS[kind] + caption if caption else ""
 
 
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model → its tokenizer, and their fingerprint
+
+
 class _LastLayerReached(Exception):
     """Ends a forward pass; carries what the last layer would have been given, (B, L, D)."""
 
@@ -82,6 +86,8 @@ class TextEncoder:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = 256):
         config = model.config.get_text_config()
         model.config.use_cache = False  # a causal model would otherwise keep keys and values for a next token
+        if caps_attention(config) and config._attn_implementation != "eager":
+            model.set_attn_implementation("eager")
         tokenizer.truncation_side = "right"
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -91,11 +97,14 @@ class TextEncoder:
         self._most_positions = _most_positions(model, tokenizer)
         self._causal_width = config.sliding_window if config.model_type == "gemma2" else 0
         self._num_cut = 0
-        self._fingerprint = _fingerprint(model, tokenizer)
-        if not tokenizer.num_special_tokens_to_add() < max_length <= self._most_positions:
+        self._check_length(max_length)
+
+    def _check_length(self, max_length: int) -> None:
+        special = self.tokenizer.num_special_tokens_to_add()
+        if not special < max_length <= self._most_positions:
             raise UserError(
-                f"text_encoder.max_length={max_length} does not fit {config.model_type!r}: it must exceed the "
-                f"{tokenizer.num_special_tokens_to_add()} special tokens and be at most {self._most_positions}"
+                f"text_encoder.max_length={max_length} does not fit {self.model.config.model_type!r}: it must exceed "
+                f"the {special} special tokens and be at most {self._most_positions}"
             )
 
     @classmethod
@@ -115,7 +124,9 @@ class TextEncoder:
                 `max_length` exceeds the positions the model knows.
         """
         source = checked_source(path_or_id)
-        return cls(load_model(source, dtype).to(device), load_tokenizer(source), max_length)
+        encoder = cls(load_model(source, stored_dtype_before(dtype)), load_tokenizer(source), max_length)
+        encoder.fingerprint()  # of the weights as they are stored
+        return encoder.to(device, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write model and tokenizer in Hugging Face format, as `from_pretrained` reads them."""
@@ -132,22 +143,40 @@ class TextEncoder:
         return self
 
     def fingerprint(self) -> str:
-        """Identity of weights and tokenizer, 16 hex digits: the same for fp32 and bf16 loads and for any folder name.
+        """Identity of weights and tokenizer, 16 hex digits: the same for every dtype loaded and for any folder name.
 
-        It covers the names and shapes of all weights, a sample of each weight's values and the whole vocabulary.
+        It covers the names and shapes of all weights, a sample of each weight's values rounded to bf16, and the whole
+        vocabulary. Weights in fp16 have lost what that rounding needs: then their files are read again as stored.
+
+        Raises:
+            UserError: the weights are in fp16, and the files they came from are no longer there.
         """
-        return self._fingerprint
+        tokenizer, known = _known.get(self.model, (None, ""))
+        if tokenizer is not self.tokenizer:
+            model = self.model
+            if model.dtype == torch.float16:
+                model = load_model(checked_source(model.config.name_or_path), stored_dtype_before(torch.float16))
+            known = _fingerprint(model, self.tokenizer)
+            _known[self.model] = self.tokenizer, known
+        return known
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the weights are neither rounded to fp16 nor quantised, so that they have their fingerprint."""
+        return self.model.dtype != torch.float16 and getattr(self.model, "hf_quantizer", None) is None
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> TextFeatures:
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> TextFeatures:
         """Features of texts as they are (system prompts already applied); "" is the unconditional text.
+
+        max_length: most tokens kept of a text; None for the encoder's own limit.
 
         Returns:
             TextFeatures: (sum L_i, D) in the model's dtype on its device, and the L_i ≥ 1 as host integers.
         """
         if isinstance(texts, str) or not texts:
             raise ValueError(f"encode takes a non-empty sequence of texts, got {texts!r}")
-        rows = self.tokenize(texts)
+        rows = self.tokenize(texts, max_length)
         # Multiples of 8 suit the tensor cores, but a model with absolute positions may have no room for them.
         width = min(8 * math.ceil(max(map(len, rows)) / 8), self._most_positions)
         pad = self.tokenizer.pad_token_id or 0
@@ -155,19 +184,22 @@ class TextEncoder:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])  # (B, L)
         true_tokens = mask.flatten().nonzero().squeeze(1)  # (sum L_i,), found on the host
 
-        input_ids, mask, true_tokens = (upload(tensor, self.device) for tensor in (input_ids, mask, true_tokens))
-        hidden = self._before_last_layer(input_ids, mask)  # (B, L, D)
-        packed = hidden.flatten(0, 1).index_select(0, true_tokens)  # (sum L_i, D)
+        device = torch.device("cpu") if self.device.type == "meta" else self.device  # its hooks move them
+        input_ids, mask = upload(input_ids, device), upload(mask, device)
+        hidden = self._before_last_layer(input_ids, mask)  # (B, L, D), with an offload on another device
+        packed = hidden.flatten(0, 1).index_select(0, upload(true_tokens, hidden.device))  # (sum L_i, D)
         return TextFeatures(packed, tuple(map(len, rows)))
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of each text with its special tokens: at least one, at most `max_length`. Cuts are logged."""
+        max_length = self.max_length if max_length is None else max_length
+        self._check_length(max_length)
         texts = [clean_text(text) for text in texts]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         for i, row in enumerate(rows):
-            if len(row) > self.max_length:
-                rows[i] = self.tokenizer(texts[i], truncation=True, max_length=self.max_length)["input_ids"]
-                self._report_cut(texts[i], len(row))
+            if len(row) > max_length:
+                rows[i] = self.tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]
+                self._report_cut(texts[i], len(row), max_length)
             elif not row:
                 rows[i] = [self._start_token()]
         return rows
@@ -182,7 +214,7 @@ class TextEncoder:
             "bos_token nor an eos_token; set one of them in its tokenizer_config.json"
         )
 
-    def _report_cut(self, text: str, num_tokens: int) -> None:
+    def _report_cut(self, text: str, num_tokens: int, max_length: int) -> None:
         self._num_cut += 1
         if self._num_cut > MAX_CUT_REPORTS:
             return
@@ -191,7 +223,7 @@ class TextEncoder:
             "a text of %d characters and %d tokens was cut to text_encoder.max_length=%d; its prompt begins: %r%s",
             len(text),
             num_tokens,
-            self.max_length,
+            max_length,
             prompt[:SHOWN_CHARACTERS],
             " (further cuts are not reported)" if self._num_cut == MAX_CUT_REPORTS else "",
         )
@@ -208,6 +240,11 @@ class TextEncoder:
         finally:
             hook.remove()
         raise RuntimeError(f"{type(self.model).__name__} finished without running {type(self.last_layer).__name__}")
+
+
+def stored_dtype_before(dtype: torch.dtype) -> torch.dtype | str:
+    """What weights are loaded in on the way to `dtype`: fp16 rounds differently from bf16, so first as stored."""
+    return "auto" if dtype == torch.float16 else dtype
 
 
 def causal_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,7 +272,7 @@ def _most_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256(model.config.get_text_config().model_type.encode())
-    # Rounding to bf16 makes the sample independent of the dtype loaded; poolers are unused and may be untrained.
+    # Rounding to bf16 makes the sample the same for fp32 and bf16; poolers are unused and may be untrained.
     weights = {name: weight for name, weight in sorted(model.named_parameters()) if "pooler" not in name}
     digest.update(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
     samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)] for weight in weights.values()]

@@ -51,7 +51,13 @@ def enhance(prompt: str, encoder: TextEncoder) -> str:
 @torch.no_grad()
 def _continue(text: str, encoder: TextEncoder) -> str:
     """The first line that the model writes after `text`."""
-    tokenizer = encoder.tokenizer
+    tokenizer, hook = encoder.tokenizer, getattr(encoder.model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(encoder.model)  # with offload, generation begins before the first forward pass
+    if encoder.device.type == "meta":
+        raise UserError(
+            "enhance needs the whole text encoder; use enable_model_cpu_offload instead of the sequential one"
+        )
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=True).to(encoder.device)
     width = tokens["input_ids"].shape[1]
     written = causal_model(encoder.model).generate(

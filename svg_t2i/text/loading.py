@@ -40,10 +40,15 @@ def checked_source(path_or_id: str | os.PathLike) -> str:
     return folder_or_hub_name(path_or_id, "text_encoder.path", wanted)
 
 
-def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def caps_attention(text_config: Any) -> bool:
+    """Whether the model caps its attention logits, as Gemma-2 does; the fused kernels leave that out."""
+    return bool(getattr(text_config, "attn_logit_softcapping", None))
+
+
+def load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
     """A text model on the CPU; of a multi-part model only the text encoder.
 
-    source: of `checked_source`.
+    source: of `checked_source`. dtype: "auto" for that of the file.
 
     Raises:
         UserError: a part of it is missing or unreadable, it brings code or a pickle that could run some, or the Hub
@@ -61,8 +66,7 @@ def load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             source,
             config=text_config if only_text else config,
             dtype=dtype,
-            # Gemma-2 caps its attention logits; the fused kernels leave that out.
-            attn_implementation="eager" if getattr(text_config, "attn_logit_softcapping", None) else None,
+            attn_implementation="eager" if caps_attention(text_config) else None,
             ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -11,11 +12,13 @@ from autoencoder.common.processes import World
 from autoencoder.images.files import image_grid, save_png
 from svg_t2i.evaluation.evaluate import evaluate
 from svg_t2i.features.frozen import FrozenNetworks
-from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import whole_tensor
 from svg_t2i.training.step import TrainState
 from svg_t2i.transformer.model import SVGDiT
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, which training without pictures need not wait for
+    from svg_t2i.pipeline import SVGT2IPipeline
 
 MOST_COLUMNS = 4
 
@@ -32,9 +35,17 @@ def averaged_transformer(state: TrainState, config: TrainConfig, world: World) -
 
 def averaged_pipeline(state: TrainState, frozen: FrozenNetworks, config: TrainConfig, world: World) -> SVGT2IPipeline:
     """A pipeline over the averaged weights and the run's own frozen networks, on every rank."""
-    transformer = averaged_transformer(state, config, world)
-    options = config.samples.options(config.data.resolution)
-    pipeline = SVGT2IPipeline(frozen.autoencoder, transformer, frozen.captions.encoder, options)
+    from svg_t2i.pipeline import SVGT2IPipeline
+
+    transformer, text = averaged_transformer(state, config, world), frozen.captions.encoder
+    pipeline = SVGT2IPipeline(
+        frozen.autoencoder,
+        transformer,
+        text.model,
+        text.tokenizer,
+        sampling=config.samples.options(config.data.resolution),
+        max_length=text.max_length,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

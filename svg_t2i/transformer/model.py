@@ -99,7 +99,8 @@ class DiTConfig:
 class RMSNorm(nn.Module):
     """RMS norm, its weight times a gain where given: (B, D) for the samples of `segments`, or (1, D) for all.
 
-    A residual (T, D) is added to the result.
+    A residual (T, D) is added to the result. Without x, the weight itself, for a kernel that normalises on its own:
+    asked for by a call, it is there even where weights are on the device only while their module runs.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -108,8 +109,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, gain: Tensor | None = None, segments: Segments | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor | None = None,
+        gain: Tensor | None = None,
+        segments: Segments | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
+        if x is None:
+            return self.weight
         weight = self.weight if gain is None else (self.weight * gain).to(x.dtype)
         return rms_norm(x, weight, self.eps, segments, residual)
 
@@ -129,7 +136,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments, rope: Tensor) -> Tensor:  # (T, D) -> (T, D)
         heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # (T, Hq + 2 Hkv, d)
-        weights = (self.q_norm.weight, self.k_norm.weight) if self.normed else None
+        weights = (self.q_norm(), self.k_norm()) if self.normed else None
         if self.normed and works_fast(heads, *weights):
             attended = attended_heads(heads, self.heads, weights, QK_NORM_EPS, rope, segments)
         else:

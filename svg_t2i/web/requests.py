@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.images.files import LATENT_PIXELS, load_image, save_png, to_pil
-from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling.from_images import crop_image
+from svg_t2i.sampling.inputs import crop_image
 from svg_t2i.sampling.options import changed
 from svg_t2i.sampling.steps import decode_latents
+
+if TYPE_CHECKING:
+    from svg_t2i.pipeline import SVGT2IPipeline
 
 GalleryItems = list[tuple[Any, str]]
 MAX_SEED = 2**32 - 1
@@ -174,7 +176,7 @@ class Studio:
                 last.clear()
             if self.previews and last and step % every == 0 and t < 1:
                 heading = x + (1 - t) * (x - last["x"]) / (t - last["t"])
-                decoded = decode_latents(pipeline.networks, list(heading), pipeline.decode_pixels)
+                decoded = decode_latents(pipeline.networks, list(heading))
                 items.put([(to_pil(image), f"step {step + 1}") for image in decoded])
             last.update(x=x, t=t)
 

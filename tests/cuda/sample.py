@@ -19,10 +19,10 @@ import fake_cuda  # first: it loads what torch must find
 
 import torch  # isort: skip
 from networks import gemma, make_autoencoder
+from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling.denoising import denoise
-from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import PRESETS
-from svg_t2i.sampling.steps import encode_prompts
+from svg_t2i.sampling.steps import encode_prompts, stage
 from svg_t2i.transformer.model import build_model
 
 
@@ -37,9 +37,12 @@ def main(side: int, images: int, how: str) -> dict[str, object]:
         with torch.device("cuda"):
             transformer = build_model("NextDiT_2B_GQA_patch1_Adaln_Refiner")
         torch.set_default_dtype(torch.float32)
-        networks = Networks(fake_cuda.on_device(autoencoder), transformer, text_encoder)
+        parts = fake_cuda.on_device(autoencoder), transformer, text_encoder.model, text_encoder.tokenizer
+        pipeline = SVGT2IPipeline(*parts, sampling=options)
+        del transformer, parts
         if how == "offload":
-            networks.offload_to("cuda")
+            pipeline.enable_model_cpu_offload(device="cuda")
+        networks = pipeline.networks
         gc.collect()
         resident = mode.now
         mode.clear()
@@ -56,14 +59,14 @@ def main(side: int, images: int, how: str) -> dict[str, object]:
             if step == 2:
                 raise StopIteration  # all steps are alike
 
-        with networks.stage("denoising", networks.transformer):
+        with stage("denoising"):
             try:
                 denoise(networks.transformer, latents, conditions, options, on_step=on_step)
             except StopIteration:
                 down = dict(mode.down)
         mode.phase = "decode"
         gc.collect()
-        with networks.stage("decoding", networks.autoencoder), torch.autocast("cuda", torch.bfloat16):
+        with stage("decoding"), torch.autocast("cuda", torch.bfloat16):
             for x in solved:
                 networks.autoencoder.decode(networks.autoencoder.denormalize(x[None]))
     return {"resident": round(resident / fake_cuda.GB, 2), **mode.report(), "down": down}

@@ -253,7 +253,7 @@ def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
     [
         ("variation --image nowhere.png", "nowhere.png: no such image file"),
         ("variation --image IMAGE --t 1", r"--t 1.0: must be in \[0, 1\)"),
-        ("variation --image tiny.png", "image width = 0: image sides must be"),
+        ("variation --image tiny.png", "image width = 8: images are at least 16 pixels"),
         ("image_to_image --image IMAGE --prompt a --strength 0", "--strength 0.0: must be above 0"),
         ("image_to_image --image IMAGE", "nothing to draw"),
         ("inpaint --image IMAGE --mask nowhere.png --prompt a", "nowhere.png: no such image file"),

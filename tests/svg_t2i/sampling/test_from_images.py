@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from svg_t2i.sampling.from_images import embed_images, prepare_image, prepare_mask, slerp
+from svg_t2i.sampling.from_images import embed_images, slerp
+from svg_t2i.sampling.inputs import prepare_image, prepare_mask
 from svg_t2i.sampling.steps import encode_images
 
 PROMPTS = ["a picture of noise", "very much noise"]
@@ -35,7 +36,7 @@ def assert_near(actual, expected, atol=2e-5):
 
 
 def latents(method, *args, **kwargs):
-    return method(*args, output_type="latent", **kwargs).images
+    return method(*args, output_type="latent", **{"seed": 0, **kwargs}).images
 
 
 def test_full_strength_is_text_to_image_and_little_changes_little(toy_pipeline, image, clean):
@@ -119,10 +120,10 @@ def test_known_cells_are_seen_on_their_straight_way_from_noise_to_image(toy_pipe
 def test_mask_images_become_cells(other):
     mask = Image.new("L", (48, 32))
     mask.putpixel((17, 3), 255)  # one white pixel in the second cell of the first row
-    assert prepare_mask(mask, (2, 3)).tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert prepare_mask(mask, (2, 3)).cells.tolist() == [[0, 1, 0], [0, 0, 0]]
     with pytest.raises(UserError, match="nothing to repaint"):
         prepare_mask(Image.new("L", (48, 32)), (2, 3))
-    with pytest.raises(UserError, match=r"mask of \(3, 2\) cells: the image has 2×3"):
+    with pytest.raises(UserError, match=r"mask of \(3, 2\): the image has 2×3 cells and 32×48 pixels"):
         prepare_mask(torch.ones(3, 2), (2, 3))
 
 
@@ -207,7 +208,7 @@ def test_wrong_arguments(toy_pipeline, image, name, arguments, message):
 
 
 def test_image_tensors_are_checked(toy_pipeline):
-    wrong_ones = [torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.uint8)]
+    wrong_ones = [torch.zeros(1, 32, 48), torch.zeros(3, 32, 40), torch.zeros(3, 32, 48, dtype=torch.int64)]
     for wrong in [*wrong_ones, torch.full((3, 32, 48), -1e-3), torch.full((3, 32, 48), 1.001)]:
         with pytest.raises(UserError, match="image"):
             toy_pipeline.variation(wrong)

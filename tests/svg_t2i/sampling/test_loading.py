@@ -6,6 +6,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from diffusers.utils import hub_utils
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import read_state_dict
@@ -127,27 +128,28 @@ def test_presets_are_valid_and_can_be_changed():
 
 def test_push_and_pull(toy_pipeline, tmp_path, monkeypatch):
     """A Hub made of a folder: what is pushed is what is pulled."""
-    hub = tmp_path / "hub"
+    hub, asked = tmp_path / "hub", []
 
-    class Api:
-        def __init__(self, token):
-            assert token == "secret"
+    def create_repo(repo_id, private, token, exist_ok):
+        assert (private, token, exist_ok) == (True, "secret", True)
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-        def create_repo(self, repo_id, private, exist_ok):
-            assert (private, exist_ok) == (True, True)
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+    def upload_folder(repo_id, folder_path, **_):
+        shutil.copytree(folder_path, hub / repo_id)
+        return f"https://huggingface.co/{repo_id}/commit/0"
 
-        def upload_folder(self, repo_id, folder_path, commit_message, revision):
-            shutil.copytree(folder_path, hub / repo_id)
-            address = f"https://huggingface.co/{repo_id}/commit/0"
-            return huggingface_hub.CommitInfo(
-                commit_url=address, commit_message=commit_message, commit_description="", oid="0"
-            )
+    def snapshot_download(name, **arguments):
+        asked.append(arguments)
+        return hub / name
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, revision, token: hub / name)
+    monkeypatch.setattr(hub_utils, "create_repo", create_repo)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
+    monkeypatch.setattr(hub_utils, "load_or_create_model_card", lambda *args, **kwargs: huggingface_hub.ModelCard("hi"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert toy_pipeline.push_to_hub("me/foxes", private=True, token="secret").endswith("me/foxes/commit/0")
-    pulled = SVGT2IPipeline.from_pretrained("me/foxes")
+    where = {"revision": "v1", "cache_dir": tmp_path, "local_files_only": True}
+    pulled = SVGT2IPipeline.from_pretrained("me/foxes", **where)
+    assert asked == [where]
     assert pulled.options == toy_pipeline.options
     assert pulled.autoencoder.fingerprint() == toy_pipeline.autoencoder.fingerprint()
 

@@ -18,7 +18,7 @@ def _short(monkeypatch):
 
 @torch.no_grad()
 def test_decoding_is_greedy_with_the_encoder_s_own_weights(toy_pipeline):
-    encoder = toy_pipeline.text_encoder
+    encoder = toy_pipeline.networks.text_encoder
     text = "a picture of very much noise"  # words that this tokenizer knows
     ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
     start = ids.shape[1]
@@ -51,9 +51,9 @@ def test_a_causal_checkpoint_writes_what_its_own_class_writes(toy_parts, tmp_pat
 
 
 def test_writing_leaves_the_encoder_as_it_was(toy_pipeline):
-    before = toy_pipeline.text_encoder.encode(["noise"]).features
+    before = toy_pipeline.networks.text_encoder.encode(["noise"]).features
     assert toy_pipeline.enhance("very much noise").startswith("very much noise")
-    assert torch.equal(toy_pipeline.text_encoder.encode(["noise"]).features, before)
+    assert torch.equal(toy_pipeline.networks.text_encoder.encode(["noise"]).features, before)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_is_kept_is_judged_by_what_comes_out(prompt, written, expected):
 
 def test_what_cannot_write_says_so(toy_pipeline):
     with pytest.raises(UserError, match="this one is empty"):
-        enhance("  ", toy_pipeline.text_encoder)
+        enhance("  ", toy_pipeline.networks.text_encoder)
     bert = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     bert.config.tie_word_embeddings = False
     with pytest.raises(UserError, match="enhance needs"):
