@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
+import diffusers.utils
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -29,20 +31,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autoencoder.common.config import UserError, build
 from autoencoder.sources.folders import list_images
-from svg_t2i.sampling import from_images, loading, saved, steps
+from svg_t2i.sampling import conditioning, from_images, inputs, loading, saved, steps
 from svg_t2i.sampling.components import SVGAutoencoder, SVGDiT
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.from_images import Match
-from svg_t2i.sampling.inputs import CloseUp, ImageInput, as_list, masks_for, prepare_image
+from svg_t2i.sampling.inputs import ImageInput
 from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.sampling.networks import Networks, check_widths
 from svg_t2i.sampling.options import SamplingOptions, changed, preset_options
 from svg_t2i.sampling.schedulers import check_scheduler
-from svg_t2i.sampling.steps import OutputType, Running
+from svg_t2i.sampling.steps import CallOptions, OutputType, Running
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.enhance import enhance
 from svg_t2i.transformer.packing import TextFeatures
 
+DTYPE = "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"  # as this diffusers calls it
 PipelineStepEnd = Callable[["SVGT2IPipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 Prompts = str | Sequence[str]
 
@@ -84,7 +87,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         scheduler: SchedulerMixin | None = None,
         guide: SVGDiT | None = None,
-        sampling: SamplingOptions | Mapping[str, Any] | None = None,
+        sampling: SamplingOptions | Mapping | None = None,
         max_length: int = 256,
     ):
         """autoencoder, transformer, guide: those of `sampling.components`, or the plain networks.
@@ -152,12 +155,16 @@ class SVGT2IPipeline(DiffusionPipeline):
         if saved.is_saved_pipeline(folder):
             given = loading.load_given(folder, parts, use_ema, dtype)
             with saved.loading_errors(folder):
-                return super().from_pretrained(
-                    folder, **{"torch_dtype": dtype, "use_safetensors": True}, **given, **kwargs
-                )
+                return super().from_pretrained(folder, **{DTYPE: dtype, "use_safetensors": True}, **given, **kwargs)
         device = saved.device_alone(kwargs, folder)
         components = loading.load_networks(loading.find_sources(folder, **parts), use_ema, dtype)
         return cls(**components, **kwargs).to(device)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        """Types of the arguments, which older versions of diffusers do not find where annotations are text."""
+        hints = get_type_hints(cls.__init__).items()
+        return {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints}
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -267,28 +274,27 @@ class SVGT2IPipeline(DiffusionPipeline):
         Raises:
             UserError: an argument out of range, named with its value; or out of memory, naming the stage.
         """
-        settings = self._settings(preset, options)
-        watched = callback_on_step_end, callback_on_step_end_tensor_inputs
-        running = self._running(output_type, *watched, scheduler, packed)
-        width_of_texts = self.transformer.config.cap_feat_dim
-        prompts = steps.texts_or_features("prompt", prompt, prompt_embeds, prompt_attention_mask, width_of_texts)
+        call, settings, running = self._begin(
+            dict(
+                options, preset=preset, scheduler=scheduler, packed=packed, output_type=output_type,
+                return_dict=return_dict, num_images_per_prompt=num_images_per_prompt, seed=seed, generator=generator,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+        )  # fmt: skip
+        features = self.transformer.config.cap_feat_dim
+        prompts = conditioning.texts_or_features("prompt", prompt, prompt_embeds, prompt_attention_mask, features)
         request = steps.plan_request(prompts, height, width, num_images_per_prompt, seed, settings)
-        negatives = steps.negative_features(
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-            options,
-            settings,
-            len(request.prompts),
-            width_of_texts,
-        )
-        settings = settings.repeated(len(request.prompts) // num_images_per_prompt, num_images_per_prompt)
+        images = len(request.prompts)
+        given = negative_prompt_embeds, negative_prompt_attention_mask, options.get("negative_prompt")
+        negatives = conditioning.negative_features(*given, settings, images, features)
+        settings = settings.repeated(images // num_images_per_prompt, num_images_per_prompt)
         networks = self.networks
         texts = {"negatives": negatives, "max_length": max_sequence_length, "packed": packed}
-        conditions = steps.encode_prompts(networks, request.prompts, settings, **texts)
+        conditions = conditioning.encode_prompts(networks, request.prompts, settings, **texts)
         noise = steps.draw_noise(networks, request, generator, latents)
         solved = steps.solve(networks, noise, conditions, settings, running)
-        seeds = request.seeds if generator is None and latents is None else None
-        return self._output(networks, solved, seeds, output_type, return_dict)
+        return self._output(networks, solved, None if latents is not None else request.seeds, call)
 
     def encode_prompt(
         self,
@@ -304,12 +310,12 @@ class SVGT2IPipeline(DiffusionPipeline):
 
         system_prompt: which one goes before the prompts; None for the pipeline's own.
         """
-        prompts = steps.as_prompts(prompt)
+        prompts = conditioning.as_prompts(prompt)
         kind = {} if system_prompt is None else {"system_prompt": system_prompt}
         settings = changed(self.options, {"negative_prompt": negative_prompt, **kind}).repeated(len(prompts), 1)
         columns = [prompts, settings.negative_prompts(len(prompts))][: 1 + do_classifier_free_guidance]
         padded = [
-            steps.padded_features(
+            conditioning.padded_features(
                 self.networks, column, settings.system_prompt, num_images_per_prompt, max_sequence_length
             )
             for column in columns
@@ -346,7 +352,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         self, image: ImageInput | Sequence[ImageInput], *, t: float = 0.3, prompt: str = "", **settings: Any
     ) -> SVGT2IOutput | tuple:
         """Other images like this one: noised to time t in [0, 1) and sampled on; the nearer to 1, the more alike."""
-        images = as_list(image)
+        images = inputs.as_list(image)
         return self._from_images([prompt] * len(images), images, start=t, **settings)
 
     def inpaint(
@@ -373,20 +379,13 @@ class SVGT2IPipeline(DiffusionPipeline):
         shared = {"strength": strength, "paste_original": paste_original, **settings}
         if padding_mask_crop is None:
             return self._from_images(prompt, image, mask=mask_image, **shared)
-        output_type, return_dict = shared.pop("output_type", "pil"), shared.pop("return_dict", True)
-        padding = steps.as_whole("padding_mask_crop", padding_mask_crop)
-        if padding < 0 or output_type != "pil":
-            raise UserError(f"padding_mask_crop = {padding}: must not be negative, and output_type must be 'pil'")
-        options = self._settings(shared.get("preset"), {name: shared.get(name) for name in ("height", "width")})
-        images, masks = as_list(image), as_list(mask_image)
-        masks = masks * len(images) if len(masks) == 1 else masks
-        parts = [CloseUp.of(one, mask, padding, options.size) for one, mask in zip(images, masks, strict=True)]
-        shared |= {"height": options.height, "width": options.width}
+        call, options, _ = self._begin(settings)
+        parts = inputs.close_ups(image, mask_image, padding_mask_crop, options.size, call.output_type)
+        shared |= {"height": options.height, "width": options.width, "return_dict": True}
         painted = self._from_images(prompt, [x.image for x in parts], mask=[x.part for x in parts], **shared)
-        parts = parts * len(steps.as_prompts(prompt)) if len(parts) == 1 else parts
         each = len(painted.images) // len(parts)
         images = [parts[i // each].paste(picture) for i, picture in enumerate(painted.images)]
-        return SVGT2IOutput(images, painted.seeds) if return_dict else (images,)
+        return SVGT2IOutput(images, painted.seeds) if call.return_dict else (images,)
 
     def _from_images(
         self,
@@ -397,39 +396,30 @@ class SVGT2IPipeline(DiffusionPipeline):
         start: float = 0.0,
         mask: Any = None,
         paste_original: bool = False,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        scheduler: SchedulerMixin | None = None,
-        output_type: OutputType = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: PipelineStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        preset: str | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> SVGT2IOutput | tuple:
         """Noise encoded images to `start` (or to where `strength` begins) and sample on, one image per prompt."""
         from_images.check_start(start, strength)
-        settings = self._settings(preset, options)
-        running = self._running(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs, scheduler)
-        prompts, images = from_images.pair_with_prompts(prompt, image, options.get("height"), options.get("width"))
+        call, settings, running = self._begin(arguments)
+        prompts, images = from_images.pair_with_prompts(prompt, image, arguments.get("height"), arguments.get("width"))
         heights, widths = [x.shape[1] for x in images], [x.shape[2] for x in images]
-        request = steps.plan_request(prompts, heights, widths, num_images_per_prompt, seed, settings)
-        settings = settings.repeated(len(prompts), num_images_per_prompt)
-        masks = None if mask is None else masks_for(mask, request.sizes, num_images_per_prompt)
+        each = call.num_images_per_prompt
+        request = steps.plan_request(prompts, heights, widths, each, call.seed, settings)
+        settings = settings.repeated(len(prompts), each)
+        masks = None if mask is None else inputs.masks_for(mask, request.sizes, each)
         starts = [start] * len(request.sizes)
         if strength is not None and strength < 1:
             starts = [strength_start(settings, size, strength, running.scheduler) for size in request.sizes]
         networks = self.networks
-        conditions = steps.encode_prompts(networks, request.prompts, settings)
-        clean = [x for x in steps.encode_images(networks, images) for _ in range(num_images_per_prompt)]
-        noise = steps.draw_noise(networks, request, generator)
+        conditions = conditioning.encode_prompts(networks, request.prompts, settings)
+        clean = [x for x in steps.encode_images(networks, images) for _ in range(each)]
+        noise = steps.draw_noise(networks, request, call.generator)
         cells = None if masks is None else [one.cells.to(networks.device) for one in masks]
         solved = from_images.sample_on(networks, clean, noise, starts, conditions, settings, running, cells)
-        originals = [x for x in images for _ in range(num_images_per_prompt)]
-        keep = list(zip(originals, (one.pixels for one in masks))) if masks and paste_original else None
-        seeds = request.seeds if generator is None else None
-        return self._output(networks, solved, seeds, output_type, return_dict, keep)
+        keep = None
+        if masks is not None and paste_original:
+            keep = [(images[i // each], one.pixels) for i, one in enumerate(masks)]
+        return self._output(networks, solved, request.seeds, call, keep)
 
     def interpolate(
         self,
@@ -438,13 +428,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         *,
         weights: int | Sequence[float] = 5,
         t: float = 0.3,
-        seed: int | Sequence[int] | None = None,
-        scheduler: SchedulerMixin | None = None,
-        output_type: OutputType = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: PipelineStepEnd | None = None,
-        preset: str | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> SVGT2IOutput | tuple:
         """Images on the way from one prompt or image to another, all from the same noise (or one seed each).
 
@@ -459,14 +443,14 @@ class SVGT2IPipeline(DiffusionPipeline):
         """
         first_prompt, second_prompt = from_images.interpolation_ends(prompt, image, t)
         shares, start = from_images.interpolation_weights(weights), 0.0
-        settings, networks = self._settings(preset, options), self.networks
-        running = self._running(output_type, callback_on_step_end, ("latents",), scheduler)
+        (call, settings, running), networks = self._begin(arguments), self.networks
         if image is not None:
-            first = prepare_image(image[0], options.get("height"), options.get("width"))
-            pair = [first, prepare_image(image[1], *first.shape[1:])]
+            first = inputs.prepare_image(image[0], arguments.get("height"), arguments.get("width"))
+            pair = [first, inputs.prepare_image(image[1], *first.shape[1:])]
             settings = changed(settings, {"height": first.shape[1], "width": first.shape[2]})
-        if seed is None:
-            seed = steps.plan_request(first_prompt, None, None, 1, None, settings).seeds[0]
+        seed = (
+            steps.plan_request(first_prompt, None, None, 1, None, settings).seeds[0] if call.seed is None else call.seed
+        )
         seeds = [seed] * len(shares) if np.ndim(seed) == 0 else seed
         request = steps.plan_request([first_prompt] * len(shares), None, None, 1, seeds, settings)
         x = steps.draw_noise(networks, request)
@@ -476,9 +460,9 @@ class SVGT2IPipeline(DiffusionPipeline):
             x = [torch.lerp(noise, from_images.slerp(left, right, share), t) for noise, share in zip(x, shares)]
         if start < 1:
             others = None if second_prompt is None else [second_prompt] * len(shares)
-            conditions = steps.encode_prompts(networks, request.prompts, settings, others, shares)
+            conditions = conditioning.encode_prompts(networks, request.prompts, settings, others, shares)
             x = steps.solve(networks, x, conditions, settings, running, start=start)
-        return self._output(networks, x, request.seeds, output_type, return_dict)
+        return self._output(networks, x, request.seeds, call)
 
     def retrieve(self, image: ImageInput, folder: str | Path | Sequence[Path], *, top_k: int = 10) -> list[Match]:
         """The images below a folder (or among files) whose latents are most like the query's, best first.
@@ -492,47 +476,41 @@ class SVGT2IPipeline(DiffusionPipeline):
 
     # --------------------------------------------------------------------------------------------- shared by the calls
 
-    def _settings(self, preset: str | None, changes: Mapping[str, Any]) -> SamplingOptions:
-        """The pipeline's options, or a preset's, with changes. UserError for unknown or wrong ones."""
-        return changed(self.options if preset is None else preset_options(preset), changes)
+    def _begin(self, arguments: Mapping[str, Any]) -> tuple[CallOptions, SamplingOptions, Running]:
+        """What the keywords of a call say: about the call, its settings, and how its steps run.
 
-    def _running(
-        self,
-        output_type: str,
-        callback: PipelineStepEnd | None,
-        inputs: Sequence[str],
-        scheduler: Any,
-        packed: bool = False,
-    ) -> Running:
-        """How the steps of a call run; UserError for what cannot be asked for."""
-        steps.check_output_type(output_type)
-        if set(inputs) - set(self._callback_tensor_inputs):
+        Raises:
+            UserError: an unknown or a wrong one.
+        """
+        call, changes = CallOptions.split(arguments)
+        settings = changed(self.options if call.preset is None else preset_options(call.preset), changes)
+        unknown = set(call.callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
             raise UserError(
-                f"callback_on_step_end_tensor_inputs = {list(inputs)}: choose from {self._callback_tensor_inputs}"
+                f"callback_on_step_end_tensor_inputs = {sorted(unknown)}: choose from {self._callback_tensor_inputs}"
             )
-        scheduler = self.scheduler if scheduler is None else scheduler
+        scheduler = self.scheduler if call.scheduler is None else call.scheduler
         if scheduler is not None:
             check_scheduler(scheduler)
         self._interrupt = False
-        on_step_end = None if callback is None else partial(callback, self)
-        return Running(packed, scheduler, on_step_end, self.progress_bar, lambda: self._interrupt)
+        on_step_end = None if call.callback_on_step_end is None else partial(call.callback_on_step_end, self)
+        return call, settings, Running(call.packed, scheduler, on_step_end, self.progress_bar, lambda: self._interrupt)
 
     def _output(
         self,
         networks: Networks,
         latents: list[Tensor],
         seeds: list[int] | None,
-        output_type: OutputType,
-        return_dict: bool,
+        call: CallOptions,
         keep: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> SVGT2IOutput | tuple:
         """Clean latents (C, h, w) → the output that was asked for; `keep`: originals and the new images' share."""
-        if output_type == "latent":
+        if call.output_type == "latent":
             images: Any = steps.stack(latents)
         else:
             pictures = steps.decode_latents(networks, latents)
             if keep is not None:
                 pictures = [torch.lerp(old.to(new), new, share.to(new)) for new, (old, share) in zip(pictures, keep)]
-            images = steps.as_output_type(pictures, output_type)
+            images = steps.as_output_type(pictures, call.output_type)
         self.maybe_free_model_hooks()
-        return SVGT2IOutput(images, seeds) if return_dict else (images,)
+        return SVGT2IOutput(images, None if call.generator else seeds) if call.return_dict else (images,)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import ImageError, crop_square, load_image
+from svg_t2i.sampling.conditioning import as_prompts
 from svg_t2i.sampling.denoising import Conditions
 from svg_t2i.sampling.inputs import ImageInput, as_list, prepare_image, to_rgb_image
 from svg_t2i.sampling.networks import Networks
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.sampling.steps import Running, as_prompts, encode_images, solve
+from svg_t2i.sampling.steps import Running, encode_images, solve
 
 log = logging.getLogger(__name__)
 

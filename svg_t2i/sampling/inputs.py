@@ -195,3 +195,14 @@ class CloseUp:
         small = painted.resize((width, height), Image.Resampling.LANCZOS)
         whole.paste(small, self.box[:2], self.mask.crop(self.box))
         return whole
+
+
+def close_ups(image: Any, mask: Any, padding: int, size: tuple[int, int], output_type: str) -> list[CloseUp]:
+    """A close-up of every image, with its mask or the one for all. UserError for what does not go with it."""
+    images, masks = as_list(image), as_list(mask)
+    if not isinstance(padding, int) or padding < 0 or output_type != "pil":
+        raise UserError(f"padding_mask_crop = {padding!r}: give pixels from 0 on, and leave output_type at 'pil'")
+    if len(masks) not in (1, len(images)):
+        raise UserError(f"{len(masks)} masks for {len(images)} images; give one per image, or a single one")
+    masks = masks * len(images) if len(masks) == 1 else masks
+    return [CloseUp.of(one, white, padding, size) for one, white in zip(images, masks)]

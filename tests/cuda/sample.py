@@ -20,9 +20,10 @@ import fake_cuda  # first: it loads what torch must find
 import torch  # isort: skip
 from networks import gemma, make_autoencoder
 from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.sampling.conditioning import encode_prompts
 from svg_t2i.sampling.denoising import denoise
+from svg_t2i.sampling.networks import stage
 from svg_t2i.sampling.options import PRESETS
-from svg_t2i.sampling.steps import encode_prompts, stage
 from svg_t2i.transformer.model import build_model
 
 

@@ -76,8 +76,6 @@ def test_diffusers_loads_the_folder_by_itself(pipeline, saved_pipeline):
     assert type(found) is SVGT2IPipeline
     assert found.options == pipeline.options
     assert torch.equal(pixels(found), pixels(pipeline))
-    with pytest.raises(Exception, match="trust_remote_code"):
-        DiffusionPipeline.from_pretrained(saved_pipeline)
 
 
 def test_our_own_loading_runs_no_code_of_the_folder(saved_pipeline, tmp_path, monkeypatch):
