@@ -168,13 +168,13 @@ def add_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
         UserError: the file holds something else.
     """
     header = [_line(COLUMNS), _line(["---"] * KEY + ["---:"] * (len(COLUMNS) - KEY))]
-    kept = path.read_text().splitlines() if path.exists() else []
+    kept = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.exists() else []
     if kept and kept[:2] != header:
         raise UserError(f"{path} is not a table of these columns ({', '.join(COLUMNS)}); name another file")
     new = {tuple(row[:KEY]) for row in rows}
     kept = [line for line in kept[2:] if tuple(cell.strip() for cell in line.split("|")[1 : KEY + 1]) not in new]
     with replacing(path) as partial:
-        partial.write_text("\n".join([*header, *kept, *map(_line, rows)]) + "\n")
+        partial.write_text("\n".join([*header, *kept, *map(_line, rows)]) + "\n", encoding="utf-8")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -8,6 +8,12 @@
 # Variants that have results are skipped, so that the command can be repeated until the table is full.
 set -euo pipefail
 
+case "${1:---help}" in -h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit $(( $# == 0 ? 2 : 0 ))  # without arguments nothing is started
+    ;;
+esac
+
 GPUS=${1:-1}                             # processes on this machine: one per GPU, or CPU processes where there is none
 IMAGES=${2:-}
 CONFIGS=${CONFIGS:-$(echo configs/pre-trained/svg_autoencoder_{P,R}_stage{1_256,2_512,3_1024}.yaml)}

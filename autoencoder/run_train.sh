@@ -6,6 +6,12 @@
 # CONFIG with or without .yaml. Further arguments override its entries. Run it again to go on from the last checkpoint.
 set -euo pipefail
 
+case "${1:---help}" in -h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit $(( $# == 0 ? 2 : 0 ))  # without arguments nothing is started
+    ;;
+esac
+
 GPUS=${1:-1}                             # processes on this machine: one per GPU, or CPU processes where there is none
 CONFIG=${2:-configs/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest}
 LOGDIR=                                  # results: LOGDIR/<config name>/; empty: training.logdir of the config

@@ -2,6 +2,12 @@
 # master_addr master_port. Starts one svg_t2i.train a process; the script's own arguments come last and win.
 # SIGTERM or SIGUSR1 to the script reach the run, which finishes its step, saves and ends within PET_SHUTDOWN_TIMEOUT
 # seconds, or torchrun kills it. (PET_* are torchrun's options; a version that does not know one yet ignores it.)
+case " $node_rank $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    exit
+    ;;
+esac
+
 repo_root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 export PYTHONPATH="$repo_root${PYTHONPATH:+:$PYTHONPATH}"
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}

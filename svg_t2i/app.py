@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def read_auth(file: Path | None) -> list[tuple[str, str]] | None:
     return pairs or None
 
 
+def check_port(host: str, port: int) -> None:
+    """UserError unless the page could be served there; found before a model is loaded."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: ports go from 1 to 65535")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: cannot be used ({error.strerror or error}); choose another, or leave --port "
+            "out for a free one"
+        ) from error
+
+
 def load_studio(arguments: argparse.Namespace) -> Studio:
     """The studio that the command line describes."""
     checkpoint = arguments.checkpoint or find_quickstart()
@@ -109,6 +124,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the page needs Gradio ({error}): pip install 'gradio>=6,<7'") from error
     if arguments.queue < 1:
         raise UserError(f"--queue {arguments.queue}: must be at least 1")
+    if arguments.port is not None:
+        check_port(arguments.host, arguments.port)
     auth = read_auth(arguments.auth)
     if auth is None and (arguments.share or arguments.host not in ("127.0.0.1", "localhost", "::1")):
         print("everyone who reaches the page can use it; --auth FILE asks for a user and a password", flush=True)

@@ -42,12 +42,11 @@ from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
 from svg_t2i.features.settings import AutoencoderSource
-from svg_t2i.sample import (
+from svg_t2i.sample import check_arguments, from_parts
+from svg_t2i.sampling.arguments import (
     add_parts,
     add_sampling_arguments,
-    check_arguments,
     chosen_options,
-    from_parts,
     parse_resolution,
     sampling_changes,
 )

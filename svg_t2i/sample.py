@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +33,17 @@ from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from autoencoder.sources.folders import list_images
-from svg_t2i.flow.solvers import SOLVERS
+from svg_t2i.sampling.arguments import (
+    add_parts,
+    add_sampling_arguments,
+    chosen_options,
+    parse_resolution,
+    parts_of,
+    sampling_changes,
+)
 from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
 from svg_t2i.sampling.inputs import crop_image, prepare_mask
-from svg_t2i.sampling.loading import fetch, find_sources
-from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
-from svg_t2i.text.encoder import SYSTEM_PROMPTS
+from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.text.files import Prompt, read_prompts
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which --help need not wait for
@@ -54,42 +58,22 @@ SUB_COMMANDS = {
     "retrieve": "the images of a folder that are nearest to a given one",
     "enhance": "rewrite prompts in more detail, and print them",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OWN = "the model's"
 DAY = 24 * 60  # minutes that a process may wait for the slowest one
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """ "WxH" or "category:WxH" in pixels → (width, height). Both sides are positive multiples of 16."""
-    match = re.fullmatch(r"(?:[^:]*:)?(\d+)x(\d+)", text.strip())
-    if not match:
-        raise UserError(f"--resolution {text!r}: expected WIDTHxHEIGHT such as 1024x768, or category:WIDTHxHEIGHT")
-    width, height = int(match[1]), int(match[2])
-    check_side(f"--resolution {text!r}: width", width)
-    check_side(f"--resolution {text!r}: height", height)
-    return width, height
+def requested_sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """The sizes (width, height) that the command line names for all images; none where the model's or image's holds.
 
-
-def _time_shift(text: str) -> float | str:
-    return text if text == "dynamic" else float(text)
-
-
-def add_parts(model: argparse._ArgumentGroup) -> None:
-    """The arguments that say which networks `from_parts` loads."""
-    own = "(default: the one trained with)"
-    model.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
-    model.add_argument("--autoencoder", help=f"autoencoder YAML or saved folder {own}")
-    model.add_argument("--autoencoder_checkpoint", help="weights for --autoencoder (default: those its YAML names)")
-    model.add_argument("--latent_stats", help=f"latent statistics, .safetensors or the published .pt {own}")
-    model.add_argument("--text_encoder", help=f"Hugging Face folder or id {own}")
-    model.add_argument("--guide", help="a weaker DiT for autoguidance (default: the unconditional branch guides)")
-    model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
-    model.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 without")
-
-
-def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("subfolder", "autoencoder", "autoencoder_checkpoint", "latent_stats", "text_encoder", "guide")
-    return {name: getattr(arguments, name) for name in names}
+    `--height` or `--width` alone changes the model's own size, which images that are given do not have.
+    """
+    sides = {name: getattr(arguments, name) for name in ("width", "height") if getattr(arguments, name) is not None}
+    if arguments.resolution and sides:
+        raise UserError(f"--resolution and --{next(iter(sides))} say the same; give one of them")
+    if sides and arguments.command != "generate":
+        if len(sides) < 2:
+            raise UserError(f"--{next(iter(sides))} alone would stretch the images; give --width and --height")
+        return [(arguments.width, arguments.height)]
+    return [parse_resolution(text) for text in arguments.resolution or ()]
 
 
 def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
@@ -98,22 +82,10 @@ def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPip
 
     return SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
-        **_parts(arguments),
+        **parts_of(arguments),
         use_ema=not arguments.raw_weights,
-        torch_dtype=DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        dtype=arguments.dtype or ("bf16" if device.type == "cuda" else "fp32"),
     )
-
-
-def chosen_options(arguments: argparse.Namespace, world: World) -> SamplingOptions:
-    """The settings of a run: those of `--preset` or the model's own, with what the command line changes.
-
-    Reads what the model recorded about itself, but no weights. UserError for a part that is not there.
-    """
-    changes = sampling_changes(arguments)
-    with world.main_first():  # one process downloads, the others find the files
-        sources = find_sources(fetch(arguments.checkpoint), **_parts(arguments))
-    sources.check()
-    return changed(PRESETS[arguments.preset] if arguments.preset else sources.options, changes)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,26 +95,6 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="default: cuda when there is one")
     model.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     model.add_argument("--compile", action="store_true", help="compile the transformer; pays from some ten images on")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The settings of `SamplingOptions` but for the size; `chosen_options` reads them."""
-    how = parser.add_argument_group("how (default: the model's own settings, or those of --preset)")
-
-    def add(name: str, help: str, **options: Any) -> None:
-        how.add_argument(f"--{name}", help=f"{help} (default: {OWN})", **options)
-
-    how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage (default: the model's own)")
-    add("negative_prompt", "what to guide away from")
-    add("system_prompt", "instruction put before the prompts", choices=sorted(SYSTEM_PROMPTS))
-    add("solver", "of the differential equation", choices=sorted(SOLVERS))
-    add("num_inference_steps", "points of the time grid", type=int)
-    add("guidance_scale", "strength of guidance; 1 is none", type=float)
-    interval = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
-    add("guidance_interval", "times with guidance, in [0, 1] from noise to image", **interval)
-    add("time_shift", 'a number, or "dynamic" for one that suits the image size', type=_time_shift)
-    add("renorm_cfg", "bound of the guided velocity's norm; 0: none", type=float)
-    add("cfg_trunc", "no guidance for t >= this; 1: never", type=float)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -186,6 +138,8 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         size = "width and height in pixels, multiples of 16 (default: the model's own)"
         several = "+" if command == "generate" else 1
         what.add_argument("--resolution", metavar="[CATEGORY:]WxH", nargs=several, help=size)
+        what.add_argument("--height", type=int, help="pixels; in place of --resolution (default: the model's own)")
+        what.add_argument("--width", type=int, help="likewise (default: the model's own)")
         what.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt and resolution")
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
         what.add_argument("--batch_size", type=int, default=4, help="images in one call")
@@ -212,16 +166,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-
-
-def sampling_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SamplingOptions` that the command line names; all checked, without any weight."""
-    names = {field.name for field in fields(SamplingOptions)} - {"height", "width"}
-    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    if getattr(arguments, "enhance", False):
-        changes.setdefault("system_prompt", "align")
-    changed(PRESETS.get(arguments.preset, SamplingOptions()), changes)  # refuses what no model could take
-    return changes
 
 
 def given_prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -266,8 +210,8 @@ def main(argv: list[str]) -> None:
 
 def draw(arguments: argparse.Namespace, world: World) -> None:
     """The sub-commands that make images: plan them all, make this process's share, then record and report together."""
-    sizes = [parse_resolution(text) for text in arguments.resolution or ()]
     sampling_changes(arguments)
+    sizes = requested_sizes(arguments)
     prompts, sources = plan_sources(arguments, sizes)
     options = chosen_options(arguments, world)
     shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from PIL import Image
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import image_grid, load_image, save_png
+from svg_t2i.text.files import checked, numbered_lines, read_text
 
 # Task of GenEval's metadata → column of the published table
 GENEVAL_TASKS = {
@@ -64,19 +65,18 @@ def read_geneval(path: Path) -> list[SuitePrompt]:
     """
     if not path.is_file():
         raise UserError(f"--prompts {path} does not exist; give GenEval's prompts/evaluation_metadata.jsonl")
-    prompts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line") from error
-        missing = [key for key in ("tag", "include", "prompt") if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise UserError(f"{path}:{number}: no {', '.join(missing)}; a line of GenEval's metadata has all three")
-        prompts.append(SuitePrompt(f"{len(prompts):05d}", record["prompt"], record))
-    return _not_empty(prompts, path)
+    return _not_empty(_numbered(checked(path, numbered_lines(read_text(path)), _geneval_prompt)), path)
+
+
+def _geneval_prompt(line: str) -> SuitePrompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON ({error.msg}); fix or remove the line") from error
+    missing = [key for key in ("tag", "include", "prompt") if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise UserError(f"no {', '.join(missing)}; a line of GenEval's metadata has all three")
+    return SuitePrompt("", record["prompt"], record)
 
 
 def read_dpg(folder: Path) -> list[SuitePrompt]:
@@ -89,7 +89,7 @@ def read_dpg(folder: Path) -> list[SuitePrompt]:
         raise UserError(f"--prompts {folder} is no folder; give DPG-Bench's dpg_bench/prompts")
     prompts = []
     for path in sorted(folder.glob("*.txt")):
-        text = " ".join(_read(path).split())
+        text = " ".join(read_text(path).split())
         if not text:
             raise UserError(f"{path} is empty; a prompt file holds one prompt")
         if "." in path.stem:
@@ -100,14 +100,11 @@ def read_dpg(folder: Path) -> list[SuitePrompt]:
 
 def number_prompts(texts: Iterable[str]) -> list[SuitePrompt]:
     """Any prompts, named by their number."""
-    return [SuitePrompt(f"{number:05d}", text) for number, text in enumerate(texts)]
+    return _numbered([SuitePrompt("", text) for text in texts])
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+def _numbered(prompts: Sequence[SuitePrompt]) -> list[SuitePrompt]:
+    return [replace(prompt, name=f"{number:05d}") for number, prompt in enumerate(prompts)]
 
 
 def _not_empty(prompts: list[SuitePrompt], path: Path) -> list[SuitePrompt]:
@@ -161,9 +158,7 @@ def read_geneval_results(path: Path) -> tuple[dict[str, float], int]:
     if not path.is_file():
         raise UserError(f"--geneval {path} does not exist; give the results.jsonl that evaluate_images.py wrote")
     correct: dict[str, list[bool]] = {tag: [] for tag in GENEVAL_TASKS}
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(read_text(path)):
         try:
             record = json.loads(line)
             correct[record["tag"]].append(bool(record["correct"]))
@@ -187,7 +182,7 @@ def read_dpg_results(path: Path) -> tuple[float, int]:
     if not path.is_file():
         raise UserError(f"--dpg {path} does not exist; give the results file of compute_dpg_bench.py")
     means, final = [], None
-    for line in _read(path).splitlines():
+    for _, line in numbered_lines(read_text(path)):
         if line.startswith("DPG-Bench score:"):
             final = _number(line.partition(":")[2])
         elif "," in line and (mean := _number(line.rpartition(",")[2])) is not None:

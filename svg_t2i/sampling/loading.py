@@ -26,7 +26,7 @@ from svg_t2i.checkpoints import weights as checkpoints
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
-from svg_t2i.sampling.saved import read_old_index
+from svg_t2i.sampling.saved import read_index
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
 
@@ -114,7 +114,7 @@ def find_sources(
 
 
 def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
-    index = read_old_index(folder)
+    index = read_index(folder)
     if index is not None:
         options, max_length = index
         return Sources(

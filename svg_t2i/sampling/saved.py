@@ -5,7 +5,7 @@
     autoencoder/ transformer/ text_encoder/ tokenizer/, and guide/ and scheduler/ where there are any
 
 `SVGT2IPipeline.from_pretrained` runs no code of the folder, and its index may name the classes of such a pipeline only.
-Folders of before this layout have the tokenizer in text_encoder/ and only settings in their index (`read_old_index`).
+Folders of before this layout have the tokenizer in text_encoder/ and only settings in their index; `loading` reads them.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def is_saved_pipeline(folder: Path) -> bool:
     return content is not None and "transformer" in content
 
 
-def read_old_index(folder: Path) -> tuple[SamplingOptions, int] | None:
-    """Sampling defaults and caption limit of a pipeline saved in the layout of before; None if `folder` is none."""
+def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
+    """Sampling defaults and caption limit of a saved pipeline, of today's layout or before; None if `folder` is none."""
     content = _read(folder)
     if content is None:
         return None

@@ -1,8 +1,13 @@
-"""Prompt files: .txt (a prompt a line), .json (a list) and .jsonl, of strings or records."""
+"""Prompt files: .txt (a prompt a line), .json (a list) and .jsonl, of strings or records. Lines end at line feeds only.
+
+A file is checked as a whole before anything else happens: what is wrong in it is said together, with line numbers.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ from autoencoder.common.config import UserError
 
 # Fields of a prompt record that hold the prompt, in order of preference.
 PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query")
-OWN_SETTINGS = {"negative_prompt": str, "guidance_scale": float}  # what a record may say for itself
+MAX_PROBLEMS = 5  # named in one message
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,22 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a file. A record's prompt is its first field of `PROMPT_FIELDS`; of a list of captions the first.
 
     Raises:
-        UserError: file missing, of another kind, empty, or a record without a prompt; names file and line.
+        UserError: file missing, of another kind, empty, or records without a prompt or with a wrong setting; names file
+            and lines.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = read_text(path, "prompt file ")
     if path.suffix == ".txt":
-        prompts = [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
-    elif path.suffix in (".json", ".jsonl"):
-        prompts = [_prompt_of(record, f"{path}:{number}") for number, record in _records(text, path)]
+        prompts = [Prompt(line) for _, line in numbered_lines(text)]
+    elif path.suffix == ".json":
+        records = _parse(text) if text.strip() else []
+        if not isinstance(records, list):
+            raise UserError(f"{path}: expected a list of prompts or records, got {type(records).__name__}")
+        prompts = checked(path, enumerate(records, 1), _prompt_of)
+    elif path.suffix == ".jsonl":
+        prompts = checked(path, numbered_lines(text), lambda line: _prompt_of(_parse(line)))
     else:
         raise UserError(f"prompt file {path}: unknown kind {path.suffix!r}; use .txt, .json or .jsonl")
     if not prompts:
@@ -46,37 +54,69 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _records(text: str, path: Path) -> list[tuple[int, Any]]:
-    if path.suffix == ".json":
-        records = _parse(text, f"{path}") if text.strip() else []
-        if not isinstance(records, list):
-            raise UserError(f"{path}: expected a list of prompts or records, got {type(records).__name__}")
-        return list(enumerate(records, 1))
-    lines = enumerate(text.splitlines(), 1)
-    return [(number, _parse(line, f"{path}:{number}")) for number, line in lines if line.strip()]
+def read_text(path: Path, what: str = "") -> str:
+    """A file in UTF-8, with or without a byte order mark. UserError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _parse(text: str, where: str) -> Any:
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers, without blanks around them.
+
+    `str.splitlines` would also cut at U+2028, U+0085 and others, which are characters of a JSON text or a prompt.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def checked(path: Path, entries: Iterator[tuple[int, Any]], read: Callable[[Any], Any]) -> list[Any]:
+    """What `read` makes of all numbered entries of a file. UserError that names all (of the first) it refuses."""
+    made, problems = [], []
+    for number, entry in entries:
+        try:
+            made.append(read(entry))
+        except UserError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise UserError("; ".join(problems[:MAX_PROBLEMS]) + more)
+    return made
+
+
+def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); fix or remove it") from error
+        raise UserError(f"not valid JSON ({error}); fix or remove it") from error
 
 
-def _prompt_of(record: Any, where: str) -> Prompt:
+def _prompt_of(record: Any) -> Prompt:
     if isinstance(record, str):
         return Prompt(record)
-    fields = record if isinstance(record, dict) else {}
+    fields = {name: value for name, value in record.items() if value is not None} if isinstance(record, dict) else {}
     value = next((fields[name] for name in PROMPT_FIELDS if name in fields), None)
     if isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str):
-        raise UserError(f"{where}: no prompt; a record needs one of the fields {', '.join(PROMPT_FIELDS)}")
-    settings = {}
-    for name, kind in OWN_SETTINGS.items():
-        if name in fields:
-            try:
-                settings[name] = kind(fields[name])
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{where}: {name} = {fields[name]!r} is no {kind.__name__}") from error
+        raise UserError(f"no prompt; a record needs one of the fields {', '.join(PROMPT_FIELDS)}")
+    settings: dict[str, Any] = {}
+    if "negative_prompt" in fields:
+        if not isinstance(fields["negative_prompt"], str):
+            raise UserError(f"negative_prompt = {fields['negative_prompt']!r} is no text")
+        settings["negative_prompt"] = fields["negative_prompt"]
+    if "guidance_scale" in fields:
+        settings["guidance_scale"] = _finite("guidance_scale", fields["guidance_scale"])
     return Prompt(value, settings)
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} = {value!r} is no finite number")
+    return number

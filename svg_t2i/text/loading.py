@@ -100,12 +100,17 @@ def skeleton(path_or_id: str | os.PathLike) -> PreTrainedModel | None:
 def load_tokenizer(path_or_id: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a text encoder, from a folder in Hugging Face format or from the Hub.
 
+    A saved pipeline has it in the folder tokenizer/ beside.
+
     Raises:
         UserError: as `checked_source` and `load_model`.
     """
     from transformers import AutoTokenizer
 
     source = checked_source(path_or_id)
+    beside = Path(source).parent / "tokenizer"
+    if Path(source).is_dir() and not any(Path(source).glob("*token*")) and beside.is_dir():
+        source = str(beside)
     try:
         return pretrained(AutoTokenizer, source)
     except ERRORS as error:

@@ -84,3 +84,11 @@ def test_rank_outside_the_machines_is_refused(repo_root):
     assert code == 2
     assert "RANK ID 1" in output
     assert "set NNODES" in output
+
+
+@pytest.mark.parametrize("script", ["run_train_1gpus_forTest.sh", "run_train_8gpus.sh", "run_train_mnodes.sh"])
+def test_help_starts_nothing(repo_root, script):
+    command = ["bash", f"scripts/{script}", "--help"]
+    result = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"bash scripts/{script}" in result.stdout

@@ -41,6 +41,17 @@ def test_published_command_on_two_devices(run_train, tiny_for_test, tmp_path):
     assert list((folder / "checkpoints").glob("step_0000002.ckpt"))
 
 
+@pytest.mark.parametrize("script", ["run_train.sh", "run_eval.sh"])
+def test_help_and_no_arguments_start_nothing(repo_root, script):
+    for arguments, status in (([], 2), (["--help"], 0), (["-h"], 0)):
+        result = subprocess.run(
+            ["bash", script, *arguments], cwd=repo_root / "autoencoder", capture_output=True, text=True, timeout=20,
+            env=os.environ | {"PYTHON": "false"},
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (status, "")
+        assert f"bash {script} <GPU NUM>" in result.stdout
+
+
 def test_mistakes_are_one_line(run_train, tiny_for_test, tmp_path):
     mistake = "training.trainer.max_step=3"
     result = run_train(1, CONFIG + ".yaml", *tiny_for_test, f"training.logdir={tmp_path}", mistake)

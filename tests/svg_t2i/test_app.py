@@ -52,6 +52,13 @@ def test_command_line(saved_pipeline):
     pytest.importorskip("gradio")
     with pytest.raises(UserError, match="--queue 0"):
         app.main(["--checkpoint", str(saved_pipeline), "--queue", "0"])
+    for port in ("0", "70000"):
+        with pytest.raises(UserError, match=f"--port {port}: ports go from 1 to 65535"):
+            app.main(["--checkpoint", str(saved_pipeline), "--port", port])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"):
+            app.main(["--checkpoint", "nowhere", "--port", port])  # before any model is looked for
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,14 @@ def test_geneval_prompts_and_folders(tmp_path):
     assert Image.open(folder / "grid.png").width > 64
 
 
+def test_characters_that_other_tools_take_for_line_ends(tmp_path):
+    odd = "a photo\u2028of a\u0085kite"
+    path = tmp_path / "m.jsonl"
+    records = [{**record, "prompt": odd} for record in RECORDS]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(x, ensure_ascii=False) for x in records).encode())
+    assert [prompt.text for prompt in suites.read_geneval(path)] == [odd, odd]
+
+
 @pytest.mark.parametrize(("line", "message"), [
     ('{"tag": "counting", "prompt": "x"}', "jsonl:2: no include"),
     ("{broken", "jsonl:2: not valid JSON"),

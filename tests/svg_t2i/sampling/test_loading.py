@@ -73,6 +73,9 @@ def test_a_training_run_knows_its_parts_and_its_resolution(toy_parts, tmp_path):
     pipeline = SVGT2IPipeline.from_pretrained(tmp_path)
     assert (pipeline.options.height, pipeline.options.time_shift) == (64, "dynamic")
     assert pipeline("noise", num_inference_steps=1).images[0].size == (64, 64)
+    half = SVGT2IPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)  # with the fingerprints of its networks
+    assert half.text_encoder.dtype == torch.float16
+    assert half.networks.describe()["text_encoder"] == pipeline.networks.describe()["text_encoder"]
 
 
 def test_what_a_run_made_moves_with_its_folder(toy_parts, tmp_path, monkeypatch):

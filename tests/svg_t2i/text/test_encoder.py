@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from autoencoder.common.config import UserError
-from svg_t2i.text.encoder import MAX_CUT_REPORTS, SYSTEM_PROMPTS, TextEncoder, build_prompt
+from svg_t2i.text.encoder import MAX_CUT_REPORTS, SYSTEM_PROMPTS, TextEncoder, _fingerprint, build_prompt
+from svg_t2i.text.loading import load_model
 from svg_t2i.text.toy import make_toy_text_encoder
 
 CAPTIONS = [f"a {size} {colour} circle, left" for size in ("small", "large") for colour in ("red", "green", "blue")]
@@ -220,7 +221,12 @@ def test_save_and_load_again(toy, tmp_path):
 
 
 def test_fingerprint_knows_weights_and_words_but_not_dtype(toy, toy_folder, tmp_path):
-    assert TextEncoder.from_pretrained(toy_folder, dtype=torch.bfloat16).fingerprint() == toy.fingerprint()
+    for dtype in (torch.bfloat16, torch.float16):  # which rounds otherwise than bf16, and is then read as stored
+        loaded = TextEncoder.from_pretrained(toy_folder, dtype=dtype)
+        assert (loaded.model.dtype, loaded.fingerprint()) == (dtype, toy.fingerprint())
+    half = load_model(str(toy_folder), torch.float16)
+    assert _fingerprint(half, toy.tokenizer) != toy.fingerprint()
+    assert TextEncoder(half, toy.tokenizer).fingerprint() == toy.fingerprint()
     same = make_toy_text_encoder(CAPTIONS, tmp_path / "same", hidden_size=64)
     other_seed = make_toy_text_encoder(CAPTIONS, tmp_path / "seed", hidden_size=64, seed=1)
     other_words = make_toy_text_encoder([*CAPTIONS[1:], CAPTIONS[0].replace("a", "ab")], tmp_path / "w", 64)
