@@ -54,6 +54,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--auth", type=Path, help="file with lines user:password (default: everyone may come in)")
     parser.add_argument("--queue", type=int, default=16, help="requests that may wait")
     parser.add_argument("--max_side", type=int, default=Limits.side, help="largest height and width, pixels")
+    parser.add_argument("--verbose", action="store_true", help="show what the libraries say while they load")
     return parser.parse_args(argv)
 
 
@@ -100,8 +101,9 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     checkpoint = arguments.checkpoint or find_quickstart()
     device = choose_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    from svg_t2i.pipeline import SVGT2IPipeline  # diffusers takes seconds to import, which --help need not wait for
+    from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity  # diffusers takes seconds to import
 
+    set_verbosity(arguments.verbose)
     pipeline = SVGT2IPipeline.from_pretrained(checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype)
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)

@@ -24,7 +24,7 @@ import diffusers.utils
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,11 +43,19 @@ from svg_t2i.sampling.schedulers import check_scheduler
 from svg_t2i.sampling.steps import CallOptions, OutputType, Running
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.enhance import enhance
+from svg_t2i.text.loading import set_loading_bars
 from svg_t2i.transformer.packing import TextFeatures
 
 DTYPE = "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"  # as this diffusers calls it
 PipelineStepEnd = Callable[["SVGT2IPipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 Prompts = str | Sequence[str]
+
+
+def set_verbosity(verbose: bool) -> None:
+    """Whether diffusers and transformers show their progress bars and warnings while they load and write weights."""
+    set_loading_bars(verbose)
+    (logging.enable_progress_bar if verbose else logging.disable_progress_bar)()
+    (logging.set_verbosity_warning if verbose else logging.set_verbosity_error)()
 
 
 @dataclass

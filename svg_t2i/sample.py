@@ -32,6 +32,7 @@ from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.processes import World, choose_device, start_world
 from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
+from autoencoder.images.saving import FORMATS
 from autoencoder.sources.folders import list_images
 from svg_t2i.sampling.arguments import (
     add_parts,
@@ -78,8 +79,9 @@ def requested_sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 
 def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
-    from svg_t2i.pipeline import SVGT2IPipeline
+    from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity
 
+    set_verbosity(arguments.verbose)
     return SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
         **parts_of(arguments),
@@ -143,6 +145,7 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         what.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt and resolution")
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
         what.add_argument("--batch_size", type=int, default=4, help="images in one call")
+        what.add_argument("--format", choices=list(FORMATS), default="png", help="kind of the files")
         add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder to write")
 
@@ -215,29 +218,45 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     prompts, sources = plan_sources(arguments, sizes)
     options = chosen_options(arguments, world)
     shared = {name: value for name, value in to_dict(options).items() if name not in ("height", "width")}
-    settings = {**shared, "verb": arguments.command}
+    settings = {**shared, "verb": arguments.command, "format": arguments.format}
     _by_main(lambda: check_folder(arguments.output, settings), world)
+    jobs, rewritten = plan_images(arguments, options, sizes, prompts, sources), getattr(arguments, "enhance", False)
+    known = RunFolder(arguments.output, settings)
+    if world.broadcast(world.is_main and not rewritten and known.has_all(jobs)):
+        if world.is_main:
+            print(f"all {len(jobs)} images are in {arguments.output / 'images'}; nothing was loaded")
+        return
     with world.main_first():
         pipeline = load_pipeline(arguments, world.device)
     run = RunFolder(arguments.output, {**settings, "model": pipeline.networks.describe()})
     _by_main(run.prepare, world)
-    if getattr(arguments, "enhance", False):
-        prompts = enhance_all(pipeline, prompts, world)
-    listed = [(prompt.text, {**prompt.settings, **source}) for prompt in prompts for source in sources or ({},)]
-    default = (options.width, options.height)
-    jobs = plan_jobs(listed, sizes or [default], arguments.num_images_per_prompt, arguments.seed)
-    if sources and not sizes:
-        jobs = [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], default)) for job in jobs]
+    if rewritten:
+        jobs = plan_images(arguments, options, sizes, enhance_all(pipeline, prompts, world), sources)
     failed = render(partial(make_images, pipeline, arguments, options), jobs, run, arguments.batch_size, world)
     if world.is_main:
         with full_disk(run.folder):
             run.write_failed(failed)
             run.write_records(jobs)
             run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
-        print(f"{len(jobs) - len(failed)} images in {arguments.output / 'images'}")
+        print(f"{len(jobs) - len(failed)} images in {arguments.output / 'images'}; look at index.html beside it")
     if failed:
         count = f"{len(failed)} of {len(jobs)}"
         raise UserError(f"{count} images failed (failed.json); the same command again tries those anew")
+
+
+def plan_images(
+    arguments: argparse.Namespace,
+    options: SamplingOptions,
+    sizes: Sequence[tuple[int, int]],
+    prompts: Sequence[Prompt],
+    sources: Sequence[dict[str, Any]],
+) -> list[Job]:
+    """All images of the command: of every prompt and source in every size."""
+    listed = [(prompt.text, {**prompt.settings, **source}) for prompt in prompts for source in sources or ({},)]
+    jobs = plan_jobs(listed, sizes or [options.size], arguments.num_images_per_prompt, arguments.seed)
+    if not sources or sizes:
+        return jobs
+    return [replace(job, size=_own_size(job.own.get("image") or arguments.image[:1], options.size)) for job in jobs]
 
 
 def enhance_all(pipeline: SVGT2IPipeline, prompts: Sequence[Prompt], world: World) -> list[Prompt]:

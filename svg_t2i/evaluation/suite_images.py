@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from autoencoder.common.processes import World
 from autoencoder.common.weights import write_json
-from autoencoder.images.files import save_png
+from autoencoder.images.saving import save_image
 from svg_t2i.evaluation.evaluate import own_batches, sample_batch
 from svg_t2i.evaluation.suites import SuiteName, SuitePrompt, complete, image_path
 from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
@@ -55,7 +54,7 @@ def generate(
         for i in missing:
             record = {"caption": texts[i], "seed": seed + i, **asdict(sampling)}
             with full_disk(output):
-                save_png(images[i - batch.start], paths[i], {"parameters": json.dumps(record, ensure_ascii=False)})
+                save_image(images[i - batch.start], paths[i], record)
     world.barrier()
     with full_disk(output):
         for prompt in prompts[world.rank :: world.size]:

@@ -27,6 +27,7 @@ def add_parts(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--text_encoder", help=f"Hugging Face folder or id {own}")
     model.add_argument("--guide", help="a weaker DiT for autoguidance (default: the unconditional branch guides)")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
+    model.add_argument("--verbose", action="store_true", help="show what the libraries say while they load")
     model.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
 
 

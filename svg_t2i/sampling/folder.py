@@ -1,10 +1,11 @@
 """Rendering many images into a folder: split over processes, resumable, with a record of every image.
 
     OUTPUT/settings.json                                what all images of the folder have in common, weights included
-    OUTPUT/images/{solver}_{steps}_{index}_{WxH}.png    the parameters of each image are in its PNG text chunk
+    OUTPUT/images/{solver}_{steps}_{index}_{WxH}.png    or .webp, .jpg; the parameters of each image are in it
     OUTPUT/data.json                                    one record an image, rewritten as the run goes on
     OUTPUT/failed.json                                  only if images failed: which, and why
     OUTPUT/grid.png                                     the first images, a row a prompt
+    OUTPUT/index.html                                   all images with their prompts and seeds, for a browser
 
 The images are cut into batches before they are split over the processes, and a half-done batch is made again:
 pixels depend neither on the number of processes nor on interruptions. Every file appears by one rename.
@@ -27,13 +28,16 @@ from tqdm import tqdm
 
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
-from autoencoder.common.weights import write_json
+from autoencoder.common.weights import replacing, write_json
 from autoencoder.images.files import image_grid, save_png
+from autoencoder.images.saving import read_parameters, save_image
+from svg_t2i.sampling.contact_sheet import contact_sheet
 
 log = logging.getLogger(__name__)
 
 MAX_GRID_IMAGES = 64
 SETTINGS = "settings.json"
+NOT_OF_AN_IMAGE = ("model", "format")
 RECORD_EVERY = 5.0  # seconds between two versions of data.json
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -89,8 +93,8 @@ class RunFolder:
 
     def path(self, job: Job) -> Path:
         width, height = job.size
-        name = f"{self.settings['solver']}_{self.settings['num_inference_steps']}_{job.index}_{width}x{height}.png"
-        return self.folder / "images" / name
+        solver, steps, suffix = (self.settings[name] for name in ("solver", "num_inference_steps", "format"))
+        return self.folder / "images" / f"{solver}_{steps}_{job.index}_{width}x{height}.{suffix}"
 
     def record(self, job: Job) -> dict[str, Any]:
         """What data.json and the image itself say about it."""
@@ -101,7 +105,7 @@ class RunFolder:
             "solver": self.settings["solver"],
             "num_sampling_steps": self.settings["num_inference_steps"],
             "seed": job.seed,
-            **{name: value for name, value in self.settings.items() if name != "model"},
+            **{name: value for name, value in self.settings.items() if name not in NOT_OF_AN_IMAGE},
             **job.own,
         }
 
@@ -110,24 +114,32 @@ class RunFolder:
         path = self.path(job)
         if not path.is_file():
             return False
-        with Image.open(path) as image:  # reads the header only
-            found = json.loads(image.text.get("parameters", "{}"))
-        wanted = json.loads(json.dumps(self.record(job)))
-        different = [name for name in wanted if name != "image_url" and found.get(name) != wanted[name]]
-        if different:
-            name = different[0]
-            raise UserError(f"{path} is another image ({name} {found.get(name)!r}); choose another --output")
+        if difference := self._difference(job):
+            raise UserError(f"{path} is another image ({difference}); choose another --output")
         return True
 
+    def has_all(self, jobs: Sequence[Job]) -> bool:
+        """Whether all of these very images are there."""
+        return all(self.path(job).is_file() and not self._difference(job) for job in jobs)
+
+    def _difference(self, job: Job) -> str:
+        """In what the image under the job's name is another one; empty where it is this one."""
+        found, wanted = read_parameters(self.path(job)), json.loads(json.dumps(self.record(job)))
+        different = [name for name in wanted if name != "image_url" and found.get(name) != wanted[name]]
+        return f"{different[0]} {found.get(different[0])!r}" if different else ""
+
     def save(self, job: Job, image: Image.Image) -> None:
-        save_png(image, self.path(job), {"parameters": json.dumps(self.record(job), ensure_ascii=False)})
+        save_image(image, self.path(job), self.record(job))
 
     def write_records(self, jobs: Sequence[Job], now: bool = True) -> None:
-        """data.json with all images that are there; unless `now`, at most every few seconds."""
+        """data.json and index.html with all images that are there; unless `now`, at most every few seconds."""
         if not now and time.monotonic() < self._recorded_at + RECORD_EVERY:
             return
         self._recorded_at = time.monotonic()
-        write_json([self.record(job) for job in jobs if self.path(job).is_file()], self.folder / "data.json")
+        records = [self.record(job) for job in jobs if self.path(job).is_file()]
+        write_json(records, self.folder / "data.json")
+        with replacing(self.folder / "index.html") as partial:
+            partial.write_text(contact_sheet(self.folder.name, records), encoding="utf-8")
 
     def write_failed(self, failed: Mapping[int, str]) -> None:
         """failed.json: index → reason. Without failures there is no such file."""
@@ -154,7 +166,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"--output {folder} is not empty; nothing was overwritten. Choose another folder")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = {"format": "png", **json.loads(path.read_text(encoding="utf-8"))}  # once the only one
     except ValueError as error:
         raise UserError(f"{path} is broken ({error}); choose another --output") from error
     now = json.loads(json.dumps(settings))

@@ -5,7 +5,8 @@
     autoencoder/ transformer/ text_encoder/ tokenizer/, and guide/ and scheduler/ where there are any
 
 `SVGT2IPipeline.from_pretrained` runs no code of the folder, and its index may name the classes of such a pipeline only.
-Folders of before this layout have the tokenizer in text_encoder/ and only settings in their index; `loading` reads them.
+Folders of before this layout have the tokenizer in text_encoder/ and only settings in their index; `loading` reads
+them.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def is_saved_pipeline(folder: Path) -> bool:
 
 
 def read_index(folder: Path) -> tuple[SamplingOptions, int] | None:
-    """Sampling defaults and caption limit of a saved pipeline, of today's layout or before; None if `folder` is none."""
+    """Sampling defaults and caption limit of a saved pipeline of any layout; None if `folder` is none."""
     content = _read(folder)
     if content is None:
         return None

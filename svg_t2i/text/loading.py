@@ -40,6 +40,13 @@ def checked_source(path_or_id: str | os.PathLike) -> str:
     return folder_or_hub_name(path_or_id, "text_encoder.path", wanted)
 
 
+def set_loading_bars(shown: bool) -> None:
+    """Whether transformers shows its progress bars while it loads and writes weights. They take seconds."""
+    from transformers.utils import logging
+
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
 def caps_attention(text_config: Any) -> bool:
     """Whether the model caps its attention logits, as Gemma-2 does; the fused kernels leave that out."""
     return bool(getattr(text_config, "attn_logit_softcapping", None))

@@ -5,7 +5,6 @@ Independent of Gradio: `Studio.draw` and `Studio.redraw` are generators of galle
 
 from __future__ import annotations
 
-import json
 import queue
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.common.config import UserError, to_dict
-from autoencoder.images.files import LATENT_PIXELS, load_image, save_png, to_pil
+from autoencoder.images.files import LATENT_PIXELS, load_image, to_pil
+from autoencoder.images.saving import read_parameters, save_image
 from svg_t2i.sampling.inputs import crop_image
 from svg_t2i.sampling.options import changed
 from svg_t2i.sampling.steps import decode_latents
@@ -193,7 +193,7 @@ class Studio:
         for i, image in enumerate(images):
             own = {**shown, "seed": parameters["seed"] + i}
             path = self.folder / f"{time.time_ns()}_{own['seed']}.png"
-            save_png(image, path, {"parameters": json.dumps(own, ensure_ascii=False)})
+            save_image(image, path, own)
             result.append((str(path), f"seed {own['seed']}"))
         return result
 
@@ -209,8 +209,7 @@ def parameters_of(path: str | Path) -> dict[str, Any]:
     """What a finished image says about itself. UserError if it was deleted since."""
     if not Path(path).is_file():
         raise UserError("this image was deleted, since it is old; draw it again")
-    with Image.open(path) as image:
-        return json.loads(image.text["parameters"])
+    return read_parameters(Path(path))
 
 
 def random_seed() -> int:

@@ -73,14 +73,14 @@ def test_geneval_resumes_to_the_same_images(saved, geneval_file, tmp_path, monke
 
 
 def test_a_full_disk_leaves_what_is_finished(saved, geneval_file, tmp_path, monkeypatch):
-    save_png = suite_images.save_png
+    save_image = suite_images.save_image
 
     def full_after_two(image, path, text):
         if len(list(tmp_path.glob("images/*/samples/*"))) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_png(image, path, text)
+        save_image(image, path, text)
 
-    monkeypatch.setattr(suite_images, "save_png", full_after_two)
+    monkeypatch.setattr(suite_images, "save_image", full_after_two)
     arguments = ["--prompts", geneval_file, "--batch_size", 4, "--num_images_per_prompt", 1]
     with pytest.raises(UserError, match="is full; its finished images and records are whole"):
         run("geneval", saved, tmp_path, *arguments)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from autoencoder.common.config import UserError
+from autoencoder.images.saving import read_parameters
 from svg_t2i import sample as sample_entry
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import folder as rendering
@@ -277,3 +278,51 @@ def test_what_no_verb_can_do_is_said_early(saved_pipeline, picture, tmp_path, mo
     with pytest.raises(UserError, match=message):
         sample_entry.main([*words, "--checkpoint", str(saved_pipeline), "--output", "out"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_each_kind_of_file_holds_its_parameters(saved_pipeline, tmp_path, kind):
+    prompt = "noise, “quoted” 🦊 <b>"
+    records = run(saved_pipeline, tmp_path / "out", "--prompt", prompt, "--format", kind, "--seed", "7")
+    path = tmp_path / "out" / "images" / f"dpm_3_0_48x32.{kind}"
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ({"jpg": "JPEG"}.get(kind, kind.upper()), (48, 32))
+    assert read_parameters(path) == records[0]
+    assert (read_parameters(path)["caption"], read_parameters(path)["seed"]) == (prompt, 7)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert f'<img src="images/{path.name}"' in page
+    assert "noise, “quoted” 🦊 &lt;b&gt;" in page
+    other = "webp" if kind == "png" else "png"
+    with pytest.raises(UserError, match=f"format was '{kind}', is '{other}'"):
+        run(saved_pipeline, tmp_path / "out", "--prompt", prompt, "--format", other)
+
+
+def test_the_same_command_again_loads_nothing(saved_pipeline, tmp_path, monkeypatch, capsys):
+    before = run(saved_pipeline, tmp_path, *PROMPTS)
+    monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)
+    assert run(saved_pipeline, tmp_path, *PROMPTS) == before
+    assert f"all 2 images are in {tmp_path / 'images'}; nothing was loaded" in capsys.readouterr().out
+    (tmp_path / "images" / "dpm_3_1_48x32.png").unlink()
+    with pytest.raises(TypeError):
+        run(saved_pipeline, tmp_path, *PROMPTS)
+
+
+def test_height_and_width_in_place_of_a_resolution(saved_pipeline, tmp_path):
+    common = ["--checkpoint", str(saved_pipeline), "--num_inference_steps", "2", "--prompt", "noise"]
+
+    def sizes(name, *arguments):
+        sample_entry.main([*arguments[:1], *common, "--output", str(tmp_path / name), *arguments[1:]])
+        return [record["resolution"] for record in json.loads((tmp_path / name / "data.json").read_text())]
+
+    assert sizes("both", "generate", "--height", "64", "--width", "80") == ["80x64"]
+    assert sizes("one", "generate", "--height", "64") == ["48x64"]  # the width is the model's
+    Image.new("RGB", (90, 70)).save(tmp_path / "x.png")
+    image = ["--image", str(tmp_path / "x.png")]
+    assert sizes("image", "image_to_image", "--height", "32", "--width", "32", *image) == ["32x32"]
+    for arguments, message in (
+        (["generate", "--height", "64", "--resolution", "48x32"], "--resolution and --height say the same"),
+        (["generate", "--height", "60"], "height = 60: image sides must be positive multiples of 16"),
+        (["image_to_image", "--width", "64", *image], "--width alone would stretch the images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sizes("wrong", *arguments)
