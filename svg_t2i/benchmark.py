@@ -42,14 +42,14 @@ from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
 from svg_t2i.features.settings import AutoencoderSource
-from svg_t2i.sample import check_arguments, from_parts
-from svg_t2i.sampling.arguments import (
+from svg_t2i.rendering.arguments import (
     add_parts,
     add_sampling_arguments,
     chosen_options,
     parse_resolution,
     sampling_changes,
 )
+from svg_t2i.sample import check_arguments, from_parts
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.text.files import read_prompts
 

@@ -31,8 +31,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autoencoder.common.config import UserError, build
 from autoencoder.sources.folders import list_images
-from svg_t2i.sampling import conditioning, from_images, inputs, loading, saved, steps
-from svg_t2i.sampling.components import SVGAutoencoder, SVGDiT
+from svg_t2i.loading import saved, sources
+from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
+from svg_t2i.sampling import conditioning, from_images, inputs, steps
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.from_images import Match
 from svg_t2i.sampling.inputs import ImageInput
@@ -98,7 +99,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         sampling: SamplingOptions | Mapping | None = None,
         max_length: int = 256,
     ):
-        """autoencoder, transformer, guide: those of `sampling.components`, or the plain networks.
+        """autoencoder, transformer, guide: those of `loading.components`, or the plain networks.
 
         guide: a weaker transformer for autoguidance (`set_guide`).
         sampling: the pipeline's `options`. max_length: most tokens kept of a prompt.
@@ -154,18 +155,18 @@ class SVGT2IPipeline(DiffusionPipeline):
             UserError: anything missing, or networks whose fingerprints show that they do not belong together.
         """
         dtype = saved.as_dtype(torch_dtype if dtype is None else dtype)
-        folder = loading.fetch(pretrained_model_name_or_path, **loading.download_arguments(kwargs))
+        folder = sources.fetch(pretrained_model_name_or_path, **sources.download_arguments(kwargs))
         folder = folder / subfolder if subfolder else folder
         parts = {
             "autoencoder": autoencoder, "autoencoder_checkpoint": autoencoder_checkpoint, "latent_stats": latent_stats,
             "text_encoder": text_encoder, "guide": guide,
         }  # fmt: skip
         if saved.is_saved_pipeline(folder):
-            given = loading.load_given(folder, parts, use_ema, dtype)
+            given = sources.load_given(folder, parts, use_ema, dtype)
             with saved.loading_errors(folder):
                 return super().from_pretrained(folder, **{DTYPE: dtype, "use_safetensors": True}, **given, **kwargs)
         device = saved.device_alone(kwargs, folder)
-        components = loading.load_networks(loading.find_sources(folder, **parts), use_ema, dtype)
+        components = sources.load_networks(sources.find_sources(folder, **parts), use_ema, dtype)
         return cls(**components, **kwargs).to(device)
 
     @classmethod

@@ -11,7 +11,7 @@
     python -m svg_t2i.sample retrieve       --checkpoint ... --image fox.png --folder photos --top_k 12
     python -m svg_t2i.sample enhance        --checkpoint ... --prompt "a red fox"
 
-The output folder is drawn in `sampling.folder`; the same command again goes on with a half-done one.
+The output folder is drawn in `rendering.folder`; the same command again goes on with a half-done one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from autoencoder.images.saving import FORMATS
 from autoencoder.sources.folders import list_images
-from svg_t2i.sampling.arguments import (
+from svg_t2i.rendering.arguments import (
     add_parts,
     add_sampling_arguments,
     chosen_options,
@@ -42,7 +42,7 @@ from svg_t2i.sampling.arguments import (
     parts_of,
     sampling_changes,
 )
-from svg_t2i.sampling.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
+from svg_t2i.rendering.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
 from svg_t2i.sampling.inputs import crop_image, prepare_mask
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.text.files import Prompt, read_prompts

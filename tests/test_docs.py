@@ -304,3 +304,13 @@ def test_python_in_the_readme_runs(place, monkeypatch):
     names = {}
     exec(code, names)
     assert [image.size for image in names["images"]] == [(64, 64)] * 2
+
+
+def test_python_about_diffusers_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO_ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64)
+    assert type(names["same"]) is type(names["pipeline"])
+    assert len(names["output"].seeds) == 1

@@ -24,6 +24,8 @@ FLOORS = {
         {"data"},
         {"features"},
         {"sampling"},
+        {"loading"},
+        {"rendering"},
         {"pipeline"},
         {"evaluation"},
         {"training", "web"},
@@ -40,7 +42,7 @@ COMMANDS = {
 ONLY_IN = {
     "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score", "svg_t2i.pipeline"},
     "diffusers": {
-        "svg_t2i.pipeline", "svg_t2i.sampling.components", "svg_t2i.sampling.inputs", "svg_t2i.sampling.schedulers",
+        "svg_t2i.pipeline", "svg_t2i.loading.components", "svg_t2i.sampling.inputs", "svg_t2i.sampling.schedulers",
     },
     "tokenizers": {"svg_t2i.text.toy"},
     "timm": {"autoencoder.encoders"},
@@ -52,7 +54,7 @@ ONLY_IN = {
     "pyarrow": {"autoencoder.sources.tables"},
     "datasets": {"autoencoder.sources.hub"},
     "gradio": {"svg_t2i.web.page"},
-    "huggingface_hub": {"svg_t2i.sampling.loading", "svg_t2i.checkpoints.weights"},
+    "huggingface_hub": {"svg_t2i.loading.sources", "svg_t2i.checkpoints.weights"},
     "torch.distributed": {
         "autoencoder.common.processes", "autoencoder.training", "svg_t2i.checkpoints", "svg_t2i.training",
     },

@@ -16,7 +16,7 @@ from autoencoder.common.weights import write_json
 from autoencoder.images.saving import save_image
 from svg_t2i.evaluation.evaluate import own_batches, sample_batch
 from svg_t2i.evaluation.suites import SuiteName, SuitePrompt, complete, image_path
-from svg_t2i.sampling.folder import SETTINGS, check_folder, full_disk
+from svg_t2i.rendering.folder import SETTINGS, check_folder, full_disk
 from svg_t2i.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from PIL import Image
 from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.weights import load_transformer
 from svg_t2i.flow.solvers import SOLVERS
+from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import schedulers
-from svg_t2i.sampling.components import SVGAutoencoder, SVGDiT
 
 PROMPT = "a picture of noise"
 

@@ -10,8 +10,9 @@ import torch
 from accelerate.hooks import CpuOffload
 
 from autoencoder.common.config import UserError
+from svg_t2i.loading import components
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling import components, denoising
+from svg_t2i.sampling import denoising
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.sampling.steps import plan_request
 from svg_t2i.text.encoder import SYSTEM_PROMPTS

@@ -13,7 +13,7 @@ from autoencoder.common.config import UserError
 from autoencoder.images.saving import read_parameters
 from svg_t2i import sample as sample_entry
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling import folder as rendering
+from svg_t2i.rendering import folder as rendering
 from svg_t2i.text.files import read_prompts
 
 PROMPTS = ["--prompt", "noise one", "--prompt", "very much noise"]

@@ -31,7 +31,7 @@ from autoencoder.common.processes import World
 from autoencoder.common.weights import replacing, write_json
 from autoencoder.images.files import image_grid, save_png
 from autoencoder.images.saving import read_parameters, save_image
-from svg_t2i.sampling.contact_sheet import contact_sheet
+from svg_t2i.rendering.contact_sheet import contact_sheet
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from svg_t2i.flow.solvers import SOLVERS
-from svg_t2i.sampling.loading import fetch, find_sources
+from svg_t2i.loading.sources import fetch, find_sources
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 

@@ -32,7 +32,7 @@ from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.loading import reason_of
 
 INDEX, CODE = "model_index.json", "pipeline.py"
-COMPONENTS = "svg_t2i.sampling.components"
+COMPONENTS = "svg_t2i.loading.components"
 CLASSES = {
     "autoencoder": (COMPONENTS, "SVGAutoencoder"),
     "transformer": (COMPONENTS, "SVGDiT"),

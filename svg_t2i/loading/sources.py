@@ -24,9 +24,9 @@ from autoencoder.common.hub import announce, folder_or_hub_name, nearest
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints import weights as checkpoints
 from svg_t2i.features.settings import AutoencoderSource, TextSource
+from svg_t2i.loading.saved import read_index
 from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
-from svg_t2i.sampling.saved import read_index
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
 
@@ -266,7 +266,7 @@ def load_given(folder: Path, parts: Mapping[str, Any], use_ema: bool, dtype: tor
 
 def load_component(folder: str | os.PathLike, use_ema: bool, dtype: torch.dtype) -> Any:
     """The DiT of any folder as a component, with the fingerprints recorded there."""
-    from svg_t2i.sampling.components import SVGDiT  # diffusers takes seconds to import, and looking for folders none
+    from svg_t2i.loading.components import SVGDiT  # diffusers takes seconds to import, and looking for folders none
 
     transformer = SVGDiT.adopt(checkpoints.load_transformer(folder, ema=use_ema).to(dtype))
     transformer.register_to_config(fingerprints=checkpoints.read_meta(folder).get("fingerprints") or {})

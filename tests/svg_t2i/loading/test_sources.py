@@ -12,8 +12,9 @@ from autoencoder.common.config import UserError
 from autoencoder.common.weights import read_state_dict
 from svg_t2i.checkpoints.published import export_published
 from svg_t2i.flow.paths import shift_time
+from svg_t2i.loading.sources import find_sources
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.sampling import loading, options
+from svg_t2i.sampling import options
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.train import main as train
 from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
@@ -52,19 +53,19 @@ def test_the_published_folder_is_enough(published, monkeypatch):
     pipeline = SVGT2IPipeline.from_pretrained(published)
     assert pipeline.options == PRESETS["stage4"]
     assert pipeline("noise", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
-    sources = loading.find_sources(published)
+    sources = find_sources(published)
     assert sources.autoencoder.config.endswith("svg_autoencoder_P_stage3_1024.yaml")
     assert sources.text_encoder.path.endswith("gemma-2-2b")
 
     add_transformer(published / "svg-t2i" / "stage1-256", monkeypatch)
-    assert loading.find_sources(published) == sources  # the last stage is the default
+    assert find_sources(published) == sources  # the last stage is the default
     add_transformer(published / "svg-t2i" / "other-stage4", monkeypatch)
     with pytest.raises(UserError, match=r"several DiTs \(svg-t2i/other-stage4, .*, svg-t2i/stage4-sft\); choose one"):
         SVGT2IPipeline.from_pretrained(published)
-    first = loading.find_sources(published, subfolder="svg-t2i/stage1-256")
+    first = find_sources(published, subfolder="svg-t2i/stage1-256")
     assert first.autoencoder.config.endswith("svg_autoencoder_P_stage1_256.yaml")
     assert first.options == PRESETS["stage1"]
-    given = loading.find_sources(published, subfolder="svg-t2i/stage1-256", autoencoder="a.yaml", text_encoder="t")
+    given = find_sources(published, subfolder="svg-t2i/stage1-256", autoencoder="a.yaml", text_encoder="t")
     assert (given.autoencoder.config, given.text_encoder.path) == ("a.yaml", "t")
 
 
@@ -86,7 +87,7 @@ def test_what_a_run_made_moves_with_its_folder(toy_parts, tmp_path, monkeypatch)
     train(["--config", str(toy_parts / "train.yaml"), "results_dir=results/run", "train.max_steps=1", *made])
     monkeypatch.chdir(tmp_path)
     moved = (tmp_path / "there" / "results" / "run").rename(tmp_path / "moved")
-    sources = loading.find_sources(moved)
+    sources = find_sources(moved)
     assert sources.autoencoder.stats == str(moved / "latent_stats.safetensors")
     assert sources.text_encoder.path == str(moved / "text_encoder")
     assert SVGT2IPipeline.from_pretrained(moved)("noise", num_inference_steps=1).images[0].size == (64, 64)
@@ -103,11 +104,11 @@ def test_a_checkpoint_does_not_read_the_environment(toy_parts, tmp_path, monkeyp
     saved = (tmp_path / "run" / "config.yaml").read_text()
     assert str(toy_parts) not in saved
     with pytest.raises(UserError, match=r"text_encoder = '\$\{oc.env:SVG_PARTS\}/text_encoder'.*give text_encoder"):
-        loading.find_sources(tmp_path / "run")
+        find_sources(tmp_path / "run")
     given = {"text_encoder": toy_parts / "text_encoder"}
     with pytest.raises(UserError, match=r"autoencoder = '\$\{oc.env:SVG_PARTS\}/autoencoder'.*--autoencoder"):
-        loading.find_sources(tmp_path / "run", **given)
-    sources = loading.find_sources(tmp_path / "run", **given, autoencoder=toy_parts / "autoencoder")
+        find_sources(tmp_path / "run", **given)
+    sources = find_sources(tmp_path / "run", **given, autoencoder=toy_parts / "autoencoder")
     assert sources.autoencoder.config == str(toy_parts / "autoencoder")
     train(["--config", str(config), f"results_dir={tmp_path / 'run'}", "train.max_steps=2"])  # the same run goes on
 
