@@ -113,7 +113,7 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     if preset:
         pipeline.options = PRESETS[preset]
     pipeline.set_progress_bar_config(disable=True)
-    return Studio(pipeline, Limits(side=arguments.max_side))
+    return Studio(pipeline, Limits(side=arguments.max_side), name=Path(checkpoint).resolve().name)
 
 
 @command

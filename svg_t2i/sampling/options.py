@@ -161,11 +161,17 @@ def changed(options: SamplingOptions, changes: Mapping[str, Any]) -> SamplingOpt
 
 
 def trained_options(config: Mapping[str, Any]) -> SamplingOptions:
-    """Defaults for a model from the configuration it was trained with: its resolution, system prompt and times."""
+    """Defaults for a model from the configuration it was trained with: its resolution, system prompt and times.
+
+    What its section `samples`, the pictures during training, sets otherwise than by default holds here as well.
+    """
     data, flow, options = config.get("data", {}), config.get("flow", {}), SamplingOptions(time_shift="dynamic")
     if not isinstance(data.get("resolution"), int):
         return SamplingOptions()
     sizes = {"height": data["resolution"], "width": data["resolution"]}
     if not flow.get("shift", True):  # the median of the training times, sigmoid(mu), is where the middle step is
         sizes["time_shift"] = round(math.exp(-flow.get("mu", 0.0)), 1) if flow.get("snr_type") == "lognorm" else 1.0
-    return replace(options, **sizes, system_prompt=data.get("system_prompt") or options.system_prompt)
+    options = replace(options, **sizes, system_prompt=data.get("system_prompt") or options.system_prompt)
+    usual, pictures = vars(SamplingOptions()), to_dict(config.get("samples") or {})
+    own = {name: value for name, value in pictures.items() if name in usual and value != to_dict(usual[name])}
+    return changed(options, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,23 +14,27 @@ from autoencoder.common.config import UserError
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.web.requests import (
     KEEP_SECONDS,
-    MAX_SEED,
-    GalleryItems,
+    RANDOM,
     Limits,
+    Shown,
     Stopped,
     Studio,
+    fitting_size,
     parameters_of,
-    random_seed,
 )
 
 MAX_UPLOAD = "20mb"
+SHAPES = {"1:1": (1, 1), "3:2": (3, 2), "2:3": (2, 3), "4:3": (4, 3), "3:4": (3, 4), "16:9": (16, 9), "9:16": (9, 16)}
+RESTORED = (
+    "prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "solver",
+)  # fmt: skip
 FONTS = ("system-ui", "sans-serif")
 
 
 def build_page(studio: Studio) -> Any:
     """The Gradio page of a studio: two tabs, text to image and image to image, that share no state."""
     with gr.Blocks(title="SVG-T2I", analytics_enabled=False, delete_cache=(3600, KEEP_SECONDS)) as page:
-        gr.Markdown("# SVG-T2I\nImages from text, made of the features of a vision foundation model.")
+        gr.Markdown(f"# SVG-T2I\nImages from text, made of the features of a vision foundation model: {studio.name}")
         with gr.Tab("Text to image"):
             _text_tab(studio)
         with gr.Tab("Image to image"):
@@ -41,55 +46,99 @@ def _text_tab(studio: Studio) -> None:
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
         with gr.Column(scale=3):
-            prompt = gr.Textbox(label="Prompt", lines=3, max_length=limits.prompt_characters, elem_id="prompt")
+            prompt = _prompt(limits, "prompt")
+            go, stop = _buttons("draw", "Draw")
             negative = gr.Textbox(label="Negative prompt", max_length=limits.prompt_characters, elem_id="negative")
             with gr.Row():
                 width = gr.Slider(16, limits.side, defaults.width, step=16, label="Width")
                 height = gr.Slider(16, limits.side, defaults.height, step=16, label="Height")
             with gr.Row():
-                steps = gr.Slider(2, limits.steps, defaults.num_inference_steps, step=1, label="Steps")
-                scale = gr.Slider(0, limits.guidance, defaults.guidance_scales(None)[0], step=0.1, label="Guidance")
+                shape = gr.Dropdown(list(SHAPES), value=None, label="Shape", elem_id="shape")
+                swap = gr.Button("Swap width and height", size="sm", elem_id="swap")
+            steps, scale = _steps_and_guidance(studio)
             with gr.Row():
                 seed, images = _seed_and_count(limits)
                 solver = gr.Dropdown(list(SOLVERS), value=defaults.solver, label="Solver")
+            settings = [prompt, negative, width, height, steps, scale, seed, solver]
+            _restoring(settings)
+        pixels = defaults.width * defaults.height
+        private = {"queue": False, "api_visibility": "private"}
+        shape.input(lambda name: fitting_size(SHAPES[name], pixels), shape, [width, height], **private)
+        swap.click(lambda *sides: sides[::-1], [width, height], [width, height], **private)
         inputs = [prompt, negative, width, height, steps, scale, seed, images, solver]
-        _output_column(studio.draw, inputs, "draw", "Draw")
+        _output_column(studio.draw, inputs, "draw", (go, stop), prompt)
 
 
 def _image_tab(studio: Studio) -> None:
-    limits, defaults = studio.limits, studio.pipeline.options
+    limits = studio.limits
     with gr.Row():
         with gr.Column(scale=3):
             image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
-            prompt = gr.Textbox(label="Prompt", lines=2, max_length=limits.prompt_characters, elem_id="image_prompt")
+            prompt = _prompt(limits, "image_prompt")
+            go, stop = _buttons("redraw", "Redraw")
             strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength", info="how much changes")
-            with gr.Row():
-                steps = gr.Slider(2, limits.steps, defaults.num_inference_steps, step=1, label="Steps")
-                scale = gr.Slider(0, limits.guidance, defaults.guidance_scales(None)[0], step=0.1, label="Guidance")
+            steps, scale = _steps_and_guidance(studio)
             with gr.Row():
                 seed, images = _seed_and_count(limits)
-        _output_column(studio.redraw, [image, prompt, strength, steps, scale, seed, images], "redraw", "Redraw")
+        inputs = [image, prompt, strength, steps, scale, seed, images]
+        _output_column(studio.redraw, inputs, "redraw", (go, stop), prompt)
+
+
+def _prompt(limits: Limits, name: str) -> Any:
+    """One line that grows: Enter draws, Shift+Enter breaks the line."""
+    return gr.Textbox(label="Prompt", lines=1, max_lines=8, max_length=limits.prompt_characters, elem_id=name)
+
+
+def _buttons(name: str, label: str) -> tuple[Any, Any]:
+    with gr.Row():
+        return gr.Button(label, variant="primary", elem_id=name), gr.Button("Stop", elem_id=f"{name}_stop")
+
+
+def _steps_and_guidance(studio: Studio) -> tuple[Any, Any]:
+    limits, defaults = studio.limits, studio.pipeline.options
+    with gr.Row():
+        return (
+            gr.Slider(2, limits.steps, defaults.num_inference_steps, step=1, label="Steps"),
+            gr.Slider(0, limits.guidance, defaults.guidance_scales(None)[0], step=0.1, label="Guidance"),
+        )
 
 
 def _seed_and_count(limits: Limits) -> tuple[Any, Any]:
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-    gr.Button("Random seed", size="sm").click(random_seed, None, seed, queue=False, api_visibility="private")
+    seed = gr.Number(RANDOM, label="Seed (-1: a random one)", precision=0)
     return seed, gr.Slider(1, limits.images, 1, step=1, label="Images")
 
 
-def _output_column(method: Callable[..., Iterator[GalleryItems]], inputs: list[Any], name: str, label: str) -> None:
-    """Button, gallery, and the parameters of the image that is chosen in it."""
+def _restoring(settings: list[Any]) -> None:
+    """A place to drop an image of this page into, which gives its settings back."""
+    with gr.Accordion("Settings of an image", open=False):
+        file = gr.File(label="Drop a finished image here", type="filepath", elem_id="restore")
+
+    def restore(path: str | None) -> list[Any]:
+        with _messages():
+            found = parameters_of(path) if path else {}
+            if path and "prompt" not in found:
+                raise UserError("this image does not say how it was made; drop one that this page made")
+        return [found[name] if name in found else gr.skip() for name in RESTORED]
+
+    file.upload(restore, file, settings, queue=False, api_visibility="private")
+
+
+def _output_column(
+    method: Callable[..., Iterator[Shown]], inputs: list[Any], name: str, buttons: tuple[Any, Any], prompt: Any
+) -> None:
+    """What a request is doing, its gallery, and the parameters of the image that is chosen in it."""
+    go, stop = buttons
     with gr.Column(scale=3):
-        with gr.Row():
-            go = gr.Button(label, variant="primary", elem_id=name)
-            stop = gr.Button("Stop", elem_id=f"{name}_stop")
+        status = gr.Markdown(elem_id=f"{name}_status")
         gallery = gr.Gallery(label="Images", columns=2, format="png", elem_id=f"{name}_gallery", object_fit="contain")
         parameters = gr.JSON(label="Parameters (also inside the PNG file)", elem_id=f"{name}_parameters")
         files = gr.State([])
     for component in inputs:
         component.preprocess = _as_sent
-    running = go.click(_reporting(method), inputs, [gallery, files, parameters], api_name=name)
-    stop.click(None, cancels=[running])
+    run, outputs = _reporting(method), [gallery, files, parameters, status]
+    asked = [go.click(run, inputs, outputs, api_name=name)]
+    asked.append(prompt.submit(run, inputs, outputs, api_visibility="private"))
+    stop.click(lambda: "stopped", None, status, cancels=asked, queue=False, api_visibility="private")
 
     def chosen(paths: list[str], event: gr.SelectData) -> dict[str, Any] | None:
         with _messages():
@@ -113,15 +162,19 @@ def _messages() -> Iterator[None]:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def _reporting(method: Callable[..., Iterator[GalleryItems]]) -> Callable[..., Iterator[tuple]]:
-    """Gallery items → what the page shows."""
+def _reporting(method: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[tuple]]:
+    """What a studio yields → what the page shows. Its parameters have the method's names, in the page's API as well."""
 
     def run(*values: Any) -> Iterator[tuple]:
         with _messages(), suppress(Stopped):
-            for items in method(*values):
-                paths = [item for item, _ in items if isinstance(item, str)]
-                yield items, paths, parameters_of(paths[0]) if paths else None
+            for shown in method(*values):
+                if shown.items is None:
+                    yield gr.skip(), gr.skip(), gr.skip(), shown.status
+                    continue
+                paths = [item for item, _ in shown.items if isinstance(item, str)]
+                yield shown.items, paths, parameters_of(paths[0]) if paths else None, shown.status
 
+    run.__signature__ = inspect.signature(method)
     return run
 
 

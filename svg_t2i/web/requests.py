@@ -1,6 +1,7 @@
 """Requests of the page: checked against limits; previews during sampling, then finished files.
 
-Independent of Gradio: `Studio.draw` and `Studio.redraw` are generators of gallery items, (image or file, caption).
+Independent of Gradio: `Studio.draw` and `Studio.redraw` are generators of `Shown`. They yield after every step, so that
+whoever stops reading stops the run at its next step.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 GalleryItems = list[tuple[Any, str]]
 MAX_SEED = 2**32 - 1
+RANDOM = -1  # instead of a seed
 KEEP_SECONDS = 24 * 60 * 60  # files of the page live for a day, and not longer than the page
 
 
@@ -68,6 +70,14 @@ class Limits:
         return float(value)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows from now on: a line of words, and gallery items, or None for those that are there."""
+
+    status: str
+    items: GalleryItems | None = None
+
+
 class Stopped(Exception):
     """The visitor left or pressed Stop."""
 
@@ -75,8 +85,11 @@ class Stopped(Exception):
 class Studio:
     """A pipeline that serves one request at a time."""
 
-    def __init__(self, pipeline: SVGT2IPipeline, limits: Limits | None = None, previews: int = 8):
-        self.pipeline, self.limits, self.previews = pipeline, limits or Limits(), previews
+    def __init__(
+        self, pipeline: SVGT2IPipeline, limits: Limits | None = None, previews: int = 8, name: str = "a model of yours"
+    ):
+        """name: of the model, for visitors."""
+        self.pipeline, self.limits, self.previews, self.name = pipeline, limits or Limits(), previews, name
         self.folder = Path(tempfile.mkdtemp(prefix="svg_t2i_app_"))
         self._delete = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at exit, too
         self._busy = threading.Lock()
@@ -84,7 +97,7 @@ class Studio:
     def draw(
         self, prompt: str, negative_prompt: str, width: int, height: int, num_inference_steps: int,
         guidance_scale: float, seed: int, images: int, solver: str,
-    ) -> Iterator[GalleryItems]:  # fmt: skip
+    ) -> Iterator[Shown]:  # fmt: skip
         """Text to image: previews, then the finished images with their parameters. UserError as `Limits`."""
         prompt = self.limits.text("the prompt", prompt)
         if not prompt:
@@ -107,7 +120,7 @@ class Studio:
     def redraw(
         self, image: str | Path | None, prompt: str, strength: float, num_inference_steps: int,
         guidance_scale: float, seed: int, images: int,
-    ) -> Iterator[GalleryItems]:  # fmt: skip
+    ) -> Iterator[Shown]:  # fmt: skip
         """Image to image, at the pipeline's own size and in the shape of the image file. UserError as `Limits`."""
         if not image:
             raise UserError("choose an image first")
@@ -134,39 +147,48 @@ class Studio:
         }
 
     def _images_and_seed(self, images: Any, seed: Any) -> dict[str, Any]:
+        """Without a seed, or with -1, a random one."""
         return {
             "num_images_per_prompt": self.limits.whole("images", images, 1, self.limits.images),
-            "seed": self.limits.whole("seed", seed, 0, MAX_SEED),
+            "seed": random_seed() if seed in (None, RANDOM) else self.limits.whole("seed", seed, 0, MAX_SEED),
         }
 
-    def _serve(self, run: Callable[[Callable], Any], parameters: dict[str, Any]) -> Iterator[GalleryItems]:
-        """Run in a thread, hand previews out as they come; a visitor who leaves stops the run at its next step."""
-        items: queue.Queue[Any] = queue.Queue()
+    def _serve(self, run: Callable[[Callable], Any], parameters: dict[str, Any]) -> Iterator[Shown]:
+        """Run in a thread, hand steps and previews out as they come; a visitor who leaves stops it at its next step."""
+        shown: queue.Queue[Any] = queue.Queue()
         stop = threading.Event()
 
         def work() -> None:
             with self._busy:
                 try:
-                    items.put(run(self._preview_callback(items, stop, parameters["num_inference_steps"])))
+                    if not stop.is_set():
+                        shown.put(run(self._step_callback(shown, stop, parameters)))
                 except BaseException as error:  # handed over to the visitor's thread, which raises it
-                    items.put(error)
+                    shown.put(error)
 
+        item: Any = Shown("waiting for another visitor's pictures" if self._busy.locked() else "reading the prompt")
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            while isinstance(item := items.get(), list):
+            while isinstance(item, Shown):
                 yield item
+                item = shown.get()
         finally:
             stop.set()
             worker.join()
         if isinstance(item, BaseException):
             raise item
-        yield self._finished(item.images, parameters)
+        finished = self._finished(item.images, parameters)
+        yield Shown(f"{len(finished)} finished; seed {parameters['seed']}", finished)
 
-    def _preview_callback(self, items: queue.Queue, stop: threading.Event, steps: int) -> Callable:
-        """Every few steps, decode where the images are heading: x + (1 − t)·dx/dt, dx/dt from the last two steps."""
+    def _step_callback(self, shown: queue.Queue, stop: threading.Event, parameters: dict[str, Any]) -> Callable:
+        """Says after each step how long it takes, and shows every few steps where the images are heading.
+
+        That is x + (1 − t)·dx/dt, with dx/dt from the last two steps.
+        """
+        steps = parameters["num_inference_steps"]
         every = max(1, steps // max(1, self.previews))
-        last: dict[str, Any] = {}
+        begin, last = time.monotonic(), {}
 
         def on_step(pipeline: SVGT2IPipeline, step: int, t: float, kwargs: dict[str, Any]) -> None:
             if stop.is_set():
@@ -174,11 +196,14 @@ class Studio:
             x: Tensor = kwargs["latents"]
             if step == 0:  # an adaptive solver makes one image after the other
                 last.clear()
+            left = max(0, steps - step - 1) * (time.monotonic() - begin) / (step + 1)
+            status, items = f"step {step + 1} of {steps}, {left:.0f} s left", None
             if self.previews and last and step % every == 0 and t < 1:
                 heading = x + (1 - t) * (x - last["x"]) / (t - last["t"])
                 decoded = decode_latents(pipeline.networks, list(heading))
-                items.put([(to_pil(image), f"step {step + 1}") for image in decoded])
+                items = [(to_pil(image), f"step {step + 1}") for image in decoded]
             last.update(x=x, t=t)
+            shown.put(Shown(status, items))
 
         return on_step
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -125,6 +127,24 @@ def test_bad_values_get_a_message_and_leave_no_traceback(address, capfd, name, d
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+def test_the_page_is_an_interface_with_names(address, studio):
+    """As docs/sampling.md shows it, in Python and for curl."""
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    described = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(described) == {"/draw", "/redraw"}
+    names = [parameter["parameter_name"] for parameter in described["/draw"]["parameters"]]
+    assert names == list(inspect.signature(studio.draw).parameters)
+    gallery, parameters, status = client.predict(
+        prompt="noise", negative_prompt="", width=48, height=32, num_inference_steps=3, guidance_scale=2.0, seed=7,
+        images=1, solver="dpm", api_name="/draw",
+    )  # fmt: skip
+    assert (status, parameters["seed"], len(gallery)) == ("1 finished; seed 7", 7, 1)
+    answer = call(address, "draw", ["noise", "", 48, 32, 3, 2.0, None, 1, "dpm"])
+    assert "event: complete" in answer
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_no_file_outlives_the_page(saved_pipeline, tmp_path, ending):
     """The command itself, with what Gradio keeps of requests in the same folder."""
@@ -218,12 +238,17 @@ def console_errors(browser):
 def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
     options = studio.pipeline.options
     browser.get(address)
-    find(browser, "#prompt textarea").send_keys("a large blue square at the right")
     find(browser, "input[aria-label='number input for Images']").send_keys(SELECT_ALL, "2\ue004")  # tab
-    find(browser, "#draw").click()
+    line_break = "\ue008\ue007\ue000"  # Shift+Enter, then neither is held
+    find(browser, "#prompt textarea").send_keys("a large blue square", line_break, "at the right", "\ue007")  # Enter
     text, sizes = finished_image(browser, "draw")
-    assert "a large blue square at the right" in text
+    assert "a large blue square at the right" in text  # a browser shows a line break of JSON as a blank
     assert f"{options.width}x{options.height}" in sizes
+    assert wait_for(lambda: re.search(r"2 finished; seed \d{3}", find(browser, "#draw_status").text), "a random seed")
+    sides = [find(browser, f"input[aria-label='number input for {side}']") for side in ("Width", "Height")]
+    before = [side.get_attribute("value") for side in sides]
+    find(browser, "#swap").click()
+    wait_for(lambda: [side.get_attribute("value") for side in sides] == before[::-1], "the swapped sides")
     if folder := os.environ.get("SVG_T2I_SCREENSHOTS"):
         browser.save_screenshot(os.path.join(folder, "app.png"))
     find(browser, "#prompt textarea").send_keys(SELECT_ALL, "\ue003")  # backspace

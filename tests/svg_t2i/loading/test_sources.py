@@ -1,6 +1,7 @@
 """Where a pipeline's parts are found: saved folders, runs, the published layout, the Hub."""
 
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -118,6 +119,8 @@ def test_defaults_from_training_settings():
     expected = SamplingOptions(height=128, width=128, system_prompt="empty", time_shift=1.0)
     assert trained_options(config) == expected
     assert trained_options({}) == SamplingOptions()
+    pictures = {"guidance_scale": 2.0, "time_shift": 8.0, "solver": "dpm", "height": None, "prompts": ["x"], "every": 9}
+    assert trained_options({**config, "samples": pictures}) == replace(expected, guidance_scale=2.0, time_shift=8.0)
     config["flow"] |= {"snr_type": "lognorm", "mu": -2.0}  # half of the training times lie below sigmoid(-2)
     shift = trained_options(config).time_shift
     assert shift == 7.4

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from svg_t2i.web.requests import Limits, Studio, fitting_size, parameters_of, random_seed
+from svg_t2i.web.requests import Limits, Studio, fitting_size, parameters_of
 
 
 @pytest.fixture
@@ -25,13 +26,18 @@ REQUEST = {
 
 
 def test_previews_come_first_and_then_the_pipeline_s_own_images(studio, toy_pipeline):
-    *previews, finished = studio.draw(**REQUEST)
+    first, *steps, finished = studio.draw(**REQUEST)
+    assert (first.status, first.items) == ("reading the prompt", None)
+    assert [shown.status.partition(",")[0] for shown in steps] == [f"step {step} of 8" for step in range(1, 9)]
+    assert re.fullmatch(r"step 1 of 8, \d+ s left", steps[0].status)
+    previews = [shown.items for shown in steps if shown.items]
     assert [items[0][1] for items in previews] == [f"step {step}" for step in range(2, 8)]
     assert all(item.size == (48, 32) for items in previews for item, _ in items)
+    assert finished.status == "2 finished; seed 7"
     expected = toy_pipeline(
         "much noise", num_inference_steps=8, guidance_scale=2.5, seed=7, num_images_per_prompt=2
     ).images
-    for (path, caption), image, seed in zip(finished, expected, (7, 8), strict=True):
+    for (path, caption), image, seed in zip(finished.items, expected, (7, 8), strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
         assert caption == f"seed {seed}"
         parameters = parameters_of(path)
@@ -41,8 +47,10 @@ def test_previews_come_first_and_then_the_pipeline_s_own_images(studio, toy_pipe
 def test_previews_of_a_straight_path_are_its_end(studio, toy_pipeline, monkeypatch):
     """With a constant velocity the last two points of the way tell where it ends."""
     monkeypatch.setattr(toy_pipeline.transformer, "forward_packed", lambda tokens, *_: tokens * 0 + 1)
-    *previews, finished = studio.draw(**REQUEST | {"solver": "euler"})
-    end = np.asarray(Image.open(finished[0][0]), int)
+    *steps, finished = studio.draw(**REQUEST | {"solver": "euler"})
+    end = np.asarray(Image.open(finished.items[0][0]), int)
+    previews = [shown.items for shown in steps if shown.items]
+    assert len(previews) > 3
     for items in previews:
         assert np.abs(np.asarray(items[0][0], int) - end).max() <= 1
 
@@ -55,11 +63,11 @@ def tall(tmp_path):
 
 
 def test_image_to_image_keeps_the_shape(studio, tall):
-    *previews, finished = studio.redraw(str(tall), "noise", 0.5, 8, 2.0, 3, 1)
-    assert previews
-    with Image.open(finished[0][0]) as image:
+    *steps, finished = studio.redraw(str(tall), "noise", 0.5, 8, 2.0, 3, 1)
+    assert any(shown.items for shown in steps)
+    with Image.open(finished.items[0][0]) as image:
         assert image.size == fitting_size((150, 300), 32 * 48) == (32, 48)
-    assert parameters_of(finished[0][0])["strength"] == 0.5
+    assert parameters_of(finished.items[0][0])["strength"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -71,8 +79,7 @@ def test_image_to_image_keeps_the_shape(studio, tall):
         ({"height": 40}, "height = 40: image sides must be positive multiples of 16"),
         ({"num_inference_steps": 31}, "steps = 31"),
         ({"images": 3}, "images = 3"),
-        ({"seed": -1}, "seed = -1"),
-        ({"seed": None}, "seed = None"),
+        ({"seed": -2}, "seed = -2"),
         ({"seed": 0.5}, "seed = 0.5: whole numbers"),
         ({"width": float("nan")}, "width = nan"),
         ({"images": float("inf")}, "images = inf"),
@@ -97,7 +104,12 @@ def test_limits_hold_whatever_the_page_sends(studio, changes, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in ("strength", "steps", "guidance", "seed", "images") for value in (None, "a", [], -1)],
+    [
+        (name, value)
+        for name in ("strength", "steps", "guidance", "seed", "images")
+        for value in (None, "a", [], -2)
+        if (name, value) != ("seed", None)
+    ],
 )
 def test_so_they_do_for_images(studio, tall, name, value):
     places = {"strength": 2, "steps": 3, "guidance": 4, "seed": 5, "images": 6}
@@ -120,11 +132,11 @@ def test_uploads_are_limited_by_pixels_before_they_are_decoded(toy_pipeline, tal
 def test_files_are_deleted_by_age_and_with_the_studio(toy_pipeline):
     studio = Studio(toy_pipeline, Limits(side=64))
     (*_, first), (*_, second) = studio.draw(**REQUEST), studio.draw(**REQUEST)
-    old = first[0][0]
+    old = first.items[0][0]
     os.utime(old, (0, 0))
     *_, third = studio.draw(**REQUEST)
     assert not os.path.exists(old)
-    assert all(os.path.exists(path) for path, _ in [*second, *third])
+    assert all(os.path.exists(path) for path, _ in [*second.items, *third.items])
     with pytest.raises(UserError, match="was deleted"):
         parameters_of(old)
     folder = studio.folder
@@ -143,10 +155,11 @@ def test_files_end_with_the_process(tmp_path):
 def test_who_leaves_stops_the_run(studio, toy_pipeline, monkeypatch):
     calls, original = [], toy_pipeline.transformer.forward_packed
     monkeypatch.setattr(toy_pipeline.transformer, "forward_packed", lambda *args: calls.append(1) or original(*args))
-    request = studio.draw(**REQUEST | {"num_inference_steps": 30})
-    next(request)
+    request = studio.draw(**REQUEST | {"num_inference_steps": 30, "images": 1})
+    while "step 3 " not in next(request).status:
+        pass
     request.close()
-    assert len(calls) < 30
+    assert 3 <= len(calls) < 8  # it ends with the step that it is at
     assert len(list(studio.draw(**REQUEST))) > 1  # the next visitor is served
 
 
@@ -159,5 +172,17 @@ def test_errors_of_the_run_reach_the_visitor(studio, toy_pipeline, monkeypatch):
         list(studio.draw(**REQUEST))
 
 
-def test_random_seeds_differ():
-    assert len({random_seed() for _ in range(8)}) == 8
+def test_without_a_seed_a_random_one_is_taken_and_named(studio):
+    seeds = []
+    for seed in (None, -1, -1):
+        *_, finished = studio.draw(**REQUEST | {"seed": seed, "num_inference_steps": 1})
+        seeds.append(parameters_of(finished.items[0][0])["seed"])
+        assert finished.status == f"2 finished; seed {seeds[-1]}"
+    assert len(set(seeds)) == 3
+
+
+def test_who_waits_is_told(studio):
+    waiting = studio.draw(**REQUEST)
+    with studio._busy:
+        assert next(waiting).status == "waiting for another visitor's pictures"
+    assert [shown.status for shown in waiting][-1] == "2 finished; seed 7"
