@@ -7,6 +7,7 @@ two alternate in one process, so that a busy machine slows both alike. On a GPU,
 1024 px, its decoder, and the first step.
 
     python -m benchmarks.sampling [--dim 192 --layers 8 --grid 16 16 --batch 1 --steps 8 --threads 2]
+    python -m benchmarks.sampling --batch 8 --alone     # a forward pass for each of our images, as calls have it
     python -m benchmarks.sampling --full
 """
 
@@ -38,13 +39,13 @@ def caption_features(lengths: Sequence[int], width: int, device: torch.device, d
     return TextFeatures(features.to(device, dtype), (*lengths, EMPTY_TOKENS))
 
 
-def ours(model: SVGDiT, noise: Tensor, text: TextFeatures, options: SamplingOptions) -> Tensor:
-    """Noise (B, C, h, w) → latents by our denoiser."""
+def ours(model: SVGDiT, noise: Tensor, text: TextFeatures, options: SamplingOptions, packed: bool = True) -> Tensor:
+    """Noise (B, C, h, w) → latents by our denoiser. packed: the images share forward passes."""
     count = len(noise)
     rows = (tuple(range(count)),)
     scales = options.guidance_scales(count)
     conditions = Conditions(text, rows, (count,) * count, None, scales)
-    return torch.stack(denoise(model, list(noise), conditions, options))
+    return torch.stack(denoise(model, list(noise), conditions, options, packed=packed))
 
 
 def peer_pipeline(model: SVGDiT) -> Lumina2Pipeline:
@@ -98,7 +99,10 @@ def compare(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
     )
     peer = peer_pipeline(model)
     common = (noise, text, options)
-    cases = {"SVGDiT": partial(ours, model, *common), "diffusers": partial(theirs, peer, arguments.pad, *common)}
+    cases = {
+        "SVGDiT": partial(ours, model, *common, packed=not arguments.alone),
+        "diffusers": partial(theirs, peer, arguments.pad, *common),
+    }
     with torch.no_grad():
         a, b = (run().float() for run in cases.values())
         seconds = timings(cases, arguments.repeats, device)
@@ -151,6 +155,7 @@ def main(argv: list[str] | None = None) -> float | None:
     parser.add_argument("--captions", type=int, nargs="+", help="tokens of each caption; default: as in training")
     parser.add_argument("--pad", type=int, default=256, help="tokens that the peer pads captions to")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="a forward pass for each of our images, as calls have it")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
