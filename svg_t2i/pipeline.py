@@ -42,7 +42,7 @@ from svg_t2i.sampling.networks import Networks, check_widths
 from svg_t2i.sampling.options import SamplingOptions, changed, preset_options
 from svg_t2i.sampling.schedulers import check_scheduler
 from svg_t2i.sampling.steps import CallOptions, OutputType, Running
-from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.encoder import TextCache, TextEncoder
 from svg_t2i.text.enhance import enhance
 from svg_t2i.text.loading import set_loading_bars
 from svg_t2i.transformer.packing import TextFeatures
@@ -116,7 +116,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         )  # fmt: skip
         self.options = sampling if isinstance(sampling, SamplingOptions) else build(SamplingOptions, sampling)
         self.register_to_config(sampling=asdict(self.options), max_length=max_length)
-        self._interrupt = False
+        self._interrupt, self._texts = False, TextCache()
         self._prompt_encoder = TextEncoder(text_encoder, tokenizer, max_length)
         saved.check_fingerprints({"transformer": transformer, "guide": guide}, autoencoder, self._prompt_encoder)
 
@@ -209,7 +209,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         if (encoder.model, encoder.tokenizer) != (self.text_encoder, self.tokenizer):  # a component was replaced
             encoder = self._prompt_encoder = TextEncoder(self.text_encoder, self.tokenizer, encoder.max_length)
         device = self._execution_device
-        return Networks(self.autoencoder, self.transformer, encoder, self.guide, device, self.dtype)
+        return Networks(self.autoencoder, self.transformer, encoder, self.guide, device, self.dtype, self._texts)
 
     @property
     def dtype(self) -> torch.dtype:

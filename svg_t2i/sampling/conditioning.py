@@ -133,10 +133,11 @@ def encode_texts(
     networks: Networks, texts: Sequence[str | TextFeatures], max_length: int | None = None, packed: bool = False
 ) -> TextFeatures:
     """Packed features of texts, system prompts included, on the device; what is features already passes through."""
-    words = [text for text in texts if isinstance(text, str)]
-    batches = [words] if packed and words else [[text] for text in words]
+    encoder, device = networks.text_encoder, networks.device
     with stage("encoding the prompts"):
-        encoded = [networks.text_encoder.encode(batch, max_length).to(networks.device) for batch in batches]
-        single = iter([features.select([i]) for features in encoded for i in range(len(features.lengths))])
-        device, dtype = networks.device, networks.dtype
-        return TextFeatures.cat([next(single) if isinstance(x, str) else x.to(device, dtype) for x in texts])
+        if packed and (words := [text for text in texts if isinstance(text, str)]):
+            together = encoder.encode(words, max_length).to(device)
+            given = {text: together.select([i]) for i, text in enumerate(words)}
+        else:
+            given = {x: networks.texts.encode(encoder, x, max_length, device) for x in texts if isinstance(x, str)}
+        return TextFeatures.cat([given[x] if isinstance(x, str) else x.to(device, networks.dtype) for x in texts])

@@ -15,7 +15,7 @@ from torch import nn
 from autoencoder.common.config import UserError
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.sampling.memory import memory_stage
-from svg_t2i.text.encoder import TextEncoder
+from svg_t2i.text.encoder import TextCache, TextEncoder
 from svg_t2i.transformer.model import SVGDiT
 
 
@@ -27,6 +27,7 @@ class Networks:
         guide: a weaker transformer for autoguidance, or None.
         device: where they compute; with an offload that is not where the weights are.
         dtype: of the transformer's computation.
+        texts: features of the texts of earlier calls.
     """
 
     autoencoder: SVGAutoencoder
@@ -35,6 +36,7 @@ class Networks:
     guide: SVGDiT | None
     device: torch.device
     dtype: torch.dtype
+    texts: TextCache
 
     def describe(self) -> dict[str, Any]:
         """What identifies the weights. A path does not: a training run has newer ones under it every hour."""

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -240,6 +241,31 @@ class TextEncoder:
         finally:
             hook.remove()
         raise RuntimeError(f"{type(self.model).__name__} finished without running {type(self.last_layer).__name__}")
+
+
+class TextCache:
+    """The features of the last texts, so that a text encoder runs once for a prompt that is drawn again.
+
+    With model offload this saves bringing its weights to the device, which takes longer than encoding.
+    """
+
+    def __init__(self, most: int = 64):
+        self.most = most
+        self._kept: OrderedDict[tuple, TextFeatures] = OrderedDict()
+        self._encoder: TextEncoder | None = None
+
+    def encode(self, encoder: TextEncoder, text: str, max_length: int | None, device: torch.device) -> TextFeatures:
+        """The features of one text, as `TextEncoder.encode` gives them, on the device."""
+        if encoder is not self._encoder:
+            self._kept.clear()
+            self._encoder = encoder
+        key = text, max_length or encoder.max_length, encoder.model.dtype
+        if key not in self._kept:
+            self._kept[key] = encoder.encode([text], max_length).to(device)
+        self._kept.move_to_end(key)
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+        return self._kept[key].to(device)
 
 
 def stored_dtype_before(dtype: torch.dtype) -> torch.dtype | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -15,7 +16,7 @@ from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import denoising
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.sampling.steps import plan_request
-from svg_t2i.text.encoder import SYSTEM_PROMPTS
+from svg_t2i.text.encoder import SYSTEM_PROMPTS, TextCache
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 
 PROMPTS = ["a picture of noise", "a picture of very very much noise number 3", "noise"]
@@ -187,10 +188,31 @@ def test_each_distinct_text_is_encoded_and_refined_once(pipeline, monkeypatch):
     block = pipeline.transformer.context_refiner[0]
     monkeypatch.setattr(block, "forward", lambda x, *args: refined.append(len(x)) or refine(x, *args))
     texts, lengths = [BASE + PROMPTS[0], ""], encode([BASE + PROMPTS[0], ""]).lengths
+    monkeypatch.setattr(pipeline, "_texts", TextCache())
     pipeline([PROMPTS[0]] * 3)
     assert (seen, refined) == ([[text] for text in texts], list(lengths))
     pipeline([PROMPTS[0]] * 3, packed=True)
     assert (seen[2:], refined[2:]) == ([texts], [sum(lengths)])
+
+
+def test_texts_of_earlier_calls_are_not_encoded_again(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "_texts", TextCache(most=2))
+    encoder, seen = pipeline.networks.text_encoder, []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda texts, limit: seen.extend(texts) or encode(texts, limit))
+    first = latents(pipeline, PROMPTS[0])
+    assert torch.equal(latents(pipeline, PROMPTS[0]), first)
+    assert seen == [BASE + PROMPTS[0], ""]
+    latents(pipeline, PROMPTS[0], max_sequence_length=40)  # is another text's features, and drops the oldest
+    latents(pipeline, PROMPTS[2], guidance_scale=1.0)
+    assert len(pipeline._texts._kept) == 2
+    seen.clear()
+    assert torch.equal(latents(pipeline, PROMPTS[0]), first)
+    assert seen == [BASE + PROMPTS[0], ""]
+    other = copy.deepcopy(pipeline.text_encoder)
+    other.embed_tokens.weight.data += 1
+    monkeypatch.setattr(pipeline, "text_encoder", other)
+    assert not torch.equal(latents(pipeline, PROMPTS[0]), first)
 
 
 def test_dynamic_shift_groups_images_by_size(pipeline):
@@ -361,6 +383,7 @@ def test_out_of_memory_names_the_stage_and_an_option(pipeline, monkeypatch, part
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
 
+    monkeypatch.setattr(pipeline, "_texts", TextCache())
     monkeypatch.setattr(getattr(pipeline, part), method, fail)
     with pytest.raises(UserError, match=f"out of memory while {stage}: .*{option}.*Tried to allocate 20.00 GiB"):
         pipeline(PROMPTS[0])
