@@ -22,6 +22,8 @@ import torch
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError
 from autoencoder.common.processes import choose_device
+from svg_t2i.loading.quantization import KINDS
+from svg_t2i.rendering.arguments import quiet_imports
 from svg_t2i.sampling.options import PRESETS
 from svg_t2i.web.requests import Limits, Studio
 
@@ -46,6 +48,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="as for svg_t2i.sample (default: the quickstart's toy model)")
     parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
     parser.add_argument("--preset", choices=list(PRESETS), help="settings to start with (default: the model's own)")
+    parser.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: 16 or 32)")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
@@ -101,10 +104,13 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     checkpoint = arguments.checkpoint or find_quickstart()
     device = choose_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    quiet_imports(arguments.verbose)
     from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity  # diffusers takes seconds to import
 
     set_verbosity(arguments.verbose)
-    pipeline = SVGT2IPipeline.from_pretrained(checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype)
+    pipeline = SVGT2IPipeline.from_pretrained(
+        checkpoint, subfolder=arguments.subfolder, torch_dtype=dtype, quantization=arguments.quantization
+    )
     if arguments.cpu_offload:
         pipeline.enable_model_cpu_offload(device)
     else:

@@ -204,7 +204,9 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
     """Load the model and claim the output folder for it and these settings."""
 
     def load() -> SVGT2IPipeline:
-        return from_parts(arguments, world.device).to(world.device)
+        pipeline = from_parts(arguments, world.device).to(world.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     command = {name: str(value) for name, value in vars(arguments).items() if value is not None and name != "run"}
     return claim(arguments.output, settings, load, command, world)

@@ -33,6 +33,7 @@ from autoencoder.common.config import UserError, build
 from autoencoder.sources.folders import list_images
 from svg_t2i.loading import saved, sources
 from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
+from svg_t2i.loading.quantization import quantize, quantized_layers
 from svg_t2i.sampling import conditioning, from_images, inputs, steps
 from svg_t2i.sampling.denoising import strength_start
 from svg_t2i.sampling.from_images import Match
@@ -136,6 +137,7 @@ class SVGT2IPipeline(DiffusionPipeline):
         use_ema: bool = True,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
+        quantization: str | None = None,
         **kwargs: Any,
     ) -> SVGT2IPipeline:
         """Load a saved pipeline (folder or Hub id), a training run, one checkpoint, or the published `pre-trained/`.
@@ -148,6 +150,7 @@ class SVGT2IPipeline(DiffusionPipeline):
             use_ema: the averaged weights rather than the raw ones.
             dtype, torch_dtype: of transformer and text encoder, also as text ("bfloat16", "bf16"); fp32 by default.
                 Weights of the autoencoder and all statistics stay fp32.
+            quantization: "int8", "fp8" or "fp8_dynamic" (`quantize`).
             **kwargs: those of `DiffusionPipeline.from_pretrained`: revision, token, cache_dir, local_files_only,
                 variant, device_map, quantization_config, components by name, … Some want a saved pipeline.
 
@@ -164,10 +167,15 @@ class SVGT2IPipeline(DiffusionPipeline):
         if saved.is_saved_pipeline(folder):
             given = sources.load_given(folder, parts, use_ema, dtype)
             with saved.loading_errors(folder):
-                return super().from_pretrained(folder, **{DTYPE: dtype, "use_safetensors": True}, **given, **kwargs)
-        device = saved.device_alone(kwargs, folder)
-        components = sources.load_networks(sources.find_sources(folder, **parts), use_ema, dtype)
-        return cls(**components, **kwargs).to(device)
+                arguments = {DTYPE: dtype, "use_safetensors": True, **given, **kwargs}
+                pipeline = super().from_pretrained(folder, **arguments)
+        else:
+            device = saved.device_alone(kwargs, folder)
+            components = sources.load_networks(sources.find_sources(folder, **parts), use_ema, dtype)
+            pipeline = cls(**components, **kwargs).to(device)
+        if quantization is not None:
+            pipeline.quantize(quantization)
+        return pipeline
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple]:
@@ -186,6 +194,10 @@ class SVGT2IPipeline(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` reads it as well. **kwargs: those of
         diffusers: variant, max_shard_size, push_to_hub, …
         """
+        if quantized_layers(self.transformer) or quantized_layers(self.text_encoder):
+            raise UserError(
+                "quantised weights are not saved; save the pipeline as it was loaded, and quantise it again"
+            )
         self.register_to_config(sampling=asdict(self.options), max_length=self._prompt_encoder.max_length)
         self.transformer.register_to_config(fingerprints=saved.fingerprints(self.networks))
         saved.begin(save_directory)
@@ -227,6 +239,13 @@ class SVGT2IPipeline(DiffusionPipeline):
             check_widths(self.autoencoder, self.transformer, self._prompt_encoder.hidden_size, guide)
             guide = SVGDiT.adopt(guide).eval().requires_grad_(False).to(self.transformer.device, self.dtype)
         self.guide = guide
+
+    def quantize(self, kind: str) -> None:
+        """Keep the weights of transformer and text encoder in 8 bits (`loading.quantization`), about half of bf16's."""
+        if self._prompt_encoder.is_exact:
+            self._prompt_encoder.fingerprint()  # which does not survive
+        quantize(kind, *filter(None, (self.transformer, self.guide, self.text_encoder)))
+        self._texts = TextCache()
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the transformers' blocks, for any image size and prompt length; `kwargs` go to torch.compile."""

@@ -40,6 +40,7 @@ from svg_t2i.rendering.arguments import (
     chosen_options,
     parse_resolution,
     parts_of,
+    quiet_imports,
     sampling_changes,
 )
 from svg_t2i.rendering.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
@@ -79,6 +80,7 @@ def requested_sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 
 def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
+    quiet_imports(arguments.verbose)
     from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity
 
     set_verbosity(arguments.verbose)
@@ -86,6 +88,7 @@ def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPip
         arguments.checkpoint,
         **parts_of(arguments),
         use_ema=not arguments.raw_weights,
+        quantization=arguments.quantization,
         dtype=arguments.dtype or ("bf16" if device.type == "cuda" else "fp32"),
     )
 

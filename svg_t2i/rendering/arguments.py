@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 from dataclasses import fields
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from svg_t2i.flow.solvers import SOLVERS
+from svg_t2i.loading.quantization import KINDS
 from svg_t2i.loading.sources import fetch, find_sources
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
@@ -27,8 +30,16 @@ def add_parts(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--text_encoder", help=f"Hugging Face folder or id {own}")
     model.add_argument("--guide", help="a weaker DiT for autoguidance (default: the unconditional branch guides)")
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
+    model.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: as --dtype says)")
     model.add_argument("--verbose", action="store_true", help="show what the libraries say while they load")
     model.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
+
+
+def quiet_imports(verbose: bool) -> None:
+    """Unless `verbose`, keep to themselves what diffusers and torchao say while they are imported; call it before."""
+    if not verbose:
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def parts_of(arguments: argparse.Namespace) -> dict[str, Any]:

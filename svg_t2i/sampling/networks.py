@@ -81,6 +81,7 @@ def weights_digest(module: nn.Module) -> str:
     """16 hex digits over names, shapes and a sample of the values of all weights."""
     weights = dict(sorted(module.named_parameters()))
     digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
-    samples = [weight.detach().flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in weights.values()]
+    plain = [getattr(weight, "dequantize", lambda weight=weight: weight)().detach() for weight in weights.values()]
+    samples = [weight.flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in plain]
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 
 import diffusers
 import numpy as np
@@ -25,6 +26,7 @@ from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.weights import load_transformer
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
+from svg_t2i.loading.quantization import quantized_layers
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import schedulers
 
@@ -391,6 +393,37 @@ def test_peft_adapters_go_on_and_come_off(loaded, pipeline, tmp_path):
     assert torch.equal(pixels(loaded), plain)
     loaded.transformer.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
     assert torch.equal(pixels(loaded), adapted)
+
+
+# -------------------------------------------------------------------------------------------------------- quantisation
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.03), ("fp8", 0.15)])
+def test_quantised_weights_change_little(saved_pipeline, pipeline, kind, most):
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline, quantization=kind)
+    assert len(quantized_layers(loaded.transformer)) == 5 * 6  # qkv, out, w1, w2, w3 of 2 + 2 refiners and 2 layers
+    assert quantized_layers(loaded.text_encoder)
+    assert not quantized_layers(loaded.autoencoder)
+    plain, quantised = latents(pipeline), latents(loaded)
+    assert 1e-4 < (quantised - plain).norm() / plain.norm() < most
+    described, before = loaded.networks.describe(), pipeline.networks.describe()
+    assert described["transformer"] != before["transformer"]
+    assert described["text_encoder"] == before["text_encoder"]
+    assert torch.equal(latents(loaded.to("cpu")), quantised)
+
+
+def test_what_cannot_be_quantised_or_saved_so(saved_pipeline, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="quantization = 'int3'; choose one of int8, fp8, fp8_dynamic"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="int3")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="quantization = 'fp8_dynamic' is not possible here"):
+            SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="fp8_dynamic")
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="int8")
+    with pytest.raises(UserError, match="quantised weights are not saved"):
+        loaded.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="int8")
 
 
 # ----------------------------------------------------------------------------------------------------------- images in
