@@ -24,7 +24,7 @@ from autoencoder.common.config import REPO_ROOT, UserError
 from autoencoder.common.processes import choose_device
 from svg_t2i.loading.quantization import KINDS
 from svg_t2i.rendering.arguments import quiet_imports
-from svg_t2i.sampling.options import PRESETS
+from svg_t2i.sampling.options import PRESET_NAMES, preset_options
 from svg_t2i.web.requests import Limits, Studio
 
 QUICKSTART = Path("outputs/quickstart/transformer")
@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("svg_t2i.app", __doc__)
     parser.add_argument("--checkpoint", help="as for svg_t2i.sample (default: the quickstart's toy model)")
     parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings to start with (default: the model's own)")
+    parser.add_argument("--preset", choices=PRESET_NAMES, help="settings to start with (default: the model's own)")
     parser.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: 16 or 32)")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
@@ -117,7 +117,7 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
         pipeline.to(device)
     preset = arguments.preset or (None if arguments.checkpoint else "quickstart")
     if preset:
-        pipeline.options = PRESETS[preset]
+        pipeline.options = preset_options(preset, pipeline.options)
     pipeline.set_progress_bar_config(disable=True)
     return Studio(pipeline, Limits(side=arguments.max_side), name=Path(checkpoint).resolve().name)
 

@@ -296,7 +296,8 @@ class SVGT2IPipeline(DiffusionPipeline):
             output_type, return_dict: see `SVGT2IOutput`; False returns (images,).
             callback_on_step_end: (pipeline, step, t, {"latents", "indices"}) after every step, latents of the images
                 `indices`; a returned {"latents": …} replaces them. `pipeline._interrupt = True` ends the call there.
-            preset: settings of a model stage (`options.PRESETS`) in place of the pipeline's own.
+            preset: settings of a model stage (`options.PRESETS`) in place of the pipeline's own, or "fast" for these
+                with fewer evaluations.
             **options: fields of `SamplingOptions`: num_inference_steps, guidance_scale, negative_prompt, solver, …
 
         Raises:
@@ -511,7 +512,7 @@ class SVGT2IPipeline(DiffusionPipeline):
             UserError: an unknown or a wrong one.
         """
         call, changes = CallOptions.split(arguments)
-        settings = changed(self.options if call.preset is None else preset_options(call.preset), changes)
+        settings = changed(self.options if call.preset is None else preset_options(call.preset, self.options), changes)
         unknown = set(call.callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise UserError(

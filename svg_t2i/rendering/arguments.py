@@ -14,7 +14,7 @@ from autoencoder.common.processes import World
 from svg_t2i.flow.solvers import SOLVERS
 from svg_t2i.loading.quantization import KINDS
 from svg_t2i.loading.sources import fetch, find_sources
-from svg_t2i.sampling.options import PRESETS, SamplingOptions, changed, check_side
+from svg_t2i.sampling.options import PRESET_NAMES, SamplingOptions, changed, check_side, preset_options
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 
 OWN = "the model's"
@@ -55,7 +55,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, help: str, **options: Any) -> None:
         how.add_argument(f"--{name}", help=f"{help} (default: {OWN})", **options)
 
-    how.add_argument("--preset", choices=list(PRESETS), help="settings for a model stage (default: the model's own)")
+    meaning = "settings for a model stage, or of the model but fast (default: the model's own)"
+    how.add_argument("--preset", choices=PRESET_NAMES, help=meaning)
     add("negative_prompt", "what to guide away from")
     add("system_prompt", "instruction put before the prompts", choices=sorted(SYSTEM_PROMPTS))
     add("solver", "of the differential equation", choices=sorted(SOLVERS))
@@ -65,6 +66,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("guidance_interval", "times with guidance, in [0, 1] from noise to image", **interval)
     add("time_shift", 'a number, or "dynamic" for one that suits the image size', type=_time_shift)
     add("renorm_cfg", "bound of the guided velocity's norm; 0: none", type=float)
+    add("step_cache", "forecast every other step, as far as so many distances; 0: never", type=float)
     add("cfg_trunc", "no guidance for t >= this; 1: never", type=float)
 
 
@@ -74,7 +76,7 @@ def sampling_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     if getattr(arguments, "enhance", False):
         changes.setdefault("system_prompt", "align")
-    changed(PRESETS.get(arguments.preset, SamplingOptions()), changes)  # refuses what no model could take
+    changed(_preset(arguments, SamplingOptions()), changes)  # refuses what no model could take
     return changes
 
 
@@ -87,7 +89,11 @@ def chosen_options(arguments: argparse.Namespace, world: World) -> SamplingOptio
     with world.main_first():  # one process downloads, the others find the files
         sources = find_sources(fetch(arguments.checkpoint), **parts_of(arguments))
     sources.check()
-    return changed(PRESETS[arguments.preset] if arguments.preset else sources.options, changes)
+    return changed(_preset(arguments, sources.options), changes)
+
+
+def _preset(arguments: argparse.Namespace, own: SamplingOptions) -> SamplingOptions:
+    return preset_options(arguments.preset, own) if arguments.preset else own
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

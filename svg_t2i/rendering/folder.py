@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_GRID_IMAGES = 64
 SETTINGS = "settings.json"
+ONCE = {"format": "png", "step_cache": 0.0}  # what settings were before they had a name
 NOT_OF_AN_IMAGE = ("model", "format")
 RECORD_EVERY = 5.0  # seconds between two versions of data.json
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -124,7 +125,7 @@ class RunFolder:
 
     def _difference(self, job: Job) -> str:
         """In what the image under the job's name is another one; empty where it is this one."""
-        found, wanted = read_parameters(self.path(job)), json.loads(json.dumps(self.record(job)))
+        found, wanted = {**ONCE, **read_parameters(self.path(job))}, json.loads(json.dumps(self.record(job)))
         different = [name for name in wanted if name != "image_url" and found.get(name) != wanted[name]]
         return f"{different[0]} {found.get(different[0])!r}" if different else ""
 
@@ -166,7 +167,7 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"--output {folder} is not empty; nothing was overwritten. Choose another folder")
         return
     try:
-        before = {"format": "png", **json.loads(path.read_text(encoding="utf-8"))}  # once the only one
+        before = {**ONCE, **json.loads(path.read_text(encoding="utf-8"))}
     except ValueError as error:
         raise UserError(f"{path} is broken ({error}); choose another --output") from error
     now = json.loads(json.dumps(settings))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.common.config import UserError
+from svg_t2i.flow.caching import forecast
 from svg_t2i.flow.guidance import guided_velocity
 from svg_t2i.flow.paths import expand_samples
 from svg_t2i.flow.solvers import SOLVERS, sample, solver_times
@@ -217,6 +218,8 @@ def denoise(
         group = tuple(sizes[row] for row in rows)
         x, _ = transformer.pack([latents[row] for row in rows])
         velocity = _velocity(transformer, sizes, conditions, guide_texts, rows, options, packed)
+        if options.step_cache:
+            velocity = forecast(velocity, options.step_cache, _times(options, group[0], scheduler)[-2])
         if known is not None:
             target, _ = transformer.pack([known[row] for row in rows])
             mask, _ = transformer.pack([repaint[row].to(x.dtype).expand_as(known[row]) for row in rows])

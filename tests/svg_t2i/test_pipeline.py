@@ -215,6 +215,21 @@ def test_texts_of_earlier_calls_are_not_encoded_again(pipeline, monkeypatch):
     assert not torch.equal(latents(pipeline, PROMPTS[0]), first)
 
 
+def test_the_fast_preset_evaluates_less_and_stays_near(pipeline, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pipeline.transformer, "forward_packed", count_rows(pipeline.transformer, calls))
+    plain = latents(pipeline, PROMPTS[0], num_inference_steps=16, time_shift=2.0)
+    full = sum(calls)
+    calls.clear()
+    fast = latents(pipeline, PROMPTS[0], num_inference_steps=16, time_shift=2.0, preset="fast")
+    assert sum(calls) * 1.6 <= full == 32
+    assert (fast - plain).norm() < 0.1 * plain.norm()
+    with pytest.raises(UserError, match="step_cache = 1.5 goes with dpm and euler, .* not with heun"):
+        pipeline(PROMPTS[0], preset="fast", solver="heun")
+    with pytest.raises(UserError, match="step_cache = -1"):
+        pipeline(PROMPTS[0], step_cache=-1.0)
+
+
 def test_dynamic_shift_groups_images_by_size(pipeline):
     dynamic = {"time_shift": "dynamic"}
     shifts = [changed(pipeline.options, dynamic).shift_for(cells) for cells in (256, 1024, 4096, 4090)]
