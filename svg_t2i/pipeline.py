@@ -24,6 +24,7 @@ import diffusers.utils
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.loaders import Lumina2LoraLoaderMixin
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor
@@ -73,8 +74,10 @@ class SVGT2IOutput(BaseOutput):
     seeds: list[int] | None = None
 
 
-class SVGT2IPipeline(DiffusionPipeline):
+class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
     """Text to image, and what starts from images.
+
+    The mixin of diffusers' Lumina 2, whose transformer is of this kind, loads and saves adapters.
 
     Attributes:
         options: the sampling settings of calls that name no others; saved with the pipeline.

@@ -34,6 +34,7 @@ from autoencoder.common.weights import write_json
 from autoencoder.images.files import LATENT_PIXELS, image_grid, load_image, save_png
 from autoencoder.images.saving import FORMATS
 from autoencoder.sources.folders import list_images
+from svg_t2i.loading.adapters import load_adapters, parse_adapter
 from svg_t2i.rendering.arguments import (
     add_parts,
     add_sampling_arguments,
@@ -80,17 +81,20 @@ def requested_sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 
 def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPipeline:
     """The pipeline of `--checkpoint` and the arguments of `add_parts`, on the CPU, in the precision for `device`."""
+    adapters = [parse_adapter(text) for text in arguments.lora]
     quiet_imports(arguments.verbose)
     from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity
 
     set_verbosity(arguments.verbose)
-    return SVGT2IPipeline.from_pretrained(
+    pipeline = SVGT2IPipeline.from_pretrained(
         arguments.checkpoint,
         **parts_of(arguments),
         use_ema=not arguments.raw_weights,
         quantization=arguments.quantization,
         dtype=arguments.dtype or ("bf16" if device.type == "cuda" else "fp32"),
     )
+    load_adapters(pipeline, adapters)
+    return pipeline
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -224,14 +228,16 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     settings = {**shared, "verb": arguments.command, "format": arguments.format}
     _by_main(lambda: check_folder(arguments.output, settings), world)
     jobs, rewritten = plan_images(arguments, options, sizes, prompts, sources), getattr(arguments, "enhance", False)
-    known = RunFolder(arguments.output, settings)
+    model = (*parts_of(arguments), "checkpoint", "raw_weights", "dtype", "quantization", "lora")
+    command = {name: getattr(arguments, name) for name in model}
+    known = RunFolder(arguments.output, settings, command)
     if world.broadcast(world.is_main and not rewritten and known.has_all(jobs)):
         if world.is_main:
             print(f"all {len(jobs)} images are in {arguments.output / 'images'}; nothing was loaded")
         return
     with world.main_first():
         pipeline = load_pipeline(arguments, world.device)
-    run = RunFolder(arguments.output, {**settings, "model": pipeline.networks.describe()})
+    run = RunFolder(arguments.output, {**settings, "model": pipeline.networks.describe()}, command)
     _by_main(run.prepare, world)
     if rewritten:
         jobs = plan_images(arguments, options, sizes, enhance_all(pipeline, prompts, world), sources)

@@ -49,7 +49,9 @@ def _config(kind: str) -> Any:
 
 
 def _is_of_a_block(module: nn.Module, name: str) -> bool:
-    inside = any(part in f".{name}." for part in OF_BLOCKS) and "t_embedder" not in name
+    inside = any(part in f".{name}." for part in OF_BLOCKS) and not any(
+        part in name for part in ("t_embedder", "lora_")
+    )
     return isinstance(module, nn.Linear) and inside
 
 

@@ -29,6 +29,9 @@ def add_parts(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--latent_stats", help=f"latent statistics, .safetensors or the published .pt {own}")
     model.add_argument("--text_encoder", help=f"Hugging Face folder or id {own}")
     model.add_argument("--guide", help="a weaker DiT for autoguidance (default: the unconditional branch guides)")
+    model.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="an adapter; may be repeated"
+    )
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
     model.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: as --dtype says)")
     model.add_argument("--verbose", action="store_true", help="show what the libraries say while they load")

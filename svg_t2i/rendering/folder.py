@@ -73,14 +73,15 @@ class RunFolder:
 
     Args:
         settings: what all its images share: sampling options and model, JSON-able.
+        command: how the model was named. It is recorded, and free to change from one start to the next.
 
     Raises:
         UserError: (from `prepare`) the folder holds something else, or images made with other settings; a full disk.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], command: Mapping[str, Any] | None = None):
         self.folder = folder
-        self.settings = json.loads(json.dumps(settings))
+        self.settings, self.command = json.loads(json.dumps([settings, command or {}]))
         self._recorded_at = float("-inf")
 
     def prepare(self) -> None:
@@ -90,7 +91,7 @@ class RunFolder:
             (self.folder / "images").mkdir(parents=True, exist_ok=True)
             for leftover in (self.folder / "images").glob(".*.tmp"):
                 leftover.unlink()
-            write_json(self.settings, self.folder / SETTINGS)
+            write_json({**self.settings, "command": self.command}, self.folder / SETTINGS)
 
     def path(self, job: Job) -> Path:
         width, height = job.size
@@ -120,7 +121,11 @@ class RunFolder:
         return True
 
     def has_all(self, jobs: Sequence[Job]) -> bool:
-        """Whether all of these very images are there."""
+        """Whether all of these very images are there, made by a command that named the same model."""
+        path = self.folder / SETTINGS
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if recorded.get("command") != self.command:
+            return False
         return all(self.path(job).is_file() and not self._difference(job) for job in jobs)
 
     def _difference(self, job: Job) -> str:

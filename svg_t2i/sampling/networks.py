@@ -41,6 +41,7 @@ class Networks:
     def describe(self) -> dict[str, Any]:
         """What identifies the weights. A path does not: a training run has newer ones under it every hour."""
         guide = {} if self.guide is None else {"guide": weights_digest(self.guide)}
+        adapters = active_adapters(self.transformer)
         return {
             "transformer": weights_digest(self.transformer),
             "autoencoder": self.autoencoder.fingerprint(),
@@ -48,6 +49,7 @@ class Networks:
             "text_encoder": self.text_encoder.fingerprint(),
             "dtype": str(self.dtype),
             **guide,
+            **({"adapters": adapters} if adapters else {}),
         }
 
 
@@ -85,3 +87,12 @@ def weights_digest(module: nn.Module) -> str:
     samples = [weight.flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in plain]
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """Name → strength of the adapters that act in a model: weight · alpha / rank of the last layer that has them."""
+    strengths: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A"):
+            strengths |= {name: module.scaling[name] for name in module.active_adapters if name in module.scaling}
+    return strengths

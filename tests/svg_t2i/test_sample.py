@@ -302,6 +302,9 @@ def test_the_same_command_again_loads_nothing(saved_pipeline, tmp_path, monkeypa
     monkeypatch.setattr(SVGT2IPipeline, "from_pretrained", None)
     assert run(saved_pipeline, tmp_path, *PROMPTS) == before
     assert f"all 2 images are in {tmp_path / 'images'}; nothing was loaded" in capsys.readouterr().out
+    for other in (["--dtype", "bf16"], ["--raw_weights"], ["--quantization", "int8"]):  # could be another model
+        with pytest.raises(TypeError):
+            run(saved_pipeline, tmp_path, *PROMPTS, *other)
     (tmp_path / "images" / "dpm_3_1_48x32.png").unlink()
     with pytest.raises(TypeError):
         run(saved_pipeline, tmp_path, *PROMPTS)
