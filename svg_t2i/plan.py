@@ -198,6 +198,10 @@ def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, name: s
         f"GB besides them: {stages}",
         f"all networks on the card: {plan.resident / GB:.1f} GB, which {fits(plan.resident)}",
         f"taking turns (--cpu_offload): {plan.taking_turns / GB:.1f} GB, which {fits(plan.taking_turns)}",
+        "with --quantization int8 or fp8: " + ", ".join(
+            f"{how} {need / GB:.1f} GB, which {fits(need)}"
+            for how, need in zip(("all on the card", "taking turns"), plan.in_8_bits)
+        ),
         f"{plan.flops / TERA:.0f} TFLOP"
         + ("; no time: the peak of this card is not in the table" if plan.seconds is None
            else f", {plan.seconds:.1f} s at a utilisation of {arguments.utilisation or sampling.UTILISATION:.0%}"),

@@ -32,6 +32,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 def _file(path: Path) -> Path:
     """The safetensors file that is meant: itself, or the only one in a folder."""
     if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"lora = {str(path)!r}: only safetensors are read; other files can run code")
         return path
     if not path.is_dir():
         raise UserError(f"lora = {str(path)!r}: no such file or folder{nearest(path)}")

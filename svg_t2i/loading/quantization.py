@@ -55,6 +55,11 @@ def _is_of_a_block(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and inside
 
 
+def count_quantizable(model: nn.Module) -> int:
+    """How many weights of a model `quantize` would keep in 8 bits."""
+    return sum(module.weight.numel() for name, module in model.named_modules() if _is_of_a_block(module, name))
+
+
 def quantized_layers(model: nn.Module) -> list[str]:
     """The names of the weights that are quantised."""
     return [name for name, weight in model.named_parameters() if hasattr(weight, "dequantize") and _is_torchao(weight)]

@@ -47,7 +47,9 @@ GPUS = {
     "l40s": GPU("NVIDIA L40S", 48),
     "4090": GPU("NVIDIA GeForce RTX 4090", 24),
     "24gb": GPU("a card of 24 GB", 24),
+    "16gb": GPU("a card of 16 GB", 16),
     "12gb": GPU("a card of 12 GB", 12),
+    "8gb": GPU("a card of 8 GB", 8),
 }
 
 

@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from autoencoder.common.config import build, find_config, locate, read_config
 from autoencoder.model import ModelConfig, SVGAutoencoder
 from svg_t2i.features.settings import AutoencoderSource, TextSource
+from svg_t2i.loading.quantization import count_quantizable
 from svg_t2i.planning.memory import META
 from svg_t2i.text.loading import skeleton
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import Sizes, TextFeatures
 
 GEMMA_PARAMETERS, GEMMA_WIDTH = 2_614_341_888, 2304  # gemma-2-2b
+GEMMA_IN_BLOCKS = 2_024_275_968  # of them, in the linear layers of its blocks
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """Of a text encoder. assumed: it is not here, and taken to be as large as Gemma-2-2B."""
+    """Of a text encoder. assumed: it is not here, and taken to be as large as Gemma-2-2B.
+
+    in_blocks: the parameters that quantisation keeps in 8 bits.
+    """
 
     parameters: int
     width: int
+    in_blocks: int
     assumed: bool = False
 
 
@@ -33,8 +39,8 @@ def text_size(source: TextSource) -> TextSize:
     """Parameters and width of the text encoder that a run names."""
     model = None if source.path == "random" else skeleton(source.path)
     if model is None:
-        return TextSize(GEMMA_PARAMETERS, GEMMA_WIDTH, assumed="gemma-2-2b" not in source.path)
-    return TextSize(count(model), model.config.hidden_size)
+        return TextSize(GEMMA_PARAMETERS, GEMMA_WIDTH, GEMMA_IN_BLOCKS, assumed="gemma-2-2b" not in source.path)
+    return TextSize(count(model), model.config.hidden_size, count_quantizable(model))
 
 
 def autoencoder_skeleton(source: AutoencoderSource) -> SVGAutoencoder:

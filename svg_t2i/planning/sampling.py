@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import LATENT_PIXELS
+from svg_t2i.loading.quantization import count_quantizable
 from svg_t2i.planning.gpus import GPU, own_share
 from svg_t2i.planning.memory import META, measure_pass
 from svg_t2i.planning.networks import autoencoder_skeleton, count, size, text_size, transformer_of, velocity
@@ -24,6 +26,7 @@ class SamplingPlan:
 
     Attributes:
         resident: most bytes with all networks on the card. taking_turns: with model offload. Both with its own share.
+        in_8_bits: the same two with quantised weights.
         stages: bytes of each stage besides weights.
         seconds: of a batch, without encoding and decoding; None where the card's peak is not known.
     """
@@ -34,6 +37,7 @@ class SamplingPlan:
     stages: dict[str, int]
     resident: float
     taking_turns: float
+    in_8_bits: tuple[float, float]
     flops: float
     seconds: float | None
 
@@ -69,19 +73,22 @@ def plan_sampling(
         "denoising": measure_pass(transformer, both_branches, backward=False).peak,
         "decoding": measure_pass(decoder, lambda: decoder(latents), backward=False, autocast=True).peak + copies,
     }
-    everything = sum(weights.values())
+    saved = {"text encoder": text.in_blocks, "transformer": count_quantizable(transformer)}  # one byte of two each
+    small = {name: nbytes - saved.get(name, 0) for name, nbytes in weights.items()}
+    flops = images * steps * sum(forward_flops(sizes, tokens, n) for n in (caption_tokens, 1))
+    return SamplingPlan(
+        count(transformer), text.assumed, weights, stages,
+        *_peaks(weights, stages), _peaks(small, stages), flops,
+        None if gpu.tflops is None else flops / (gpu.tflops * 1e12 * utilisation),
+    )  # fmt: skip
+
+
+def _peaks(weights: Mapping[str, int], stages: Mapping[str, int]) -> tuple[float, float]:
+    """Most bytes with all networks on the card, and with one at a time."""
     turns = [
         weights["text encoder"],
         weights["transformer"] + stages["denoising"],
         weights["autoencoder"] + stages["decoding"],
     ]
-    flops = images * steps * sum(forward_flops(sizes, tokens, n) for n in (caption_tokens, 1))
-    return SamplingPlan(
-        count(transformer), text.assumed, weights, stages,
-        _with_own(everything + max(stages.values())), _with_own(max(turns)), flops,
-        None if gpu.tflops is None else flops / (gpu.tflops * 1e12 * utilisation),
-    )  # fmt: skip
-
-
-def _with_own(tensors: float) -> float:
-    return tensors + own_share(tensors)
+    resident, taking_turns = sum(weights.values()) + max(stages.values()), max(turns)
+    return resident + own_share(resident), taking_turns + own_share(taking_turns)

@@ -450,6 +450,7 @@ def test_adapters_of_the_command_line(saved_pipeline, loras, tmp_path):
         (tmp_path / "none", "no such file or folder"),
         (f"{loras[0]}:much", "'much' is no weight"),
         (tmp_path, "0 safetensors files in this folder"),
+        (saved_pipeline / "transformer" / "config.json", "only safetensors are read"),
         (saved_pipeline / "autoencoder" / "model.safetensors", "is no adapter of this model"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,13 +1,19 @@
 """The plan as its user sees it, and what it must not depend on."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
+from transformers import Gemma2Config, Gemma2Model
 
 from autoencoder.common.config import UserError, load_config
 from svg_t2i import plan
+from svg_t2i.loading.quantization import count_quantizable, quantize, quantized_layers
+from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.planning.gpus import GPUS, find_gpu
+from svg_t2i.planning.networks import GEMMA_IN_BLOCKS, GEMMA_PARAMETERS, GEMMA_WIDTH, count
 from svg_t2i.planning.training import CHECKPOINTING, GB, communication_seconds, plan_training
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.flops import training_flops
@@ -95,6 +101,35 @@ def test_sampling(capsys):
         assert f"GB, which {all_together}\n" in out.split("all networks")[1]
         assert f"which {in_turns}\n" in out.split("taking turns")[1]
     assert "no time" in out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "answers"),  # all on the card, taking turns, in 8 bits on the card, in 8 bits taking turns
+    [
+        ("24gb", ["fits"] * 4),
+        ("16gb", ["fits"] * 4),
+        ("12gb", ["does not fit", "fits", "fits", "fits"]),
+        ("8gb", ["does not fit", "fits", "does not fit", "fits"]),
+    ],
+)
+def test_which_card_is_large_enough(capsys, gpu, answers):
+    plan.main(["--sample", "1024", "--gpu", gpu])
+    assert re.findall(r"GB, which (fits|does not fit)", capsys.readouterr().out) == answers
+
+
+def test_what_quantisation_keeps_in_8_bits(saved_pipeline):
+    """Counted beforehand as it is done; and of Gemma-2-2B, which is not here, by its published configuration."""
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline)
+    networks = (loaded.transformer, loaded.text_encoder)
+    expected = [count_quantizable(network) for network in networks]
+    quantize("int8", *networks)
+    assert expected == [
+        sum(network.get_parameter(x).numel() for x in quantized_layers(network)) for network in networks
+    ]
+    with torch.device("meta"):
+        gemma = Gemma2Model(Gemma2Config())
+    assert gemma.config.hidden_size == GEMMA_WIDTH
+    assert (count(gemma), count_quantizable(gemma)) == (GEMMA_PARAMETERS, GEMMA_IN_BLOCKS)
 
 
 def test_a_small_model_of_folders_is_no_gemma(toy_parts, tmp_path, capsys):
