@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,9 +143,16 @@ def reason_of(error: BaseException) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return "it needs code of its own, which is never run here: give a model that transformers itself knows"
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text.lower():
+    if any(isinstance(one, pickle.UnpicklingError) for one in _chain(error)) or "weights_only" in text.lower():
         return "its pickled weights are damaged or hold more than tensors, which could run code: get safetensors"
     return first_line(error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised in the handling of: older transformers hide the pickle's behind others."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _loading_advice(source: str, error: Exception) -> str:
