@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from autoencoder.common.config import UserError, first_line
+from svg_t2i.sampling.networks import is_quantized
 
 KINDS = ("int8", "fp8", "fp8_dynamic")
 OF_BLOCKS = (".attention.", ".feed_forward.", "attn", "mlp", "Attention", "DenseReluDense", "fc1", "fc2")
@@ -62,8 +63,4 @@ def count_quantizable(model: nn.Module) -> int:
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """The names of the weights that are quantised."""
-    return [name for name, weight in model.named_parameters() if hasattr(weight, "dequantize") and _is_torchao(weight)]
-
-
-def _is_torchao(weight: Any) -> bool:
-    return type(weight).__module__.startswith("torchao.")
+    return [name for name, weight in model.named_parameters() if is_quantized(weight)]

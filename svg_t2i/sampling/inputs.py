@@ -92,12 +92,16 @@ def prepare_mask(mask: ImageInput, size: tuple[int, int]) -> Mask:
 
 def masks_for(mask: Any, sizes: Sequence[tuple[int, int]], per_prompt: int) -> list[Mask]:
     """A mask for every image of a call, from one for all or one per prompt."""
-    masks = as_list(mask)
-    prompts = len(sizes) // per_prompt
-    if len(masks) not in (1, prompts):
-        raise UserError(f"{len(masks)} masks for {prompts} images; give one per image, or a single one")
-    each = masks * prompts if len(masks) == 1 else masks
+    each = _one_each(mask, len(sizes) // per_prompt)
     return [prepare_mask(each[i // per_prompt], size) for i, size in enumerate(sizes)]
+
+
+def _one_each(mask: Any, images: int) -> list[ImageInput]:
+    """As many masks as images, from one for all or one per image. UserError for another number."""
+    masks = as_list(mask)
+    if len(masks) not in (1, images):
+        raise UserError(f"{len(masks)} masks for {images} images; give one per image, or a single one")
+    return masks * images if len(masks) == 1 else masks
 
 
 def to_rgb_image(image: ImageInput) -> Image.Image:
@@ -199,10 +203,7 @@ class CloseUp:
 
 def close_ups(image: Any, mask: Any, padding: int, size: tuple[int, int], output_type: str) -> list[CloseUp]:
     """A close-up of every image, with its mask or the one for all. UserError for what does not go with it."""
-    images, masks = as_list(image), as_list(mask)
+    images = as_list(image)
     if not isinstance(padding, int) or padding < 0 or output_type != "pil":
         raise UserError(f"padding_mask_crop = {padding!r}: give pixels from 0 on, and leave output_type at 'pil'")
-    if len(masks) not in (1, len(images)):
-        raise UserError(f"{len(masks)} masks for {len(images)} images; give one per image, or a single one")
-    masks = masks * len(images) if len(masks) == 1 else masks
-    return [CloseUp.of(one, white, padding, size) for one, white in zip(images, masks)]
+    return [CloseUp.of(one, white, padding, size) for one, white in zip(images, _one_each(mask, len(images)))]

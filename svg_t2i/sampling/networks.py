@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
 from autoencoder.model import SVGAutoencoder
@@ -83,10 +83,17 @@ def weights_digest(module: nn.Module) -> str:
     """16 hex digits over names, shapes and a sample of the values of all weights."""
     weights = dict(sorted(module.named_parameters()))
     digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
-    plain = [getattr(weight, "dequantize", lambda weight=weight: weight)().detach() for weight in weights.values()]
-    samples = [weight.flatten()[:: math.ceil(weight.numel() / 64)].bfloat16() for weight in plain]
+    samples = []
+    for weight in weights.values():  # a quantised one is whole for a moment; the others are never copied
+        plain = weight.dequantize() if is_quantized(weight) else weight
+        samples.append(plain.detach().flatten()[:: math.ceil(plain.numel() / 64)].bfloat16().clone())
     digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's 8-bit tensors. (Every tensor of torch has a `dequantize`, which copies.)"""
+    return type(weight).__module__.startswith("torchao.")
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:

@@ -474,6 +474,13 @@ def test_quantised_weights_change_little(saved_pipeline, pipeline, kind, most):
     assert torch.equal(latents(loaded.to("cpu")), quantised)
 
 
+def test_plain_weights_are_not_copied_to_be_identified(pipeline, monkeypatch):
+    """`dequantize` of a tensor in bf16 makes one in fp32: at full size, ten gigabytes."""
+    before = pipeline.networks.describe()
+    monkeypatch.setattr(torch.Tensor, "dequantize", lambda self: pytest.fail("copied"))
+    assert pipeline.networks.describe() == before
+
+
 def test_what_cannot_be_quantised_or_saved_so(saved_pipeline, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="quantization = 'int3'; choose one of int8, fp8, fp8_dynamic"):
         SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="int3")
