@@ -94,7 +94,7 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
     manifest.failures.keep_in(Path(config.results_dir) / FILE_NAME)
     cached = config.data.all_sources[0].feature_cache is not None  # then cache_features has compared the statistics
     config, frozen = prepare_frozen(config, manifest, world, compare=not cached)
-    transformer = make_transformer(config, frozen, first=newest is None, world=world)
+    transformer, base = make_transformer(config, frozen, newest, world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
     contents = {source.name: source.content_fingerprint for source in sources} if world.is_main else {}
@@ -108,7 +108,7 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return 0
     open_loader = make_loader(config, sources, frozen, world)
-    meta = checkpoint_meta(config, state, frozen) | {"data": contents}
+    meta = checkpoint_meta(config, state, frozen) | base | {"data": contents}
     code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock).run()
     if world.is_main:
         manifest.failures.report()
@@ -150,6 +150,7 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
         other = [f"{key} was {value} and is {sizes.get(key)}" for key, value in meta["model_args"].items()
                  if sizes.get(key) != value]  # fmt: skip
         raise UserError(f"{folder} holds another model: {', '.join(other)}; choose another results_dir for this one")
+    check_adapter(meta, config, folder)
     stored, parts = saving.stored_tensors(folder), state.tensors()
     missing = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
     saving.load_checkpoint(folder, {part: tensors for part, tensors in parts.items() if part not in missing})
@@ -163,6 +164,18 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
     log.info("resumed from %s", folder)
     for change in changed_settings(meta["config"], config):
         log.info("changed since the checkpoint: %s", change)
+
+
+def check_adapter(meta: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:
+    """UserError where a checkpoint holds another adapter than the settings describe, or one of the two has none."""
+    before, now = meta["config"].get("lora"), to_dict(config.lora)
+    if before is None or now is None:
+        other = [] if before is now else [f"lora was {before} and is {now}"]
+    else:
+        fixed = [key for key in now if key != "dropout"]
+        other = [f"lora.{key} was {before.get(key)} and is {now[key]}" for key in fixed if before.get(key) != now[key]]
+    if other:
+        raise UserError(f"{folder} was trained otherwise: {', '.join(other)}; choose another results_dir for this")
 
 
 def warn_of_other_data(recorded: Mapping[str, str], present: Mapping[str, str]) -> None:
@@ -225,9 +238,11 @@ def describe(
 ) -> None:
     """Two lines on what is about to happen."""
     parameters = sum(weight.numel() for weight in state.transformer.parameters())
+    trained = sum(weight.numel() for weight in state.weights)
     log.info(
-        "%s: %.1f M parameters on %d × %s in %s; %d latent channels, text width %d",
-        config.model, parameters / 1e6, world.size, world.device.type, config.train.precision,
+        "%s: %.1f M parameters%s on %d × %s in %s; %d latent channels, text width %d",
+        config.model, parameters / 1e6, "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained,",
+        world.size, world.device.type, config.train.precision,
         frozen.autoencoder.channels, frozen.captions.encoder.hidden_size,
     )  # fmt: skip
     budget, batch, size = config.data.micro_batch_tokens, config.train.global_batch_size, config.train.micro_batch_size

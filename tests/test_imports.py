@@ -44,6 +44,7 @@ ONLY_IN = {
     "diffusers": {
         "svg_t2i.pipeline", "svg_t2i.loading.components", "svg_t2i.sampling.inputs", "svg_t2i.sampling.schedulers",
     },
+    "peft": {"svg_t2i.checkpoints.adapters"},
     "torchao": {"svg_t2i.loading.quantization"},
     "tokenizers": {"svg_t2i.text.toy"},
     "timm": {"autoencoder.encoders"},

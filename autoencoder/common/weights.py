@@ -1,6 +1,6 @@
 """Tensors from files, weights-only and loaded strictly (every error names keys and remedy); files written whole.
 
-And names for weights, so that what belongs together can be checked: `fingerprint`.
+And names for weights, so that what belongs together can be checked: `fingerprint`, and quicker `weights_digest`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import builtins
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import sys
@@ -152,6 +153,23 @@ def fingerprint(identity: Any, state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """16 hex digits over names, shapes and a sample of the values of all weights; the same in fp32 and bf16."""
+    weights = dict(sorted(weights.items()))
+    digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
+    samples = []
+    for weight in weights.values():  # a quantised one is whole for a moment; the others are never copied
+        plain = weight.dequantize() if is_quantized(weight) else weight
+        samples.append(plain.detach().flatten()[:: math.ceil(plain.numel() / 64)].bfloat16().clone())
+    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's 8-bit tensors. (Every tensor of torch has a `dequantize`, which copies.)"""
+    return type(weight).__module__.startswith("torchao.")
 
 
 @contextmanager

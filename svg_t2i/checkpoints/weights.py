@@ -1,6 +1,7 @@
 """A DiT on disk: reading it from every kind of folder (`KINDS`), starting a model from it, exporting it.
 
-Tensors have the published names in all of them. A results folder stands for its newest checkpoint.
+Tensors have the published names in all of them. A results folder stands for its newest checkpoint. The checkpoint of an
+adapter stands for the model it was trained on with the adapter added.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from autoencoder.common.config import UserError, build, to_dict
-from autoencoder.common.weights import read_state_dict, write_json
+from autoencoder.common.config import UserError, build, locate, to_dict
+from autoencoder.common.weights import read_state_dict, weights_digest, write_json
 from svg_t2i.checkpoints import published
+from svg_t2i.checkpoints.adapters import FILE as ADAPTER_FILE
+from svg_t2i.checkpoints.adapters import LoraSettings, merge_adapter
 from svg_t2i.checkpoints.index import SafeReader
 from svg_t2i.checkpoints.run import (
     META,
@@ -33,6 +36,7 @@ from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_di
 
 log = logging.getLogger(__name__)
 
+BASE = "base"  # in the meta.json of an adapter: folder and digest of the model it was trained on
 EXPORT_CONFIG = "config.json"
 # The files of a diffusers model: one, or several with an index. Exports of before have one of another name.
 EXPORT_WEIGHTS, OLD_EXPORT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -60,7 +64,36 @@ def _read_checkpoint(folder: Path, ema: bool | float) -> TransformerFile:
     }
     with readable(folder):
         dcp.load(state, storage_reader=SafeReader(folder), no_dist=True)
-    return TransformerFile(config, {key.removeprefix(prefix): value for key, value in state.items()}, meta)
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return TransformerFile(config, _adapted(state, meta, folder) if BASE in meta else state, meta)
+
+
+def _adapted(adapter: Mapping[str, Tensor], meta: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    """The weights of the model that was adapted (averaged ones, where it has such), with the adapter added to them."""
+    settings = build(LoraSettings, meta["config"]["lora"], source=str(folder / META))
+    try:
+        base = load_base(meta[BASE]["folder"], meta[BASE]["digest"])
+    except UserError as error:
+        raise UserError(
+            f"{folder} is an adapter without the model it was trained on: {error}. Bring that back, or give another of "
+            f"its kind and the adapter's file: --checkpoint MODEL --lora RUN/{ADAPTER_FILE}"
+        ) from error
+    return merge_adapter(base, settings, adapter).state_dict()
+
+
+def load_base(folder: str | os.PathLike, digest: str | None = None) -> SVGDiT:
+    """The model that an adapter is trained on: the averaged weights in a folder, fp32, on the CPU.
+
+    digest: `weights_digest` of its weights, where they have to be certain ones.
+
+    Raises:
+        UserError: as `load_transformer`, or other weights.
+    """
+    base = load_transformer(locate(folder))
+    found = weights_digest(dict(base.named_parameters()))
+    if digest is not None and found != digest:
+        raise UserError(f"{folder} holds other weights than then ({found}, were {digest})")
+    return base
 
 
 def _part(meta: Mapping[str, Any], ema: bool | float, folder: Path) -> str:

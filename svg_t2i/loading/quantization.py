@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from autoencoder.common.config import UserError, first_line
-from svg_t2i.sampling.networks import is_quantized
+from autoencoder.common.weights import is_quantized
 
 KINDS = ("int8", "fp8", "fp8_dynamic")
 OF_BLOCKS = (".attention.", ".feed_forward.", "attn", "mlp", "Attention", "DenseReluDense", "fc1", "fc2")

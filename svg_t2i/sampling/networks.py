@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoencoder.common.config import UserError
+from autoencoder.common.weights import weights_digest
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.text.encoder import TextCache, TextEncoder
@@ -40,12 +39,12 @@ class Networks:
 
     def describe(self) -> dict[str, Any]:
         """What identifies the weights. A path does not: a training run has newer ones under it every hour."""
-        guide = {} if self.guide is None else {"guide": weights_digest(self.guide)}
+        guide = {} if self.guide is None else {"guide": weights_digest(dict(self.guide.named_parameters()))}
         adapters = active_adapters(self.transformer)
         return {
-            "transformer": weights_digest(self.transformer),
+            "transformer": weights_digest(dict(self.transformer.named_parameters())),
             "autoencoder": self.autoencoder.fingerprint(),
-            "decoder": weights_digest(self.autoencoder.decoder),
+            "decoder": weights_digest(dict(self.autoencoder.decoder.named_parameters())),
             "text_encoder": self.text_encoder.fingerprint(),
             "dtype": str(self.dtype),
             **guide,
@@ -77,23 +76,6 @@ def check_widths(autoencoder: SVGAutoencoder, transformer: SVGDiT, hidden_size: 
         ours, theirs = getattr(sizes, name), getattr(guide.config, name)
         if ours != theirs:
             raise UserError(f"the guide's {name} is {theirs}, the transformer's is {ours}: they do not fit")
-
-
-def weights_digest(module: nn.Module) -> str:
-    """16 hex digits over names, shapes and a sample of the values of all weights."""
-    weights = dict(sorted(module.named_parameters()))
-    digest = hashlib.sha256(str([(name, tuple(weight.shape)) for name, weight in weights.items()]).encode())
-    samples = []
-    for weight in weights.values():  # a quantised one is whole for a moment; the others are never copied
-        plain = weight.dequantize() if is_quantized(weight) else weight
-        samples.append(plain.detach().flatten()[:: math.ceil(plain.numel() / 64)].bfloat16().clone())
-    digest.update(torch.cat(samples).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is one of torchao's 8-bit tensors. (Every tensor of torch has a `dequantize`, which copies.)"""
-    return type(weight).__module__.startswith("torchao.")
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:

@@ -15,6 +15,7 @@ from autoencoder.common.processes import AnyRank, World
 from autoencoder.common.stopping import StopRequest
 from autoencoder.common.watchdog import Watchdog
 from autoencoder.common.workers import WorkersDied
+from svg_t2i.checkpoints.adapters import adapter_state, write_adapter
 from svg_t2i.checkpoints.run import Saver
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.loader import TrainLoader
@@ -24,6 +25,7 @@ from svg_t2i.training.monitor import Meter, ProgressLogger, profiling
 from svg_t2i.training.optimizer import learning_rate
 from svg_t2i.training.pictures import evaluate_averaged, sample_grid
 from svg_t2i.training.settings import TrainConfig
+from svg_t2i.training.sharding import whole_tensor
 from svg_t2i.training.step import TrainState, train_step
 
 log = logging.getLogger("svg_t2i")
@@ -152,8 +154,13 @@ class TrainLoop:
             self.save()
 
     def save(self) -> None:
-        """Begin a checkpoint of this step."""
+        """Begin a checkpoint of this step; an adapter is also written as a file for pipelines."""
         self.saver.save(self.state.step, self.state.tensors(), self.meta)
+        if self.config.lora is not None:
+            whole = {name: whole_tensor(weight) for name, weight in self.state.ema.items()}
+            if self.world.is_main:
+                state = adapter_state(self.state.transformer, whole)
+                write_adapter(self.config.results_dir, state, self.config.lora)
         self.frozen.captions.clear()  # as a resumed run would find it
 
 

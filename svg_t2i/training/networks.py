@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from autoencoder.common.config import locate
+from autoencoder.common.config import UserError, locate
 from autoencoder.common.processes import World
+from autoencoder.common.weights import weights_digest
 from autoencoder.sources.source import ImageSource
 from svg_t2i.checkpoints import weights
+from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter
 from svg_t2i.features.frozen import FrozenNetworks, load_frozen
 from svg_t2i.features.preparation import make_text_encoder, measure_statistics, warn_of_statistics
 from svg_t2i.training.settings import TrainConfig
@@ -42,15 +45,50 @@ def prepare_frozen(
     return config, frozen
 
 
-def make_transformer(config: TrainConfig, frozen: FrozenNetworks, first: bool, world: World) -> SVGDiT:
-    """The model with the weights that the `first` step starts from: random ones, or those of `init_from`."""
+def make_transformer(
+    config: TrainConfig, frozen: FrozenNetworks, newest: Path | None, world: World
+) -> tuple[SVGDiT, dict[str, Any]]:
+    """The model with the weights that training starts from, and what a checkpoint records of them.
+
+    Random ones or those of `init_from`; with `lora` a frozen model and a fresh adapter. newest: the checkpoint that
+    will fill the trained weights, if there is one.
+    """
+    if config.lora is not None:
+        return adapted_transformer(config, config.lora, frozen, newest, world)
     sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
     torch.manual_seed(config.train.seed)
     with world.device:
         transformer = SVGDiT(sizes)
-    if first and config.init_from is not None:
+    if newest is None and config.init_from is not None:
         source = locate(config.init_from)
         weights.init_from(transformer, source)
         if weights.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
             log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
-    return transformer
+    return transformer, {}
+
+
+def adapted_transformer(
+    config: TrainConfig, lora: LoraSettings, frozen: FrozenNetworks, newest: Path | None, world: World
+) -> tuple[SVGDiT, dict[str, Any]]:
+    """The model of `init_from`, frozen and in the precision of the run, with a fresh adapter in fp32.
+
+    Its weights are the averaged ones, which is what pictures are made with. After a resume they are those of before.
+
+    Raises:
+        UserError: it is another model than the settings say, other weights than before, or was trained with other
+            networks.
+    """
+    recorded = {} if newest is None else weights.read_meta(newest).get(weights.BASE, {})
+    folder = Path(recorded.get("folder") or weights.find_checkpoint(locate(config.init_from or "")).resolve())
+    transformer = weights.load_base(folder, recorded.get("digest"))
+    digest = weights_digest(dict(transformer.named_parameters()))
+    sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
+    if sizes != transformer.config:
+        other = [f"{key} is {value} there and {getattr(sizes, key)} here"
+                 for key, value in vars(transformer.config).items() if value != getattr(sizes, key)]  # fmt: skip
+        raise UserError(f"init_from = {folder}: {', '.join(other)}; give model and model_overrides of the one there")
+    weights.check_fingerprints(folder, frozen.fingerprints["autoencoder"], frozen.fingerprints["text_encoder"])
+    torch.manual_seed(config.train.seed)
+    transformer = transformer.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).train()
+    add_adapter(transformer, lora)
+    return transformer.to(world.device), {weights.BASE: {"folder": str(folder), "digest": digest}}

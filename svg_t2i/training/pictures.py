@@ -10,6 +10,7 @@ from PIL import Image
 
 from autoencoder.common.processes import World
 from autoencoder.images.files import image_grid, save_png
+from svg_t2i.checkpoints.adapters import add_adapter
 from svg_t2i.evaluation.evaluate import evaluate
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.training.settings import TrainConfig
@@ -24,11 +25,14 @@ MOST_COLUMNS = 4
 
 
 def averaged_transformer(state: TrainState, config: TrainConfig, world: World) -> SVGDiT:
-    """A plain copy of the model with the averaged weights, on every rank, in the precision of training."""
+    """The model with the averaged weights, on every rank, in the precision of training. What is frozen is shared."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     with torch.device("meta"):
         model = SVGDiT(state.transformer.config)
-    weights = {name: whole_tensor(tensor).to(dtype) for name, tensor in state.ema.items()}  # one whole one at a time
+        if config.lora is not None:
+            add_adapter(model, config.lora)
+    tensors = state.transformer.state_dict() | state.ema  # what is frozen has no average
+    weights = {name: whole_tensor(tensor).to(dtype) for name, tensor in tensors.items()}  # one whole one at a time
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError, build, require, to_dict
 from autoencoder.images.files import LATENT_PIXELS
+from svg_t2i.checkpoints.adapters import LoraSettings
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.features.settings import AutoencoderSource, TextSource
@@ -189,8 +190,13 @@ class TrainConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig | None = None  # metrics of the averaged weights, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
+    lora: LoraSettings | None = None  # train an adapter of the model in `init_from`, instead of all weights
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
     init_from: str | None = None  # folder to take first weights from
+
+    def __post_init__(self) -> None:
+        given = self.lora is None or self.init_from is not None
+        require(given, "init_from", self.init_from, "given with lora: the folder of the model to adapt")
 
     def model_config(self, in_channels: int, cap_feat_dim: int) -> DiTConfig:
         """Sizes of the DiT for these latents and text features.

@@ -105,8 +105,9 @@ def checkpoint_activations(module: nn.Module, mode: str) -> None:
     options = {} if mode == "full" else {"context_fn": _selective_contexts}
     for blocks in [m for m in module.modules() if isinstance(m, nn.ModuleList)]:
         for i, block in enumerate(blocks):
-            # no operation of a block draws random numbers, so no generator's state has to be kept
-            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False, **options)
+            # only the dropout of an adapter draws random numbers: else no generator's state has to be kept
+            draws = any(isinstance(part, nn.Dropout) and part.p > 0 for part in block.modules())
+            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=draws, **options)
 
 
 def _selective_contexts() -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 Unusual here:
 - Timesteps and noise are functions of (seed, position of the sample in the training stream), so a step computes the
   same thing on any number of processes, in any micro-batches, before and after a resume. No generator has a state.
+  (An adapter's dropout, where asked for, is seeded for every micro-batch.)
 - `FlowObjective` is the module that processes share (it maps a prepared micro-batch to losses); the transformer in it
   never hears of them.
 - Nothing in a step waits for the device: losses gather in a `Meter` that is read once per logging interval, and whether
@@ -13,6 +14,7 @@ The gradient of a step is that of the mean loss over its G samples, however they
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,11 @@ class FlowObjective(nn.Module):
         return flow_loss(velocity, target, lengths), timesteps
 
 
+def trained_weights(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that are trained: all, or those of an adapter. Their names do not tell what wraps the blocks."""
+    return {name: weight for name, weight in transformer.state_dict(keep_vars=True).items() if weight.requires_grad}
+
+
 @dataclass
 class TrainState:
     """What a run carries from step to step; with the configuration, all a checkpoint needs."""
@@ -68,7 +75,7 @@ class TrainState:
     @classmethod
     def start(cls, transformer: SVGDiT, config: TrainConfig) -> TrainState:
         """A fresh state; averages start as copies of the weights. A model to be sharded is sharded before."""
-        weights = transformer.state_dict(keep_vars=True)  # their names do not tell what wraps the blocks
+        weights = trained_weights(transformer)
         emas = {
             decay: {name: weight.detach().clone() for name, weight in weights.items()}
             for decay in config.train.ema_decays
@@ -90,13 +97,20 @@ class TrainState:
         """Every tensor by name, not copied: what a checkpoint stores, and fills in place on resume."""
         moments = {
             f"{name}.{key}": value
-            for name, weight in self.transformer.state_dict(keep_vars=True).items()
+            for name, weight in trained_weights(self.transformer).items()
             for key, value in self.optimizer.state[weight].items()
         }
         names = ["ema", *(f"ema_{decay:g}" for decay in list(self.emas)[1:])]
         averages = dict(zip(names, self.emas.values(), strict=True))
         guard = {"mean_norm": self.guard.mean_norm}
-        return {"model": self.transformer.state_dict(), **averages, "optimizer": moments, "guard": guard}
+        model = {name: weight.detach() for name, weight in trained_weights(self.transformer).items()}
+        return {"model": model, **averages, "optimizer": moments, "guard": guard}
+
+
+def seed_dropout(*numbers: int) -> None:
+    """Set torch's generators, from which adapters draw their dropout, by (seed, step, rank, micro-batch)."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def train_step(
@@ -117,6 +131,8 @@ def train_step(
         meter.phase("encode")
         batch = next(micro_batches)
         meter.phase("model")
+        if config.lora is not None and config.lora.dropout:
+            seed_dropout(train.seed, state.step, world.rank, number)
         with gradient_sync(objective, number == len(batches), config.parallel.data_parallel):
             losses, timesteps = objective(batch)
             weight = world.size / train.global_batch_size if batch.counted else 0.0  # ranks are averaged over
