@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.training.loop import TrainLoop
 from svg_t2i.training.networks import make_transformer, prepare_frozen
+from svg_t2i.training.prior import with_prior
 from svg_t2i.training.settings import TrainConfig, changed_settings
 from svg_t2i.training.sharding import parallelize
 from svg_t2i.training.step import FlowObjective, TrainState
@@ -97,9 +99,16 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
     transformer, base = make_transformer(config, frozen, newest, world)
     objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
-    contents = {source.name: source.content_fingerprint for source in sources} if world.is_main else {}
     if newest is not None:
         resume(config, state, frozen, newest)
+    data = config.data
+    if config.prior_preservation is not None:
+        data = with_prior(config, config.prior_preservation, state, frozen, world)
+        sources = open_sources(data)
+        manifest = JoinedSources(sources)
+        manifest.failures.keep_in(Path(config.results_dir) / FILE_NAME)
+    contents = {source.name: source.content_fingerprint for source in sources} if world.is_main else {}
+    if newest is not None:
         warn_of_other_data(checkpoint.read_meta(newest).get("data", {}), contents)
     if world.is_main:
         save_config(config, Path(config.results_dir) / "config.yaml")
@@ -107,7 +116,7 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
     if state.step >= config.train.max_steps:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return 0
-    open_loader = make_loader(config, sources, frozen, world)
+    open_loader = make_loader(replace(config, data=data), sources, frozen, world)
     meta = checkpoint_meta(config, state, frozen) | base | {"data": contents}
     code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock).run()
     if world.is_main:

@@ -90,11 +90,10 @@ def add_adapter(transformer: SVGDiT, settings: LoraSettings) -> None:
             weight.data = weight.data.float()
 
 
-def adapter_state(transformer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained weights of `add_adapter`, by peft's names in files instead of those in the model."""
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(transformer, dict(weights), NAME, save_embedding_layers=False)
+def file_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's weights by their names in files instead of those in the model, where each says whose it is."""
+    shortened = {name.replace(f".{NAME}.weight", ".weight"): weight for name, weight in weights.items()}
+    return {name.replace("magnitude_vector.weight", "magnitude_vector"): x for name, x in shortened.items()}
 
 
 def merge_adapter(transformer: SVGDiT, settings: LoraSettings, weights: Mapping[str, Tensor]) -> SVGDiT:
@@ -114,14 +113,16 @@ def merge_adapter(transformer: SVGDiT, settings: LoraSettings, weights: Mapping[
         return tuner.merge_and_unload()
 
 
-def write_adapter(folder: str | os.PathLike, state: Mapping[str, Tensor], settings: LoraSettings) -> Path:
+def write_adapter(folder: str | os.PathLike, weights: Mapping[str, Tensor], settings: LoraSettings) -> Path:
     """Write the file that `pipeline.load_lora_weights(folder)` reads, at once or not at all.
 
-    state: of `adapter_state`.
+    weights: of the adapter, by their names in the model.
     """
     config = {f"transformer.{key}": value for key, value in settings.peft_config().to_dict().items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, default=sorted)}
-    tensors = {f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {
+        f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in file_names(weights).items()
+    }
     path = Path(folder) / FILE
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)

@@ -15,7 +15,7 @@ from autoencoder.common.processes import AnyRank, World
 from autoencoder.common.stopping import StopRequest
 from autoencoder.common.watchdog import Watchdog
 from autoencoder.common.workers import WorkersDied
-from svg_t2i.checkpoints.adapters import adapter_state, write_adapter
+from svg_t2i.checkpoints.adapters import write_adapter
 from svg_t2i.checkpoints.run import Saver
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.loader import TrainLoader
@@ -159,8 +159,7 @@ class TrainLoop:
         if self.config.lora is not None:
             whole = {name: whole_tensor(weight) for name, weight in self.state.ema.items()}
             if self.world.is_main:
-                state = adapter_state(self.state.transformer, whole)
-                write_adapter(self.config.results_dir, state, self.config.lora)
+                write_adapter(self.config.results_dir, whole, self.config.lora)
         self.frozen.captions.clear()  # as a resumed run would find it
 
 

@@ -174,6 +174,20 @@ class SamplesConfig(SamplingOptions):
 
 
 @dataclass(frozen=True)
+class PriorConfig:
+    """Pictures that the model draws before it is fine-tuned, and sees while it is: see `svg_t2i.training.prior`."""
+
+    prompts: str | tuple[str, ...]  # of what it should keep: a list, or a file as `svg_t2i.sample` reads them
+    num_images: int = 100
+    weight: float = 1.0  # how many of them training sees for each of the own images
+
+    def __post_init__(self) -> None:
+        require(len(self.prompts) > 0, "prompts", self.prompts, "at least one, or the name of a file")
+        require(self.num_images >= 1, "num_images", self.num_images, "at least 1")
+        require(self.weight > 0, "weight", self.weight, "positive")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run. Defaults are the release's, but for the EMA decay (see the published stage configs)."""
 
@@ -191,12 +205,21 @@ class TrainConfig:
     evaluation: EvaluationConfig | None = None  # metrics of the averaged weights, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
     lora: LoraSettings | None = None  # train an adapter of the model in `init_from`, instead of all weights
+    prior_preservation: PriorConfig | None = None  # keep what the model can do, by pictures that it draws itself
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
     init_from: str | None = None  # folder to take first weights from
 
     def __post_init__(self) -> None:
         given = self.lora is None or self.init_from is not None
         require(given, "init_from", self.init_from, "given with lora: the folder of the model to adapt")
+        if self.prior_preservation is not None:
+            require(self.init_from is not None, "init_from", None, "given with prior_preservation: what should be kept")
+            weighed, sources = {source.weight is not None for source in self.data.all_sources}, self.data.sources
+            require(
+                weighed == {True} or len(sources) < 2, "data.sources", sources, "given a weight each beside a prior"
+            )
+            cache = self.data.all_sources[0].feature_cache
+            require(cache is None, "data.feature_cache", cache, "null with prior_preservation, whose images it lacks")
 
     def model_config(self, in_channels: int, cap_feat_dim: int) -> DiTConfig:
         """Sizes of the DiT for these latents and text features.

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
+from svg_t2i.checkpoints.adapters import FILE
 from svg_t2i.checkpoints.index import SafeReader
 from svg_t2i.checkpoints.run import newest_checkpoint, stored_tensors
 from svg_t2i.train import main
@@ -38,6 +40,11 @@ RUNS = {  # of two processes
 }  # fmt: skip
 # 4 samples of a step on three processes: two have nothing left for their second micro-batch
 RUNS_OF_THREE = {"three": [FSDP, BY_ONE], "ddp of three": [BY_ONE]}
+ADAPTERS = {  # of two processes, on the model of "one"
+    "lora by ddp": [BY_ONE],
+    "lora by fsdp": [FSDP, BY_ONE, "parallel.activation_checkpointing=full"],
+    "lora by sdp in bf16": [SDP, "train.precision=bf16", "samples.every=4", "samples.prompts=[noise]"],
+}  # fmt: skip
 RUNS_OF_FOUR = {"hsdp": [HSDP, "parallel.shard_size=2", BY_ONE], "stopped": [HSDP, "parallel.shard_size=2", BY_ONE]}
 # second half after the first half of another; in four processes: hsdp
 AFTER = ["ddp after ddp", "sdp after sdp", "fsdp after fsdp", "fsdp after ddp", "hsdp after hsdp", "hsdp after sdp"]
@@ -124,6 +131,33 @@ def test_several_processes_compute_what_one_does(runs, name):
     assert difference(runs, "one", name) <= 1e-6
     for value in ("loss", "grad_norm", "text_tokens"):
         assert logged(runs / name, value) == pytest.approx(logged(runs / "one", value), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapters(runs, toy_parts, run_processes, free_port):
+    """The folder of `runs` with adapters by two processes, and "lora" by one."""
+    settings = [f"init_from={runs / 'one'}", "lora.rank=2", "optim.lr=0.01"]
+    together = {name: [*settings, *own] for name, own in ADAPTERS.items()}
+    for sharded, codes in run_processes(play, 2, toy_parts, runs, together, [free_port() for _ in together]):
+        assert sharded == [name for name in ADAPTERS if "ddp" not in name]
+        assert codes == {}
+    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={runs / 'lora'}", *COMMON, *settings])
+    return runs
+
+
+@pytest.mark.parametrize("name", ["lora by ddp", "lora by fsdp"])
+def test_several_processes_train_the_adapter_that_one_does(adapters, name):
+    assert difference(adapters, "lora", name) <= 1e-6
+    one, several = (load_file(adapters / run / FILE) for run in ("lora", name))
+    assert one.keys() == several.keys()
+    assert max((one[key] - several[key]).abs().max().item() for key in one) <= 1e-6
+
+
+def test_sharded_adapters_in_bf16_follow_those_in_fp32(adapters):
+    run = adapters / "lora by sdp in bf16"
+    assert logged(run, "loss") == pytest.approx(logged(adapters / "lora", "loss"), rel=0.01)
+    assert {tensor.dtype for tensor in load_file(run / FILE).values()} == {torch.float32}
+    assert (run / "samples" / "0000004.png").is_file()
 
 
 def test_compiled_blocks_are_not_compiled_again(runs):
