@@ -115,7 +115,7 @@ def planned_gib(pixels: int, batch: int, checkpointing: str) -> float:
     """What svg_t2i.plan expects of the benchmark's eager step: all weights, moments, an average, no frozen networks."""
     from benchmarks.forward import ragged_lengths
 
-    parameters, _ = transformer_counts(MODELS[MODEL])
+    parameters = transformer_counts(MODELS[MODEL]).all
     grid = (pixels // 16,) * 2
     passed = measure_training(MODELS[MODEL], (grid,) * batch, ragged_lengths(batch), checkpointing)
     return ((4 + 8 + 4 + 2) * parameters + passed.peak_with(4)) / 2**30  # one micro-batch: gradients come in its course

@@ -17,6 +17,7 @@ Usage: python draw.py FOLDER [--copies N] [--seed N]
 import argparse
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +38,12 @@ COLOURS = {
     "cyan": (16, 200, 216),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+NEW_SHAPE = "star"  # not in the data set: an adapter learns it from ten pictures (learn_star.py)
 PLACES = {"left": (18, 32), "right": (46, 32), "top": (32, 18), "bottom": (32, 46), "centre": (32, 32)}  # (x, y) in px
 SIZES = {"large": 16.0, "small": 11.5}  # half the side of the shape's bounding square, in px
 
 SUPERSAMPLING = 4
+STAR_INNER = 0.45  # radius of the inner corners, as a fraction of that of the points
 PLACE_JITTER = 1.0  # px in x and in y
 SIZE_JITTER = 0.04  # fraction of the half side
 
@@ -74,7 +77,8 @@ def shape_mask(shape: str, centre: tuple[float, float], half_side: float) -> np.
     """Coverage of each pixel by the shape, (SIZE, SIZE) float32 in [0, 1].
 
     Args:
-        shape: one of SHAPES. The triangle stands on its base; the cross is a plus sign.
+        shape: one of SHAPES, or NEW_SHAPE. The triangle stands on its base; the cross is a plus sign; the star has five
+            points.
         centre: (x, y) of the middle of the bounding square, in pixels from the top left corner.
         half_side: half the side of the bounding square, in pixels.
     """
@@ -91,8 +95,12 @@ def shape_mask(shape: str, centre: tuple[float, float], half_side: float) -> np.
         arm = r / 3
         pen.rectangle((x - r, y - arm, x + r, y + arm), fill=255)
         pen.rectangle((x - arm, y - r, x + arm, y + r), fill=255)
+    elif shape == NEW_SHAPE:
+        radii = itertools.cycle((r, STAR_INNER * r))
+        turns = (math.pi * i / 5 for i in range(10))
+        pen.polygon([(x + radius * math.sin(a), y - radius * math.cos(a)) for radius, a in zip(radii, turns)], fill=255)
     else:
-        raise ValueError(f"unknown shape {shape!r}: one of {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {shape!r}: one of {', '.join((*SHAPES, NEW_SHAPE))}")
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 

@@ -18,23 +18,16 @@ scripts/quickstart.sh. The output folder afterwards:
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from draw import SIZE, all_things, draw, write_data_set, write_jsonl
+from draw import NEW_SHAPE, SIZE, all_things, draw, write_data_set, write_jsonl
 from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
+from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
@@ -43,18 +36,14 @@ from autoencoder.images.files import (
     crop_square,
     load_image,
     save_png,
-    to_float,
-    to_pil,
-    to_uint8_tensor,
 )
-from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME, MAX_ERRORS, Failures
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import ImageSource, Reading
 from svg_t2i.text.toy import make_toy_text_encoder
 
-AUTOENCODER = "configs/autoencoder/demo/quickstart.yaml"
-TRANSFORMER = "configs/svg_t2i/quickstart.yaml"
+AUTOENCODER_CONFIG = "configs/autoencoder/demo/quickstart.yaml"
+TRANSFORMER_CONFIG = "configs/svg_t2i/quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -89,45 +78,22 @@ ON_DATA = Plan(
 SHORT = Plan(copies=1, autoencoder_steps=20, transformer_steps=20, prompts=8, pictures_per_prompt=1)
 
 
-@dataclass
-class Recipe:
+class Recipe(Steps):
     """The commands, on squares of `resolution`² pixels, with all results in `output`."""
 
-    output: Path
-    resolution: int
-    plan: Plan
-    processes: int  # in training
-    threads: int  # of all processes together
-
-    def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.manifest = self.output / "data" / "train.jsonl"
-        self.checkpoint = self.output / "autoencoder" / "quickstart" / "checkpoints" / "last.ckpt"
-        self.autoencoder = self.output / "autoencoder" / "quickstart" / "config.yaml"
-        self.stats = self.output / "latent_stats.safetensors"
+    def __init__(self, output: Path, resolution: int, plan: Plan, processes: int, threads: int):
+        super().__init__(processes, threads)
+        self.output, self.resolution, self.plan = output, resolution, plan
+        self.manifest = output / "data" / "train.jsonl"
+        self.checkpoint = output / AUTOENCODER / "checkpoints" / "last.ckpt"
+        self.autoencoder = output / AUTOENCODER / "config.yaml"
+        self.stats = output / "latent_stats.safetensors"
         # Divides the batch sizes, so that a step costs the same at any resolution.
-        self.batch_shrink = max(1, round((self.resolution / SIZE) ** 2))
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        print(f"\n=== {name.replace('_', ' ')}", flush=True)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - started, 1)
-        print(f"    {self.seconds[name]:.1f} s", flush=True)
-
-    def run(self, *command: str | os.PathLike | int | float, processes: int = 1) -> None:
-        """Runs `python -m ...`, showing the command; a failure ends the recipe with its exit status."""
-        words = [str(word) for word in command]
-        print(f"$ python -m {shlex.join(words)}", flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads // processes)}
-        status = subprocess.run([sys.executable, "-m", *words], env=environment, check=False).returncode
-        if status:
-            raise SystemExit(status)
+        self.batch_shrink = max(1, round((resolution / SIZE) ** 2))
 
     def train_autoencoder(self) -> None:
         self.run(
-            *("autoencoder.train", "--config", AUTOENCODER, "--devices", self.processes),
+            *("autoencoder.train", "--config", AUTOENCODER_CONFIG, "--devices", self.processes),
             f"data.params.json_path={self.manifest}",
             f"data.params.train_resol={self.resolution}",
             f"data.params.batch_size={max(1, 8 // self.batch_shrink // self.processes)}",
@@ -147,12 +113,11 @@ class Recipe:
     def make_text_encoder(self, captions: Sequence[str]) -> None:
         make_toy_text_encoder(captions, self.output / "text_encoder")
 
-    def train_transformer(self) -> None:
+    def train_dit(self) -> None:
         """The DiT, on the autoencoder's latents and the captions, into `output`/transformer."""
         batch = max(4, 32 // self.batch_shrink)
-        self.run(
-            *("torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"),
-            *("-m", "svg_t2i.train", "--config", TRANSFORMER),
+        self.train_transformer(
+            TRANSFORMER_CONFIG,
             f"results_dir={self.output / 'transformer'}",
             f"data.path={self.manifest}",
             f"data.resolution={self.resolution}",
@@ -165,7 +130,6 @@ class Recipe:
             f"autoencoder.stats={self.stats}",
             f"text_encoder.path={self.output / 'text_encoder'}",
             *self.plan.transformer_changes,
-            processes=self.processes,
         )
 
     def sample(self, prompts: Sequence[str]) -> list[Image.Image]:
@@ -177,23 +141,14 @@ class Recipe:
             *("--output", self.output / "samples", "--resolution", f"{self.resolution}x{self.resolution}"),
             *("--preset", "quickstart", "--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
         )
-        records = json.loads((self.output / "samples" / "data.json").read_text(encoding="utf-8"))
-        return [Image.open(record["image_url"]).convert("RGB") for record in records]
+        return read_samples(self.output / "samples")
 
     def reconstruct(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
         """What the trained autoencoder makes of pictures; also written as reconstructions.png."""
-        autoencoder = SVGAutoencoder.from_config(self.autoencoder, self.checkpoint).eval()
-        images = torch.stack([to_float(to_uint8_tensor(picture)) for picture in pictures])
-        with torch.inference_mode():
-            reconstructions = [to_pil(image) for image in autoencoder.decode(autoencoder.encode(images))]
+        reconstructions = autoencode(self.output, pictures)
         rows = [row[:10] for row in (pictures, reconstructions)]
         write_grid(self.output / "reconstructions.png", [picture for row in rows for picture in row], len(rows[0]))
         return reconstructions
-
-    def write_report(self, results: dict[str, object]) -> None:
-        report = {**results, "seconds": self.seconds, "processes": self.processes}
-        path = self.output / "report.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def train(self, captions: Sequence[str]) -> None:
         """Everything up to a trained DiT."""
@@ -204,7 +159,7 @@ class Recipe:
         with self.phase("text_encoder"):
             self.make_text_encoder(captions)
         with self.phase("transformer"):
-            self.train_transformer()
+            self.train_dit()
 
 
 def run_on_shapes(recipe: Recipe) -> None:
@@ -212,7 +167,7 @@ def run_on_shapes(recipe: Recipe) -> None:
     with recipe.phase("data"):
         pictures, unseen = write_data_set(recipe.manifest.parent, recipe.plan.copies)
         print(f"{pictures} pictures; {len(unseen)} things whose colour, shape and place never meet in training")
-    recipe.train([thing.caption for thing in all_things()])
+    recipe.train([*(thing.caption for thing in all_things()), NEW_SHAPE])  # the text encoder has read of stars
     wanted = unseen[:: len(unseen) // recipe.plan.prompts]
     with recipe.phase("samples"):
         samples = recipe.sample([thing.caption for thing in wanted])
@@ -223,7 +178,7 @@ def run_on_shapes(recipe: Recipe) -> None:
         result = score(samples, [thing for thing in wanted for _ in range(per_prompt)])
         drawn = [draw(thing) for thing in wanted]
         reconstruction = score(recipe.reconstruct(drawn), wanted)
-    recipe.write_report({**result, "pictures": len(samples), "reconstruction": reconstruction})
+    recipe.write_report({**result, "pictures": len(samples), "reconstruction": reconstruction}, recipe.output)
     print(f"\nOf {len(samples)} pictures of things that training never saw,")
     for name in ("colour", "place", "shape"):
         print(f"  {result[name]:4.0%} have the right {name}")
@@ -256,7 +211,7 @@ def run_on_data(recipe: Recipe, source: ImageSource) -> None:
     print(f"Of {len(pictures)} pictures, {own['own_image']:.0%} are most like the image of their own caption,")
     print(f"from whose reconstruction they are {own['sample_psnr']:.1f} dB on average.")
     report = {"images": len(samples), "pictures": len(pictures), "reconstruction_psnr": np.mean(reconstruction).item()}
-    recipe.write_report({**report, "reconstruction_psnr_min": min(reconstruction), **own})
+    recipe.write_report({**report, "reconstruction_psnr_min": min(reconstruction), **own}, recipe.output)
 
 
 def write_squares(source: ImageSource, folder: Path, side: int) -> list[tuple[Path, tuple[str, ...]]]:
@@ -300,20 +255,6 @@ def own_image(
         "sample_psnr": float(own.mean()),
         "sample_psnr_others": float(others.mean()),
     }
-
-
-def percentages(fractions: dict[str, float]) -> str:
-    return ", ".join(f"{name} {fractions[name]:.0%}" for name in ("colour", "place", "shape"))
-
-
-def divide_cores() -> tuple[int, int]:
-    """Training processes, and threads of all of them together: OMP_NUM_THREADS, which quickstart.sh sets.
-
-    On a CPU two processes of one thread each outrun one process of two threads, and far more so when something else
-    runs on the machine. A GPU serves one process.
-    """
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    return (1 if torch.cuda.is_available() else min(2, threads)), threads
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -46,19 +46,39 @@ class Reading:
 NOTHING = Reading(None, None, None, None)
 
 
-def read_picture(image: Image.Image) -> Reading:
-    """Reads an RGB picture of SIZE x SIZE pixels (ValueError otherwise)."""
+@dataclass(frozen=True)
+class Templates:
+    """What a shape is compared with: masks (templates, SIZE * SIZE) of 0/1 in mid-picture, with shape and half side."""
+
+    masks: np.ndarray
+    labels: tuple[tuple[str, float], ...]
+
+    def with_pictures(self, shape: str, pictures: Sequence[tuple[Image.Image, float]]) -> "Templates":
+        """These and some of `shape`, from pictures of a thing of known half side."""
+        found = [thing_mask(picture)[1] for picture, _ in pictures]
+        centred = [move(mask, *(round(SIZE / 2 - v) for v in reversed(middle(mask)))).ravel() for mask in found]
+        labels = tuple((shape, half_side) for _, half_side in pictures)
+        return Templates(np.concatenate([self.masks, np.stack(centred)]), self.labels + labels)
+
+
+def thing_mask(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest palette entry of each pixel, 0 for the ground, and where the thing is; (SIZE, SIZE) each."""
     if image.size != (SIZE, SIZE):
         raise ValueError(f"the picture is {image.size[0]}x{image.size[1]}, the scorer reads {SIZE}x{SIZE}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     palette = np.array([GROUND, *COLOURS.values()], dtype=np.float32)  # (1 + colours, 3)
     nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(axis=-1)  # (SIZE, SIZE), 0 = ground
-    mask = nearest > 0
+    return nearest, nearest > 0
+
+
+def read_picture(image: Image.Image, templates: Templates | None = None) -> Reading:
+    """Reads an RGB picture of SIZE x SIZE pixels (ValueError otherwise). templates: of the drawn shapes by default."""
+    nearest, mask = thing_mask(image)
     if mask.sum() < MIN_AREA:
         return NOTHING
-    votes = np.bincount(nearest[mask], minlength=len(palette))
+    votes = np.bincount(nearest[mask], minlength=1 + len(COLOURS))
     x, y = middle(mask)
-    shape, half_side = best_shape(mask)
+    shape, half_side = best_shape(mask, templates or shape_templates())
     size = min(SIZES, key=lambda word: abs(SIZES[word] - half_side)) if shape else None
     return Reading(list(COLOURS)[votes.argmax() - 1], shape, place_of(x, y), size)
 
@@ -76,28 +96,27 @@ def place_of(x: float, y: float) -> str | None:
     return name if distances[name] <= PLACE_TOLERANCE else None
 
 
-def best_shape(mask: np.ndarray) -> tuple[str | None, float]:
+def best_shape(mask: np.ndarray, templates: Templates) -> tuple[str | None, float]:
     """The shape that overlaps a (SIZE, SIZE) mask best, and its half side; (None, 0.0) below MIN_OVERLAP."""
-    templates, labels = shape_templates()
     x, y = middle(mask)
     best, found = MIN_OVERLAP, (None, 0.0)
     for dy in OFFSETS:
         for dx in OFFSETS:
             moved = move(mask, round(SIZE / 2 - y) + dy, round(SIZE / 2 - x) + dx)
-            overlap = templates @ moved.ravel()  # (templates,) px
-            union = templates.sum(axis=1) + moved.sum() - overlap
+            overlap = templates.masks @ moved.ravel()  # (templates,) px
+            union = templates.masks.sum(axis=1) + moved.sum() - overlap
             index = int((overlap / union).argmax())
             if overlap[index] / union[index] > best:
-                best, found = overlap[index] / union[index], labels[index]
+                best, found = overlap[index] / union[index], templates.labels[index]
     return found
 
 
 @lru_cache(maxsize=1)
-def shape_templates() -> tuple[np.ndarray, tuple[tuple[str, float], ...]]:
-    """Every shape of every half side in mid-picture, (templates, SIZE * SIZE) of 0/1, and their labels."""
+def shape_templates() -> Templates:
+    """Every drawn shape of every half side."""
     labels = tuple((shape, float(half_side)) for shape in SHAPES for half_side in HALF_SIDES)
     masks = [shape_mask(shape, (SIZE / 2, SIZE / 2), half_side) > 0.5 for shape, half_side in labels]
-    return np.stack(masks).reshape(len(labels), -1).astype(np.float32), labels
+    return Templates(np.stack(masks).reshape(len(labels), -1).astype(np.float32), labels)
 
 
 def move(mask: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -110,11 +129,13 @@ def move(mask: np.ndarray, down: int, right: int) -> np.ndarray:
     return moved
 
 
-def score(pictures: Sequence[Image.Image], things: Sequence[Thing]) -> dict[str, float]:
+def score(
+    pictures: Sequence[Image.Image], things: Sequence[Thing], templates: Templates | None = None
+) -> dict[str, float]:
     """Fractions of pictures with the right colour, shape, place, size, and with colour, shape and place all right."""
     if not pictures or len(pictures) != len(things):
         raise ValueError(f"{len(pictures)} pictures for {len(things)} descriptions")
-    rows = [read_picture(picture).matches(thing) for picture, thing in zip(pictures, things, strict=True)]
+    rows = [read_picture(picture, templates).matches(thing) for picture, thing in zip(pictures, things, strict=True)]
     fractions = {name: float(np.mean([row[name] for row in rows])) for name in ("colour", "place", "shape", "size")}
     return fractions | {"all": float(np.mean([row["colour"] and row["place"] and row["shape"] for row in rows]))}
 

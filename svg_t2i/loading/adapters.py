@@ -12,6 +12,7 @@ from typing import Any
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.hub import nearest
+from svg_t2i.checkpoints.adapters import FILE
 from svg_t2i.sampling.networks import active_adapters
 
 
@@ -30,13 +31,15 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 
 def _file(path: Path) -> Path:
-    """The safetensors file that is meant: itself, or the only one in a folder."""
+    """The safetensors file that is meant: itself, or in a folder the one of diffusers' name, or the only one."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"lora = {str(path)!r}: only safetensors are read; other files can run code")
         return path
     if not path.is_dir():
         raise UserError(f"lora = {str(path)!r}: no such file or folder{nearest(path)}")
+    if (path / FILE).is_file():
+        return path / FILE
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise UserError(f"lora = {str(path)!r}: {len(found)} safetensors files in this folder; name one")

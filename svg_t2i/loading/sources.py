@@ -146,13 +146,13 @@ def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.P
 
 
 def find_transformer(folder: Path) -> Path:
-    """The DiT in `folder`, or the one below it: the only one, or the fine-tuned one of stage 4.
+    """The DiT in `folder`, or the one below it: that of a saved pipeline, the only one, or the fine-tuned of stage 4.
 
     Raises:
         UserError: there is none, or there are several; names them.
     """
     try:
-        return checkpoints.find_checkpoint(folder)
+        return checkpoints.find_checkpoint(folder if read_index(folder) is None else folder / "transformer")
     except UserError:
         below = sorted(path.parent for path in folder.glob(f"**/{published.ARGUMENTS}"))
         if not below:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import build, find_config, locate, read_config
 from autoencoder.model import ModelConfig, SVGAutoencoder
+from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.loading.quantization import count_quantizable
 from svg_t2i.planning.memory import META
@@ -63,17 +64,31 @@ def autoencoder_of(config: ModelConfig) -> SVGAutoencoder:
         return SVGAutoencoder(config)
 
 
-def transformer_of(sizes: DiTConfig) -> SVGDiT:
-    """A transformer in bf16 on the meta device."""
+def transformer_of(sizes: DiTConfig, lora: LoraSettings | None = None) -> SVGDiT:
+    """A transformer in bf16 on the meta device, with an adapter where there is to be one."""
     with META:
-        return SVGDiT(sizes).to(torch.bfloat16)
+        transformer = SVGDiT(sizes)
+        if lora is not None:
+            add_adapter(transformer, lora)
+        return transformer.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TransformerCounts:
+    """Parameters of a transformer without an adapter, of those that are trained, and of one of its blocks."""
+
+    all: int
+    trained: int
+    block: int
 
 
 @lru_cache
-def transformer_counts(sizes: DiTConfig) -> tuple[int, int]:
-    """Parameters of a transformer, and of one of its blocks."""
-    transformer = transformer_of(sizes)
-    return count(transformer), count(transformer.layers[0])
+def transformer_counts(sizes: DiTConfig, lora: LoraSettings | None = None) -> TransformerCounts:
+    """How many parameters a transformer has, and how many of them, or of its adapter, are trained."""
+    transformer = transformer_of(sizes, lora)
+    trained = sum(weight.numel() for weight in transformer.parameters() if weight.requires_grad)
+    total = count(transformer) - (0 if lora is None else trained)
+    return TransformerCounts(total, trained, count(transformer.layers[0]))
 
 
 def velocity(transformer: SVGDiT, grids: Sizes, lengths: Sequence[int], timesteps: int) -> Tensor:

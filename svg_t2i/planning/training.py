@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import LATENT_PIXELS
+from svg_t2i.checkpoints.adapters import LoraSettings
 from svg_t2i.data.batching import largest_share, num_micro_batches
 from svg_t2i.planning.gpus import GPU, own_share
 from svg_t2i.planning.memory import PassBytes, measure_pass
 from svg_t2i.planning.networks import (
+    TransformerCounts,
     autoencoder_skeleton,
     count,
     size,
@@ -104,24 +106,26 @@ def plan_training(
     samples = -(-share // number)
     grid = (config.data.all_sources[0].resolution // LATENT_PIXELS,) * 2
     tokens = grid[0] * grid[1] // sizes.patch_size**2
-    flops = training_flops(sizes, [tokens], [caption_tokens])
-    parameters, _ = transformer_counts(sizes)
+    flops = training_flops(sizes, [tokens], [caption_tokens], frozen=config.lora is not None)
+    counts = transformer_counts(sizes, config.lora)
     frozen = size(autoencoder) + text.parameters * _bytes(loop.precision)
     frozen /= gpus if config.parallel.shard_frozen else 1
     cache = config.text_encoder.cache_tokens * text.width * _bytes(loop.precision)
     choices = []
     for checkpointing, factor in CHECKPOINTING.items():
-        activations = measure_training(sizes, (grid,) * samples, (caption_tokens,) * samples, checkpointing)
+        activations = measure_training(
+            sizes, (grid,) * samples, (caption_tokens,) * samples, checkpointing, config.lora
+        )
         for mode in MODES[:1] if gpus == 1 else MODES if gpus > MACHINE else MODES[:3]:
             shards = {"ddp": 1, "hsdp": min(MACHINE, gpus)}.get(mode, gpus)
-            memory = memory_of(config, sizes, parameters, mode, shards) | {
+            memory = memory_of(config, counts, mode, shards) | {
                 "activations": activations.peak * _bytes(loop.precision) / 2,
                 "frozen networks": frozen + cache,
             }
             if number == 1:  # they come while the activations go
                 memory["gradients"] = activations.peak_with(4 / shards) - activations.peak
             reserve = own_share(sum(memory.values()), gpus)
-            busy = communication_seconds(mode, parameters, number, gpus, gpu, loop.precision)
+            busy = communication_seconds(mode, counts, number, gpus, gpu, loop.precision)
             seconds = None
             if gpu.tflops is not None:
                 seconds = max(share * flops * factor / (gpu.tflops * 1e12 * utilisation), busy)
@@ -130,8 +134,9 @@ def plan_training(
         key=lambda c: (c.total > gpu.memory * GB, c.seconds or 0.0, CHECKPOINTING[c.checkpointing], c.communication)
     )
     return TrainingPlan(
-        parameters, count(autoencoder) + text.parameters, text.assumed, tokens, caption_tokens, flops, number, samples,
-        1 - loop.global_batch_size / (gpus * share), (3 + len(loop.ema_decays)) * 4 * parameters,
+        counts.trained, counts.all * (config.lora is not None) + count(autoencoder) + text.parameters, text.assumed,
+        tokens, caption_tokens, flops, number, samples,
+        1 - loop.global_batch_size / (gpus * share), (3 + len(loop.ema_decays)) * 4 * counts.trained,
         loop.global_batch_size, loop.max_steps, tuple(choices), gpus, gpu,
     )  # fmt: skip
 
@@ -141,18 +146,19 @@ def _bytes(precision: str) -> int:
     return 2 if precision == "bf16" else 4
 
 
-def memory_of(
-    config: TrainConfig, sizes: DiTConfig, parameters: int, data_parallel: str, shards: int
-) -> dict[str, float]:
+def memory_of(config: TrainConfig, counts: TransformerCounts, data_parallel: str, shards: int) -> dict[str, float]:
     """Bytes of what belongs to the weights on one GPU, in the model's phase of a step (see `training.sharding`)."""
-    low = _bytes(config.train.precision)
-    own = 4 * parameters / shards
+    low, adapter = _bytes(config.train.precision), config.lora is not None
+    own = 4 * counts.trained / shards
+    frozen = low * counts.all / shards if adapter else 0
     if data_parallel in ("fsdp", "hsdp"):
-        gathered = 2 * low * transformer_counts(sizes)[1]  # one in use, one on its way
-    else:  # ddp: copies that autocast makes; sdp: the gathered weights
-        gathered = low * parameters if low < 4 or data_parallel == "sdp" else 0
+        gathered = 2 * low * counts.block  # one in use, one on its way
+    elif data_parallel == "sdp":  # the gathered weights
+        gathered = low * (counts.all + counts.trained * adapter)
+    else:  # copies that autocast makes of weights in fp32
+        gathered = low * counts.trained if low < 4 else 0
     return {
-        "weights": own,
+        "weights": own + frozen,
         "in use": gathered,
         "gradients": own,
         "moments": 2 * own,
@@ -160,22 +166,24 @@ def memory_of(
     }
 
 
-def measure_training(sizes: DiTConfig, grids: Sizes, lengths: Sequence[int], checkpointing: str) -> PassBytes:
+def measure_training(
+    sizes: DiTConfig, grids: Sizes, lengths: Sequence[int], checkpointing: str, lora: LoraSettings | None = None
+) -> PassBytes:
     """Bytes of forward and backward in bf16 for latents of such grids with captions of so many tokens."""
-    model = transformer_of(sizes)
+    model = transformer_of(sizes, lora)
     if checkpointing != "none":
         checkpoint_activations(model, checkpointing)
     return measure_pass(model, lambda: velocity(model, grids, lengths, timesteps=len(grids)))
 
 
 def communication_seconds(
-    data_parallel: str, parameters: int, micro_batches: int, gpus: int, gpu: GPU, precision: str
+    data_parallel: str, counts: TransformerCounts, micro_batches: int, gpus: int, gpu: GPU, precision: str
 ) -> float:
     """Seconds that the links are busy in a step: every byte of weights or gradients goes through each GPU once."""
     if gpus == 1:
         return 0.0
     link = (gpu.link if gpus <= MACHINE else gpu.network) * GB
-    weights, gradients = _bytes(precision) * parameters, 4 * parameters
+    weights, gradients = _bytes(precision) * counts.all, 4 * counts.trained
     if data_parallel == "ddp":
         return 2 * gradients / link
     if data_parallel == "sdp":

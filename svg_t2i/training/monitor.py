@@ -72,7 +72,7 @@ class Meter:
     """Sums of what is logged, kept on the device between two `read`s."""
 
     def __init__(self, world: World, config: TrainConfig, sizes: DiTConfig):
-        self.world, self.sizes = world, sizes
+        self.world, self.sizes, self.frozen = world, sizes, config.lora is not None
         self.bins = LossBins(config.monitor.loss_bins, device=world.device)
         self.phases = Phases(world.device)
         self.phase = self.phases.start  # "data" (waiting for it), "encode", "model", "update", "aside"
@@ -94,7 +94,7 @@ class Meter:
         self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
         self.bins.update(timesteps, losses)
         text, image = batch.text.lengths, [h * w // self.sizes.patch_size**2 for h, w in batch.sizes]
-        counts = (sum(text), sum(n**2 for n in text), sum(image), training_flops(self.sizes, image, text))
+        counts = (sum(text), sum(n**2 for n in text), sum(image), training_flops(self.sizes, image, text, self.frozen))
         self._host[:4] += torch.tensor(counts, dtype=torch.float64)
 
     def add_update(self, grad_norm: Tensor, skipped: Tensor) -> None:

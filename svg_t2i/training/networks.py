@@ -17,6 +17,7 @@ from svg_t2i.checkpoints import weights
 from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter
 from svg_t2i.features.frozen import FrozenNetworks, load_frozen
 from svg_t2i.features.preparation import make_text_encoder, measure_statistics, warn_of_statistics
+from svg_t2i.loading.sources import find_transformer
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.model import SVGDiT
 
@@ -60,7 +61,7 @@ def make_transformer(
     with world.device:
         transformer = SVGDiT(sizes)
     if newest is None and config.init_from is not None:
-        source = locate(config.init_from)
+        source = find_transformer(locate(config.init_from))
         weights.init_from(transformer, source)
         if weights.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
             log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
@@ -79,7 +80,7 @@ def adapted_transformer(
             networks.
     """
     recorded = {} if newest is None else weights.read_meta(newest).get(weights.BASE, {})
-    folder = Path(recorded.get("folder") or weights.find_checkpoint(locate(config.init_from or "")).resolve())
+    folder = Path(recorded.get("folder") or find_transformer(locate(config.init_from or "")).resolve())
     transformer = weights.load_base(folder, recorded.get("digest"))
     digest = weights_digest(dict(transformer.named_parameters()))
     sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)

@@ -29,9 +29,23 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
-def training_flops(config: DiTConfig, image_tokens: Sequence[int], text_tokens: Sequence[int]) -> int:
-    """Operations of forward and backward for samples of so many image and text tokens (after patching)."""
-    return 3 * sum(forward_flops(config, image, text) for image, text in zip(image_tokens, text_tokens, strict=True))
+def training_flops(
+    config: DiTConfig, image_tokens: Sequence[int], text_tokens: Sequence[int], frozen: bool = False
+) -> int:
+    """Operations of forward and backward for samples of so many image and text tokens (after patching).
+
+    frozen: the weights get no gradients, as under an adapter, whose own few operations are left out.
+    """
+    samples = list(zip(image_tokens, text_tokens, strict=True))
+    forward = sum(forward_flops(config, image, text) for image, text in samples)
+    attending = sum(attention_flops(config, image, text) for image, text in samples)
+    return 2 * forward + attending if frozen else 3 * forward
+
+
+def attention_flops(config: DiTConfig, image: int, text: int) -> int:
+    """Of them, in one forward pass, those without weights: q·kᵀ and the weighted sum of v."""
+    joint, refiners = (text + image) ** 2, text**2 + image**2
+    return 4 * config.dim * (config.n_layers * joint + config.n_refiner_layers * refiners)
 
 
 def forward_flops(config: DiTConfig, image: int, text: int) -> int:
@@ -41,11 +55,8 @@ def forward_flops(config: DiTConfig, image: int, text: int) -> int:
     per_token = 2 * dim * (heads * config.head_dim + dim + 3 * config.ffn_dim)  # qkv, out; w1, w2, w3
     modulation = 2 * config.modulation_dim * 4 * dim  # of one block, once a sample
 
-    def block(tokens: int) -> int:
-        return tokens * per_token + 4 * tokens * tokens * dim  # q·kᵀ and the weighted sum of v
-
-    joint = config.n_layers * (block(text + image) + modulation)
-    refiners = config.n_refiner_layers * (block(text) + block(image) + modulation)
+    joint = config.n_layers * ((text + image) * per_token + modulation)
+    refiners = config.n_refiner_layers * ((text + image) * per_token + modulation)
     time = 2 * config.modulation_dim * (256 + config.modulation_dim + dim)  # embedder, final layer's scale
     embedders = 2 * dim * (text * config.cap_feat_dim + 2 * image * patch)  # in, and the final layer
-    return joint + refiners + time + embedders
+    return joint + refiners + time + embedders + attention_flops(config, image, text)

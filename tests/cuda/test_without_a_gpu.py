@@ -13,12 +13,15 @@ from autoencoder.common.config import REPO_ROOT, load_config
 from autoencoder.training.settings import AutoencoderTrainConfig
 from svg_t2i.planning.autoencoder import plan_autoencoder
 from svg_t2i.planning.gpus import CONTEXT, FRAGMENTS, find_gpu
+from svg_t2i.planning.networks import transformer_counts
 from svg_t2i.planning.sampling import plan_sampling
 from svg_t2i.planning.training import GB, measure_training, memory_of
 from svg_t2i.training.settings import TrainConfig
 
 FOLDER = Path(__file__).resolve().parent
 
+CONFIGS = REPO_ROOT / "configs" / "svg_t2i"
+FINETUNING = {"finetune_lora": 24, "finetune_full": 80}  # on one card of so many GB
 STAGES = ["stage1_256", "stage2_512", "stage3_1024", "stage4_sft"]
 OVERHEAD = 4  # GB on a real device besides tensors: its context, NCCL, workspaces
 
@@ -44,29 +47,33 @@ def results(stubs, script, *arguments):
 
 @pytest.fixture(scope="module")
 def steps(stubs):
-    return {result["config"]: result for result in results(stubs, "train.py", 8, *STAGES)}
+    found = results(stubs, "train.py", 8, *STAGES) + results(stubs, "train.py", 1, *FINETUNING)
+    return {result["config"]: result for result in found}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *FINETUNING])
 def test_a_step_of_a_shipped_config(steps, stage):
-    """Rank 0 of 8, 2.6 B parameters."""
+    """Rank 0 of 8, or the only one where a single card is fine-tuned on; 2.6 B parameters."""
     result = steps[stage]
-    assert 2.6e9 < result["parameters"] < 2.62e9
+    assert 2.6e9 < result["parameters"] < 2.65e9  # an adapter's among them
     assert result["down"] == {}
     assert result["waiting"] == {}
-    assert result["kernels"]["torch_attn::_varlen_attn"] == 2 * (26 + 2 + 2)  # two micro-batches, each block once
+    again = load_config(TrainConfig, CONFIGS / f"{stage}.yaml").parallel.activation_checkpointing == "full"
+    calls = 2 * (26 + 2 + 2)  # two micro-batches, each block once, and when it is recomputed as a whole
+    assert result["kernels"]["torch_attn::_varlen_attn"] == calls * (2 if again else 1)
     assert result["kernels"]["torch_attn::_varlen_attn_backward"] == 60
-    assert result["peak"] < 80 - OVERHEAD  # "fits 80 GB" says the config
+    assert result["peak"] < FINETUNING.get(stage, 80) - OVERHEAD  # "fits … GB" says the config
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *FINETUNING])
 def test_the_plan_of_a_run_is_what_it_takes(steps, stage):
     """Within 3 %, with the second micro-batch, when gradients are there, or the first."""
-    result, config = steps[stage], load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / f"{stage}.yaml")
-    sizes = config.model_config(384, 2304)
-    parts = memory_of(config, sizes, result["parameters"], config.parallel.data_parallel, shards=8)
+    result, config = steps[stage], load_config(TrainConfig, CONFIGS / f"{stage}.yaml")
+    sizes, shards = config.model_config(384, 2304), 1 if stage in FINETUNING else 8
+    parts = memory_of(config, transformer_counts(sizes, config.lora), config.parallel.data_parallel, shards)
+    how = config.parallel.activation_checkpointing, config.lora
     passes = [
-        measure_training(sizes, tuple(map(tuple, grids)), tuple(lengths), config.parallel.activation_checkpointing).peak
+        measure_training(sizes, tuple(map(tuple, grids)), tuple(lengths), *how).peak
         for grids, lengths in zip(result["grids"], result["lengths"], strict=True)
     ]
     fixed = sum(parts.values()) + result["static"][0] * GB
@@ -74,7 +81,7 @@ def test_the_plan_of_a_run_is_what_it_takes(steps, stage):
         result["peak"] * GB, rel=0.03
     )
     assert [parts["weights"], parts["moments"] + parts["averages"]] == pytest.approx(
-        [part * GB for part in result["static"][1:]], rel=0.01
+        [part * GB for part in result["static"][1:]], rel=0.01, abs=0.006 * GB  # two places are printed
     )
 
 
@@ -91,7 +98,7 @@ def test_every_head_size_takes_the_variable_length_kernel(stubs):
 def test_sampling_at_1024_with_guidance(stubs, how, most):
     (result,) = results(stubs, "sample.py", 1024, 1, how)
     assert result["peak"] < most
-    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage4_sft.yaml")
+    config = load_config(TrainConfig, CONFIGS / "stage4_sft.yaml")
     plan = plan_sampling(config, find_gpu("12gb"), 1024)
     planned = plan.resident if how == "resident" else plan.taking_turns
     assert (planned - CONTEXT) / (1 + FRAGMENTS) == pytest.approx(result["peak"] * GB, rel=0.03)

@@ -25,6 +25,7 @@ from autoencoder.common.config import load_config
 from autoencoder.common.processes import World
 from autoencoder.images.files import aspect_buckets
 from networks import gemma, make_autoencoder
+from svg_t2i.checkpoints.adapters import add_adapter
 from svg_t2i.data.batching import largest_share, num_micro_batches
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks
@@ -79,6 +80,9 @@ def step_of(config: TrainConfig, world: World, networks: tuple, mode: fake_cuda.
     sizes = [mode.now]
     with torch.device("cuda"):
         transformer = SVGDiT(config.model_config(384, 2304))
+        if config.lora is not None:
+            transformer = transformer.to(torch.bfloat16)
+            add_adapter(transformer, config.lora)
     parameters = sum(weight.numel() for weight in transformer.parameters())
     objective = sharding.parallelize(FlowObjective(transformer, config), config.parallel, loop.precision, world)
     gc.collect()

@@ -10,13 +10,22 @@ from transformers import Gemma2Config, Gemma2Model
 
 from autoencoder.common.config import UserError, load_config
 from svg_t2i import plan
+from svg_t2i.checkpoints.adapters import LoraSettings
 from svg_t2i.loading.quantization import count_quantizable, quantize, quantized_layers
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.planning.gpus import GPUS, find_gpu
-from svg_t2i.planning.networks import GEMMA_IN_BLOCKS, GEMMA_PARAMETERS, GEMMA_WIDTH, count
+from svg_t2i.planning.networks import (
+    GEMMA_IN_BLOCKS,
+    GEMMA_PARAMETERS,
+    GEMMA_WIDTH,
+    TransformerCounts,
+    count,
+    transformer_counts,
+)
 from svg_t2i.planning.training import CHECKPOINTING, GB, communication_seconds, plan_training
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.transformer.flops import training_flops
+from svg_t2i.transformer.flops import attention_flops, forward_flops, training_flops
+from svg_t2i.transformer.model import DiTConfig
 
 STAGE1 = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn"
 
@@ -78,12 +87,46 @@ def test_uneven_shares_and_settings_show(stage1):
 
 def test_what_goes_over_the_network():
     """By hand, 1e9 parameters in bf16 on 16 cards of two machines, three micro-batches."""
-    h100 = GPUS["h100"]
-    seconds = {mode: communication_seconds(mode, 10**9, 3, 16, h100, "bf16") for mode in ("ddp", "sdp", "fsdp", "hsdp")}
+    h100, counts = GPUS["h100"], TransformerCounts(10**9, 10**9, 0)
+    seconds = {
+        mode: communication_seconds(mode, counts, 3, 16, h100, "bf16") for mode in ("ddp", "sdp", "fsdp", "hsdp")
+    }
     assert seconds == pytest.approx(
         {"ddp": 8 / 50, "sdp": (2 + 3 * 4) / 50, "fsdp": 3 * (4 + 4) / 50, "hsdp": 24 / 450 + 8 / 8 / 50}
     )
-    assert communication_seconds("fsdp", 10**9, 3, 1, h100, "bf16") == 0
+    assert communication_seconds("fsdp", counts, 3, 1, h100, "bf16") == 0
+    adapter = TransformerCounts(10**9, 10**6, 0)  # nothing but its gradients by ddp
+    assert communication_seconds("ddp", adapter, 3, 16, h100, "bf16") == pytest.approx(8e-3 / 50)
+
+
+def test_fine_tuning_on_one_card(capsys):
+    run("--config finetune_lora --gpus 1 --gpu 24gb")
+    out = capsys.readouterr().out
+    assert "0.03 B trained and 5.30 B frozen" in out
+    assert "activation_checkpointing=selective" in out
+    assert "a checkpoint has 0.4 GB" in out
+    run("--config finetune_lora --gpus 1 --gpu 16gb")
+    assert "activation_checkpointing=full" in capsys.readouterr().out
+    run("--config finetune_full --gpus 1 --gpu h100")
+    assert "full" in capsys.readouterr().out.split("head-room")[1].split("too large")[0]
+
+
+def test_what_an_adapter_takes():
+    """By hand: a (rank, in) and a (out, rank) matrix for each layer it is put on."""
+    sizes, lora = DiTConfig(dim=64, n_layers=2, n_heads=2, axes_dims=(8, 12, 12)), LoraSettings(rank=4)
+    plain, adapted = transformer_counts(sizes), transformer_counts(sizes, lora)
+    assert plain.trained == plain.all == adapted.all
+    block = 4 * ((64 + 192) + (64 + 64) + 3 * (64 + 256))
+    modulation = 4 * (64 + 256)
+    assert adapted.trained == 6 * block + 4 * modulation + 4 * (64 + 64)
+
+
+def test_frozen_weights_need_fewer_operations():
+    sizes = DiTConfig(dim=64, n_layers=2, n_heads=2, axes_dims=(8, 12, 12))
+    forward, attending = forward_flops(sizes, 16, 8), attention_flops(sizes, 16, 8)
+    assert attending == 4 * 64 * (2 * 24**2 + 2 * (16**2 + 8**2))
+    assert training_flops(sizes, [16], [8]) == 3 * forward
+    assert training_flops(sizes, [16], [8], frozen=True) == 2 * (forward - attending) + 3 * attending
 
 
 def test_nothing_fits_says_what_is_needed(capsys):

@@ -15,6 +15,7 @@ from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.adapters import FILE, LoraSettings, add_adapter
 from svg_t2i.checkpoints.run import newest_checkpoint, stored_tensors
 from svg_t2i.checkpoints.weights import load_transformer, read_meta, read_transformer
+from svg_t2i.loading.adapters import parse_adapter
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.train import main
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
@@ -95,6 +96,21 @@ def test_the_file_gives_the_pictures_of_the_run(train, base, settings):
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata["transformer.r"] == 2
     assert all(name.startswith("transformer.") for name in load_file(folder / FILE))
+
+
+def test_any_folder_with_a_model_can_be_adapted(train, base, tmp_path, toy_parts):
+    """A saved pipeline, whose parts are in folders, and a folder around an only one."""
+    pipeline = SVGT2IPipeline.from_pretrained(base)
+    pipeline.save_pretrained(tmp_path / "saved")
+    wanted = read_transformer(train("of run")).state
+    found = read_transformer(train("of pipeline", f"init_from={tmp_path / 'saved'}")).state
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_a_run_s_folder_stands_for_its_file(train, base):
+    folder = train("lora")
+    (folder / "latent_stats.safetensors").write_bytes((folder / FILE).read_bytes())
+    assert parse_adapter(f"{folder}:0.5") == (folder / FILE, 0.5)
 
 
 def test_resume_is_exact_and_wants_the_same_model_and_adapter(train, base, tmp_path):
