@@ -34,6 +34,7 @@ from svg_t2i.data.batching import largest_share, num_micro_batches
 from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
+from svg_t2i.rendering.arguments import quiet_imports
 from svg_t2i.training.loop import TrainLoop
 from svg_t2i.training.networks import make_transformer, prepare_frozen
 from svg_t2i.training.prior import with_prior
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> None:
 
 
 def start_logging(world: World) -> None:
-    """Plain lines on standard output; what is worth a warning, from every rank."""
+    """Plain lines on standard output; what is worth a warning, from every rank, and nothing that imports say."""
+    quiet_imports(verbose=False)
     level = logging.INFO if world.is_main else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     for chatty in ("httpx", "transformers", "torch.distributed"):

@@ -81,7 +81,9 @@ def test_the_plan_of_a_run_is_what_it_takes(steps, stage):
         result["peak"] * GB, rel=0.03
     )
     assert [parts["weights"], parts["moments"] + parts["averages"]] == pytest.approx(
-        [part * GB for part in result["static"][1:]], rel=0.01, abs=0.006 * GB  # two places are printed
+        [part * GB for part in result["static"][1:]],
+        rel=0.01,
+        abs=0.006 * GB,  # two places are printed
     )
 
 

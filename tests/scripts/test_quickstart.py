@@ -67,6 +67,37 @@ def test_one_wrong_property_costs_that_property_alone(draw, score, wrong):
     assert fractions == {name: float(name != wrong) for name in PROPERTIES} | {"all": float(wrong == "size")}
 
 
+def test_stars_are_told_from_what_was_known(draw, score):
+    """By templates from pictures: here of blurred stars, in the recipe of what the autoencoder makes of them."""
+    lesson = pytest.importorskip("learn_star")
+
+    def shown(picture):
+        return picture.filter(ImageFilter.GaussianBlur(1.5))
+
+    pictures = [(shown(lesson.Lesson.star((32, 32), "red", half)), float(half)) for half in score.HALF_SIDES]
+    templates = score.shape_templates().with_pictures(draw.NEW_SHAPE, pictures)
+    learnt, asked = lesson.pairs()
+    assert (len(learnt), len(asked)) == (10, 20)
+    assert not {(star.colour, star.place) for star in learnt} & {(star.colour, star.place) for star in asked}
+    assert {star.colour for star in learnt} == set(draw.COLOURS)
+    assert {star.place for star in learnt} == set(draw.PLACES)
+    everything = [*asked, *draw.all_things()]
+    drawn = [shown(draw.draw(thing, np.random.default_rng(i))) for i, thing in enumerate(everything)]
+    assert score.score(drawn, everything, templates)["all"] > 0.99
+    assert score.score(drawn[:20], asked)["shape"] == 0  # without those templates nothing is a star
+    assert draw.NEW_SHAPE not in " ".join(thing.caption for thing in draw.all_things())
+
+
+def test_the_lesson_refuses_what_it_cannot_use(score, tmp_path):
+    lesson = pytest.importorskip("learn_star")
+    with pytest.raises(UserError, match="has no trained model: bash scripts/quickstart.sh makes one"):
+        lesson.main(["--quickstart", str(tmp_path), "--output", str(tmp_path / "new")])
+    (tmp_path / "transformer" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="is not empty; nothing was overwritten"):
+        lesson.main(["--quickstart", str(tmp_path), "--output", str(tmp_path)])
+    assert not (tmp_path / "new").exists()
+
+
 def test_unclear_pictures_score_nothing(draw, score):
     noise = np.random.default_rng(0).integers(0, 256, (draw.SIZE, draw.SIZE, 3), dtype=np.uint8)
     plain = Image.new("RGB", (draw.SIZE, draw.SIZE), draw.GROUND)

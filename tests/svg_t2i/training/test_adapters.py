@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from autoencoder.common.config import UserError
+from svg_t2i import export
 from svg_t2i.checkpoints.adapters import FILE, LoraSettings, add_adapter
 from svg_t2i.checkpoints.run import newest_checkpoint, stored_tensors
 from svg_t2i.checkpoints.weights import load_transformer, read_meta, read_transformer
@@ -111,6 +113,42 @@ def test_a_run_s_folder_stands_for_its_file(train, base):
     folder = train("lora")
     (folder / "latent_stats.safetensors").write_bytes((folder / FILE).read_bytes())
     assert parse_adapter(f"{folder}:0.5") == (folder / FILE, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_shipped_configs_of_fine_tuning(toy_parts, base, tmp_path, kind):
+    """At toy size, but for sizes and names of files as they are."""
+    small, autoencoder = yaml.safe_load((toy_parts / "train.yaml").read_text()), toy_parts / "autoencoder"
+    changes = {
+        "model": "tiny",
+        "model_overrides": small["model_overrides"],
+        "init_from": base,
+        "results_dir": tmp_path / "my_lora",
+        "data": {"path": small["data"]["path"], "resolution": 64, "num_workers": 0},
+        "train.max_steps": 2,
+        "autoencoder": {"config": str(autoencoder), "checkpoint": None, "stats": None},
+        "text_encoder.path": toy_parts / "text_encoder",
+    }
+    settings = [f"{name}={json.dumps(v) if isinstance(v, dict) else v}" for name, v in changes.items()]
+    main(["--config", f"configs/svg_t2i/finetune_{kind}.yaml", *settings])
+    adapted = kind == "lora"
+    assert (tmp_path / "my_lora" / FILE).is_file() == adapted
+    assert all(("lora_" in name) == adapted for name in stored(tmp_path / "my_lora"))
+    if adapted:
+        export.main([str(tmp_path / "my_lora"), str(tmp_path / "exported")])
+        exported = load_transformer(tmp_path / "exported").state_dict()
+        assert torch.equal(exported[f"{QKV}.weight"], read_transformer(tmp_path / "my_lora").state[f"{QKV}.weight"])
+
+
+def test_the_python_of_the_docs(train, base, repo_root):
+    (code,) = re.findall(r"```python\n(.*?)```", (repo_root / "docs/finetuning.md").read_text(), flags=re.DOTALL)
+    pipeline, folder = SVGT2IPipeline.from_pretrained(base), train("my_lora")
+    before = pipeline.transformer.layers[0].attention.qkv.weight.clone()
+    exec(code.replace("results/my_lora", str(folder)), {"pipeline": pipeline})
+    pipeline.unload_lora_weights()
+    change = read_transformer(folder).state[f"{QKV}.weight"] - before
+    now = pipeline.transformer.layers[0].attention.qkv.weight
+    torch.testing.assert_close(now - before, 0.8 * change, rtol=1e-4, atol=1e-6)
 
 
 def test_resume_is_exact_and_wants_the_same_model_and_adapter(train, base, tmp_path):
