@@ -205,6 +205,7 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
 
     def load() -> SVGT2IPipeline:
         pipeline = from_parts(arguments, world.device).to(world.device)
+        pipeline.set_attention_backend(arguments.attention)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

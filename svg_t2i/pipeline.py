@@ -250,6 +250,15 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
         quantize(kind, *filter(None, (self.transformer, self.guide, self.text_encoder)))
         self._texts = TextCache()
 
+    def set_attention_backend(self, backend: str) -> None:
+        """Compute attention by a kernel: "auto" (the default), "flash", "cudnn", "efficient", "math", or "sdpa".
+
+        Raises:
+            UserError: an unknown name, or a kernel that cannot do it on this device in this dtype.
+        """
+        for model in filter(None, (self.transformer, self.guide)):
+            model.set_attention_backend(backend, self._execution_device)
+
     def compile(self, **kwargs: Any) -> None:
         """Compile the transformers' blocks, for any image size and prompt length; `kwargs` go to torch.compile."""
         for model in filter(None, (self.transformer, self.guide)):

@@ -94,6 +94,8 @@ def from_parts(arguments: argparse.Namespace, device: torch.device) -> SVGT2IPip
         dtype=arguments.dtype or ("bf16" if device.type == "cuda" else "fp32"),
     )
     load_adapters(pipeline, adapters)
+    if arguments.layerwise_casting:
+        pipeline.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipeline.dtype)
     return pipeline
 
 
@@ -152,6 +154,8 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         what.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each prompt and resolution")
         what.add_argument("--seed", type=int, default=0, help="image i of every prompt uses seed + i")
         what.add_argument("--batch_size", type=int, default=4, help="images in one call")
+        in_a_row = "images in a row of grid.png; 0: no such file (default: those of a prompt)"
+        what.add_argument("--grid", type=int, metavar="COLUMNS", help=in_a_row)
         what.add_argument("--format", choices=list(FORMATS), default="png", help="kind of the files")
         add_sampling_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder to write")
@@ -165,6 +169,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
         "seed": (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1"),
         "strength": (lambda strength: 0 < strength <= 1, "above 0 and at most 1"),
+        "grid": (lambda columns: 0 <= columns <= 64, "from 0 to 64"),
         "weights": (lambda number: number >= 2, "at least 2, to make a way between two ends"),
         "t": (lambda t: 0 <= t <= last, f"in [0, 1{']' if last == 1 else ')'}; 0 is noise, 1 the image itself"),
     }
@@ -172,6 +177,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not fits(value):
             raise UserError(f"--{name} {value}: must be {rule}")
+    if getattr(arguments, "layerwise_casting", False) and arguments.quantization:
+        raise UserError("--layerwise_casting and --quantization both make weights smaller; give one of them")
     choose_device(getattr(arguments, "device", None))
 
 
@@ -194,6 +201,7 @@ def load_pipeline(arguments: argparse.Namespace, device: torch.device) -> SVGT2I
         pipeline.enable_model_cpu_offload(device)
     else:
         pipeline.to(device)
+    pipeline.set_attention_backend(arguments.attention)
     if arguments.compile:
         pipeline.compile()
     pipeline.set_progress_bar_config(disable=True)
@@ -228,11 +236,14 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
     settings = {**shared, "verb": arguments.command, "format": arguments.format}
     _by_main(lambda: check_folder(arguments.output, settings), world)
     jobs, rewritten = plan_images(arguments, options, sizes, prompts, sources), getattr(arguments, "enhance", False)
-    model = (*parts_of(arguments), "checkpoint", "raw_weights", "dtype", "quantization", "lora")
+    model = (*parts_of(arguments), "checkpoint", "raw_weights", "dtype", "quantization", "lora", "attention")
+    model += ("layerwise_casting",)
     command = {name: getattr(arguments, name) for name in model}
     known = RunFolder(arguments.output, settings, command)
     if world.broadcast(world.is_main and not rewritten and known.has_all(jobs)):
         if world.is_main:
+            if arguments.grid is not None:
+                known.write_grid(jobs, arguments.grid)
             print(f"all {len(jobs)} images are in {arguments.output / 'images'}; nothing was loaded")
         return
     with world.main_first():
@@ -246,7 +257,8 @@ def draw(arguments: argparse.Namespace, world: World) -> None:
         with full_disk(run.folder):
             run.write_failed(failed)
             run.write_records(jobs)
-            run.write_grid(jobs, arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources)))
+            each = arguments.num_images_per_prompt * max(1, len(sizes)) * max(1, len(sources))
+            run.write_grid(jobs, (each if each > 1 else 4) if arguments.grid is None else arguments.grid)
         print(f"{len(jobs) - len(failed)} images in {arguments.output / 'images'}; look at index.html beside it")
     if failed:
         count = f"{len(failed)} of {len(jobs)}"

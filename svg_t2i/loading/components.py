@@ -64,9 +64,17 @@ class SVGDiT(Component, PeftAdapterMixin, transformer_model.SVGDiT):
 
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
+    # what is small, or whose dtype tells in which to compute
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "cap_embedder", "norm", "final_layer"]
 
     refine = _through_forward("refine")
     forward_packed = _through_forward("forward_packed")
+
+    set_attention_backend = transformer_model.SVGDiT.set_attention_backend
+
+    def reset_attention_backend(self) -> None:
+        """Let attention be computed as is fastest here."""
+        self.set_attention_backend("auto")
 
     def __init__(self, fingerprints: Mapping[str, Any] | None = None, **sizes: Any) -> None:
         transformer_model.SVGDiT.__init__(self, DiTConfig(**sizes))

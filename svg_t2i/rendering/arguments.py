@@ -16,6 +16,7 @@ from svg_t2i.loading.quantization import KINDS
 from svg_t2i.loading.sources import fetch, find_sources
 from svg_t2i.sampling.options import PRESET_NAMES, SamplingOptions, changed, check_side, preset_options
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
+from svg_t2i.transformer.attention import BACKENDS
 
 OWN = "the model's"
 
@@ -34,6 +35,12 @@ def add_parts(model: argparse._ArgumentGroup) -> None:
     )
     model.add_argument("--raw_weights", action="store_true", help="use the raw weights instead of their average (EMA)")
     model.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: as --dtype says)")
+    model.add_argument(
+        "--attention", choices=BACKENDS, default="auto", help="kernel of attention (default: the fastest)"
+    )
+    model.add_argument(
+        "--layerwise_casting", action="store_true", help="keep the transformer in fp8, and compute in --dtype"
+    )
     model.add_argument("--verbose", action="store_true", help="show what the libraries say while they load")
     model.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 without")
 

@@ -154,13 +154,16 @@ class RunFolder:
             write_json(dict(sorted(failed.items())), self.folder / "failed.json")
 
     def write_grid(self, jobs: Sequence[Job], columns: int) -> None:
-        """The first images, whole rows of `columns` at most."""
+        """The first images, whole rows of `columns` at most; with 0 none."""
+        (self.folder / "grid.png").unlink(missing_ok=True)
+        if columns == 0:
+            return
         rows = max(1, MAX_GRID_IMAGES // columns) * columns
         shown = [job for job in jobs[:rows] if self.path(job).is_file()]
         if not shown:
             return
         images = [Image.open(self.path(job)).convert("RGB") for job in shown]
-        grid = image_grid(images, columns if columns > 1 else 4, [job.prompt for job in shown])
+        grid = image_grid(images, columns, [job.prompt for job in shown])
         save_png(grid, self.folder / "grid.png")
 
 

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+BACKENDS = ("auto", "sdpa", *KERNELS)
 HEAD_DIM_MULTIPLE = 8  # of the variable-length kernel
 VARLEN_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.10
 
@@ -43,15 +52,18 @@ class Segments:
         return cls(lengths, max(lengths), runs, cu_seqlens, owner, order)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ / √D) v within each sample. q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D), Hq a multiple of Hkv.
 
-    Each key/value head serves Hq / Hkv consecutive query heads. Half precision on CUDA takes the variable-length
-    flash kernel; anything else one dense call per run of equally long samples.
+    Each key/value head serves Hq / Hkv consecutive query heads.
+
+    backend: one of `BACKENDS`. auto and flash take the variable-length flash kernel in half precision on CUDA; all
+        else is one dense call per run of equally long samples, by the kernel of that name, or with auto and sdpa by
+        the one that torch chooses.
     """
-    if has_varlen_kernel(q):
+    if backend in ("auto", "flash") and has_varlen_kernel(q):
         return _varlen(q, k, v, segments.cu_seqlens, segments.max_length)
-    return attention_by_runs(q, k, v, segments)
+    return attention_by_runs(q, k, v, segments, backend)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -73,12 +85,15 @@ def has_varlen_kernel(q: Tensor) -> bool:
 
 
 @torch.compiler.disable  # the runs differ from batch to batch: as constants of a graph they would force recompiling
-def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`attention` with one dense call per run of equally long samples; works on every device and dtype."""
-    outputs = []
-    for q_run, k_run, v_run in heads_by_runs(segments.runs, q, k, v):
-        out = F.scaled_dot_product_attention(q_run, k_run, v_run, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+def attention_by_runs(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str = "auto") -> Tensor:
+    """`attention` with one dense call per run of equally long samples; auto works on every device and dtype."""
+    outputs, kernel = [], KERNELS.get(backend)
+    if kernel is not None:  # with enable_gqa torch passes over some of them
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    with nullcontext() if kernel is None else sdpa_kernel(kernel):
+        for q_run, k_run, v_run in heads_by_runs(segments.runs, q, k, v):
+            out = F.scaled_dot_product_attention(q_run, k_run, v_run, enable_gqa=q.shape[1] != k.shape[1])
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

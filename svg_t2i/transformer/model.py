@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.common.config import UserError
-from svg_t2i.transformer.attention import Segments, attention
+from autoencoder.common.config import UserError, first_line
+from svg_t2i.transformer.attention import BACKENDS, Segments, attention
 from svg_t2i.transformer.cpu_kernels import (
     attended_heads,
     gated_product,
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.heads = config.n_heads, config.kv_heads, config.kv_heads
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.normed = config.qk_norm
+        self.normed, self.backend = config.qk_norm, "auto"
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
             self.k_norm = RMSNorm(config.head_dim, QK_NORM_EPS)
@@ -137,11 +137,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, segments: Segments, rope: Tensor) -> Tensor:  # (T, D) -> (T, D)
         heads = self.qkv(x).unflatten(-1, (sum(self.heads), -1))  # (T, Hq + 2 Hkv, d)
         weights = (self.q_norm(), self.k_norm()) if self.normed else None
-        if self.normed and works_fast(heads, *weights):
+        if self.normed and self.backend == "auto" and works_fast(heads, *weights):
             attended = attended_heads(heads, self.heads, weights, QK_NORM_EPS, rope, segments)
         else:
             q, k, v = rotated_heads(heads, self.heads, weights, QK_NORM_EPS, rope)
-            attended = attention(q, k, v, segments)
+            attended = attention(q, k, v, segments, self.backend)
         return self.out(attended.flatten(1))
 
 
@@ -299,6 +299,32 @@ class SVGDiT(nn.Module):
         for block in self.context_refiner:
             caption = block(caption, packing.captions, packing.caption_rope)
         return caption
+
+    def set_attention_backend(self, backend: str, device: torch.device | None = None) -> None:
+        """Compute attention by the kernel of this name (`attention.attention`).
+
+        device: on which that will be; by default where the weights are.
+
+        Raises:
+            UserError: there is none, or it cannot do that there, in the dtype of the weights.
+        """
+        if backend not in BACKENDS:
+            raise UserError(f"attention = {backend!r}: choose one of {', '.join(BACKENDS)}")
+        device, dtype = device or self.x_embedder.weight.device, self.x_embedder.weight.dtype
+        first = next(module for module in self.modules() if isinstance(module, Attention))
+        head_dim = self.config.dim // first.heads[0]
+        q, k, v = (torch.zeros(2, heads, head_dim, device=device, dtype=dtype) for heads in first.heads)
+        two = torch.tensor([0, 2], dtype=torch.int32, device=device)
+        try:
+            attention(q, k, v, Segments.build((2,), two, two.new_zeros(2)), backend)
+        except RuntimeError as error:
+            raise UserError(
+                f"attention = {backend!r} cannot compute {dtype} with {head_dim} channels a head on "
+                f"{device.type} ({first_line(error)}); choose another"
+            ) from error
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def plan(self, sizes: Sizes, lengths: Sequence[int], device: torch.device) -> Packing:
         """Index tables for latents of `sizes` with captions of `lengths` tokens (see `packing.plan_packing`)."""

@@ -570,3 +570,24 @@ def test_a_strength_below_one_step_is_an_error(pipeline):
     with pytest.raises(UserError, match=r"strength = 0\.2: of 4 steps that is less than one; at least 0\.25"):
         pipeline.image_to_image(PROMPT, image, strength=0.2)
     pipeline.image_to_image(PROMPT, image, strength=0.25)
+
+
+def test_weights_kept_in_fp8_and_computed_in_fp32(saved_pipeline, tmp_path):
+    """diffusers' layerwise casting: the blocks' linear layers take a quarter of the memory, and little is lost."""
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline)
+    loaded.set_progress_bar_config(disable=True)
+    call = {"prompt": "noise", "seed": 0, "num_inference_steps": 3, "output_type": "latent"}
+    wanted = loaded(**call).images
+    loaded.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    kept = {name for name, weight in loaded.transformer.named_parameters() if weight.dtype == torch.float8_e4m3fn}
+    assert "layers.0.attention.qkv.weight" in kept
+    assert not any("norm" in name or "embedder" in name for name in kept)
+    assert loaded.dtype == torch.float32
+    found = loaded(**call).images
+    difference = (found - wanted).norm() / wanted.norm()
+    assert 0 < difference < 0.2
+    settings = ["--checkpoint", str(saved_pipeline), "--prompt", "noise", "--output", str(tmp_path / "out")]
+    sample.main([*settings, "--num_inference_steps", "3", "--layerwise_casting", "--attention", "math"])
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 1
+    with pytest.raises(UserError, match="give one of them"):
+        sample.main([*settings, "--layerwise_casting", "--quantization", "int8"])

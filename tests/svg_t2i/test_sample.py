@@ -249,6 +249,23 @@ def test_retrieve_and_enhance(saved_pipeline, toy_parts, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("much noise")
 
 
+def test_the_grid_has_as_many_columns_as_asked_for(saved_pipeline, tmp_path, capsys):
+    """Also of images that are there already; 0 takes it away."""
+    words = ["--checkpoint", str(saved_pipeline), "--output", str(tmp_path / "out"), "--num_inference_steps", "2"]
+    words += [word for i in range(6) for word in ("--prompt", f"noise {i}")]
+    widths = []
+    for columns in (3, 2):
+        sample_entry.main([*words, "--grid", str(columns)])
+        with Image.open(tmp_path / "out" / "grid.png") as grid:
+            widths.append(grid.width)
+    assert widths[0] / widths[1] == pytest.approx(3 / 2, rel=0.05)
+    assert "nothing was loaded" in capsys.readouterr().out
+    sample_entry.main([*words, "--grid", "0"])
+    assert not (tmp_path / "out" / "grid.png").exists()
+    with pytest.raises(UserError, match="--grid -1: must be from 0 to 64"):
+        sample_entry.main([*words, "--grid", "-1"])
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -9,6 +9,7 @@ from autoencoder.common.config import UserError
 from benchmarks.forward import lumina2_peer, randomise
 from benchmarks.forward import main as run_benchmark
 from svg_t2i.transformer import attention as attention_module
+from svg_t2i.transformer.attention import BACKENDS
 from svg_t2i.transformer.model import (
     MODELS,
     Block,
@@ -343,3 +344,30 @@ def test_refined_captions_and_a_shared_time_change_nothing():
         shuffled = model([latents[i] for i in (2, 0)], torch.tensor([0.3]), refined.select([2, 0]))
     torch.testing.assert_close(shuffled[0], expected[2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shuffled[1], expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_by_name(backend, monkeypatch):
+    """What a CPU has gives the same velocities, for several lengths and grouped heads; the rest is refused."""
+    config = DiTConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, axes_dims=(4, 6, 6), in_channels=8, cap_feat_dim=16)
+    model = SVGDiT(config)
+    for weight in model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    latents, text = [torch.randn(8, 4, 4), torch.randn(8, 2, 6)], TextFeatures(torch.randn(7, 16), (3, 4))
+    wanted, asked, chosen = model(latents, torch.tensor([0.2, 0.7]), text), set(), attention_module.sdpa_kernel
+    if backend in ("cudnn", "efficient"):
+        with pytest.raises(UserError, match=f"attention = '{backend}' cannot compute torch.float32 with 16 channels"):
+            model.set_attention_backend(backend)
+        assert {block.attention.backend for block in model.layers} == {"auto"}
+        return
+    model.set_attention_backend(backend)
+    monkeypatch.setattr(attention_module, "sdpa_kernel", lambda kernel: asked.add(kernel) or chosen(kernel))
+    found = model(latents, torch.tensor([0.2, 0.7]), text)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert asked == {attention_module.KERNELS[backend]} if backend in ("flash", "math") else not asked
+
+
+def test_an_unknown_kernel_of_attention():
+    with pytest.raises(UserError, match="attention = 'fast': choose one of auto, sdpa, flash, cudnn"):
+        SVGDiT(MODELS["tiny"]).set_attention_backend("fast")
