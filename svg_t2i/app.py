@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
+import re
 import signal
 import socket
 import sys
@@ -20,13 +22,20 @@ from pathlib import Path
 import torch
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import REPO_ROOT, UserError
+from autoencoder.common.config import REPO_ROOT, UserError, build, read_config
 from autoencoder.common.processes import choose_device
+from autoencoder.sources.opening import open_source
+from autoencoder.sources.source import Reading
+from svg_t2i.loading.adapters import AdapterShelf
 from svg_t2i.loading.quantization import KINDS
 from svg_t2i.rendering.arguments import quiet_imports
 from svg_t2i.sampling.options import PRESET_NAMES, preset_options
-from svg_t2i.web.requests import Limits, Studio
+from svg_t2i.text.files import read_prompts
+from svg_t2i.training.settings import TrainConfig
+from svg_t2i.web.limits import Limits
+from svg_t2i.web.requests import Studio
 
+EXAMPLES = 4
 QUICKSTART = Path("outputs/quickstart/transformer")
 AUTH_VARIABLE = "SVG_T2I_APP_AUTH"
 
@@ -49,6 +58,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--subfolder", help="which DiT, where --checkpoint holds several; has no default")
     parser.add_argument("--preset", choices=PRESET_NAMES, help="settings to start with (default: the model's own)")
     parser.add_argument("--quantization", choices=KINDS, help="weights in 8 bits (default: 16 or 32)")
+    parser.add_argument("--loras", type=Path, metavar="FOLDER", help="adapters to choose from (default: none)")
+    parser.add_argument("--licence", help="of the model, shown on the page (default: what its folder says)")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--cpu_offload", action="store_true", help="the networks take turns on the GPU")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
@@ -102,6 +113,7 @@ def check_port(host: str, port: int) -> None:
 def load_studio(arguments: argparse.Namespace) -> Studio:
     """The studio that the command line describes."""
     checkpoint = arguments.checkpoint or find_quickstart()
+    adapters = AdapterShelf(arguments.loras)
     device = choose_device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     quiet_imports(arguments.verbose)
@@ -119,7 +131,39 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     if preset:
         pipeline.options = preset_options(preset, pipeline.options)
     pipeline.set_progress_bar_config(disable=True)
-    return Studio(pipeline, Limits(side=arguments.max_side), name=Path(checkpoint).resolve().name)
+    return Studio(
+        pipeline,
+        Limits(side=arguments.max_side),
+        name="/".join(Path(checkpoint).parts[-2:]),
+        licence=arguments.licence or stated_licence(Path(checkpoint)),
+        adapters=adapters,
+        examples=example_prompts(Path(checkpoint)),
+    )
+
+
+def stated_licence(folder: Path) -> str | None:
+    """What a model's folder says: `license` at the top of its README.md (a model card), or the title of its LICENSE."""
+    card = folder / "README.md"
+    if card.is_file() and (found := re.search(r"^license: *(\S+)", card.read_text(errors="replace"), re.MULTILINE)):
+        return found[1]
+    file = folder / "LICENSE"
+    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    return next((line.strip() for line in lines if line.strip()), None)
+
+
+def example_prompts(folder: Path) -> list[str]:
+    """Prompts to begin with: those of the run's pictures during training, of its data, or the repository's."""
+    config = folder / "config.yaml"
+    if config.is_file():
+        try:
+            run = build(TrainConfig, read_config(config), str(config))
+            source = open_source(run.data.all_sources[0].path, Reading())
+            places = random.Random(0).sample(range(len(source)), min(len(source), 10 * EXAMPLES))
+            found = run.samples.prompts or [source[i].captions[0] for i in places]
+            return list(dict.fromkeys(found))[:EXAMPLES]
+        except (UserError, IndexError):  # its data is not here any more
+            return []
+    return [prompt.text for prompt in read_prompts(REPO_ROOT / "configs" / "example_prompts.txt")[:EXAMPLES]]
 
 
 @command

@@ -55,7 +55,7 @@ ONLY_IN = {
     "fsspec": {"autoencoder.sources.tar_shards"},
     "pyarrow": {"autoencoder.sources.tables"},
     "datasets": {"autoencoder.sources.hub"},
-    "gradio": {"svg_t2i.web.page"},
+    "gradio": {"svg_t2i.web.page", "svg_t2i.web.parts", "svg_t2i.web.tabs", "svg_t2i.web.history"},
     "huggingface_hub": {"svg_t2i.loading.sources", "svg_t2i.checkpoints.weights"},
     "torch.distributed": {
         "autoencoder.common.processes", "autoencoder.training", "svg_t2i.checkpoints", "svg_t2i.training",

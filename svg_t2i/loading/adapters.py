@@ -6,6 +6,7 @@ The files are those that diffusers and peft write: `pipeline.save_lora_weights`,
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,54 @@ def load_adapters(pipeline: Any, adapters: Sequence[tuple[Path, float]]) -> None
     Raises:
         UserError: a file that is no adapter, or one of another model.
     """
-    names = []
-    for path, _ in adapters:
-        name = f"{path.parent.name}_{path.stem}_{len(names)}".replace(".", "_")
-        try:
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-        except (ValueError, KeyError, RuntimeError, OSError, ImportError, TypeError) as error:
-            raise UserError(f"lora = {str(path)!r} is no adapter of this model: {first_line(error)}") from error
-        if name not in active_adapters(pipeline.transformer):
-            raise UserError(
-                f"lora = {str(path)!r} is no adapter of this model: none of its layers is in the transformer"
-            )
-        names.append(name)
+    names = [_load(pipeline, path, number) for number, (path, _) in enumerate(adapters)]
     if names:
         pipeline.set_adapters(names, [weight for _, weight in adapters])
+
+
+def _load(pipeline: Any, path: Path, number: int) -> str:
+    """Put an adapter on; -> its name there. UserError as `load_adapters`."""
+    name = f"{path.parent.name}_{path.stem}_{number}".replace(".", "_")
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError, TypeError) as error:
+        raise UserError(f"lora = {str(path)!r} is no adapter of this model: {first_line(error)}") from error
+    if name not in active_adapters(pipeline.transformer):
+        raise UserError(f"lora = {str(path)!r} is no adapter of this model: none of its layers is in the transformer")
+    return name
+
+
+class AdapterShelf:
+    """The adapters of a folder and its subfolders, of which one at a time is put on; each is loaded when first wanted.
+
+    Attributes:
+        files: name → file. A file of diffusers' name is called after its folder, others after themselves.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None):
+        """UserError where there is no such folder, or no adapter in it."""
+        self.files: dict[str, Path] = {}
+        self._loaded: dict[str, str] = {}
+        if folder is None:
+            return
+        for path in sorted(Path(folder).expanduser().rglob("*.safetensors")):
+            self.files[path.parent.name if path.name == FILE else path.stem] = path
+        if not self.files:
+            raise UserError(f"{str(folder)!r}: no adapters (*.safetensors) in this folder")
+
+    def check(self, name: Any) -> None:
+        """UserError for a name that is not here."""
+        if name not in self.files:
+            raise UserError(f"there is no adapter {name!r}; choose one of {', '.join(self.files) or '[none]'}")
+
+    def put_on(self, pipeline: Any, name: str | None, weight: float = 1.0) -> None:
+        """Let this adapter act, and no other; None: the model alone. UserError for a file that is no adapter of it."""
+        if name is None:
+            if self._loaded:
+                pipeline.disable_lora()
+            return
+        self.check(name)
+        if name not in self._loaded:
+            self._loaded[name] = _load(pipeline, self.files[name], len(self._loaded))
+        pipeline.enable_lora()
+        pipeline.set_adapters([self._loaded[name]], [weight])

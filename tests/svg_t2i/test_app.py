@@ -16,11 +16,15 @@ from urllib import error, request
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from autoencoder.common.config import UserError
 from svg_t2i import app
-from svg_t2i.web.requests import Limits, Studio, fitting_size
+from svg_t2i.loading.adapters import AdapterShelf
+from svg_t2i.web.limits import Limits
+from svg_t2i.web.requests import Studio, fitting_size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -61,6 +65,60 @@ def test_command_line(saved_pipeline):
         port = str(other.getsockname()[1])
         with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"):
             app.main(["--checkpoint", "nowhere", "--port", port])  # before any model is looked for
+
+
+def test_what_visitors_are_told_of_a_model(saved_pipeline, toy_parts, tmp_path):
+    """Its name, its licence and prompts to begin with, from its folder; and adapters from another."""
+    folder = tmp_path / "models" / "mine"
+    shutil.copytree(saved_pipeline, folder)
+    (tmp_path / "loras").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "loras" / "style.safetensors")
+    words = ["--checkpoint", str(folder), "--loras", str(tmp_path / "loras")]
+    studio = app.load_studio(app.parse_arguments(words))
+    assert (studio.name, studio.licence, list(studio.adapters.files)) == ("models/mine", None, ["style"])
+    assert len(studio.examples) == 4
+    with pytest.raises(UserError, match="style.safetensors' is no adapter of this model"):
+        list(studio.draw("noise", "", 32, 32, 2, 2.0, 0, 1, "dpm", "style", 1.0))
+    (folder / "LICENSE").write_text("\n  Some Licence 1.0\nmore\n")
+    assert app.stated_licence(folder) == "Some Licence 1.0"
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert app.stated_licence(folder) == "apache-2.0"
+    assert app.load_studio(app.parse_arguments([*words, "--licence", "mine"])).licence == "mine"
+
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(toy_parts / "train.yaml", run / "config.yaml")
+    prompts = app.example_prompts(run)
+    assert len(set(prompts)) == 4
+    assert all("noise number" in prompt for prompt in prompts)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("manifest.jsonl", "gone.jsonl"))
+    assert app.example_prompts(run) == []
+
+
+def test_a_page_with_adapters_and_a_licence(toy_pipeline, tmp_path):
+    """Two fields more for every request, by name and in order, and the licence at its top."""
+    pytest.importorskip("gradio")
+    from gradio_client import Client
+
+    from svg_t2i.web.page import launch
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "style.safetensors")
+    limits, shelf = Limits(side=64, steps=20), AdapterShelf(tmp_path)
+    studio = Studio(toy_pipeline, limits, licence="apache-2.0", adapters=shelf, examples=["much noise"])
+    page = launch(studio, prevent_thread_lock=True, quiet=True)
+    try:
+        for name, found in (
+            Client(page.local_url, verbose=False).view_api(return_format="dict")["named_endpoints"].items()
+        ):
+            names = [parameter["parameter_name"] for parameter in found["parameters"]]
+            assert names == list(inspect.signature(getattr(studio, name[1:])).parameters)
+            assert names[-2:] == ["adapter", "adapter_weight"]
+        with request.urlopen(page.local_url, timeout=30) as answer:
+            assert "Licence of the model: apache-2.0" in answer.read().decode()
+        answer = call(page.local_url, "draw", ["x", "", 32, 32, 2, 2.0, 0, 1, "dpm", "other", 1.0])
+        assert "there is no adapter" in answer
+    finally:
+        page.close()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +176,9 @@ def call(address, name, data, **options):
         ("draw", ["x", "", 32, 32, 4, 2.0, 0, 1, "magic"], "choose one of dpm"),
         ("draw", [{"a": 1}, "", 32, 32, 4, 2.0, 0, 1, "dpm"], "must be a text"),
         ("redraw", [None] * 7, "choose an image first"),
+        ("inpaint", [None] * 7, "choose an image first"),
+        ("vary", [None] * 5, "choose an image first"),
+        ("interpolate", [None] * 6, "write a prompt first"),
     ],
 )
 def test_bad_values_get_a_message_and_leave_no_traceback(address, capfd, name, data, message):
@@ -133,9 +194,9 @@ def test_the_page_is_an_interface_with_names(address, studio):
 
     client = Client(address, verbose=False)
     described = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(described) == {"/draw", "/redraw"}
+    assert set(described) == {"/draw", "/redraw", "/inpaint", "/vary", "/interpolate"}
     names = [parameter["parameter_name"] for parameter in described["/draw"]["parameters"]]
-    assert names == list(inspect.signature(studio.draw).parameters)
+    assert names == list(inspect.signature(studio.draw).parameters)[:-2]  # no adapters here
     gallery, parameters, status = client.predict(
         prompt="noise", negative_prompt="", width=48, height=32, num_inference_steps=3, guidance_scale=2.0, seed=7,
         images=1, solver="dpm", api_name="/draw",
@@ -235,6 +296,40 @@ def console_errors(browser):
     return [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+def open_tab(browser, title):
+    tabs = browser.find_elements("css selector", "button[role=tab]")
+    next(tab for tab in tabs if tab.text == title).click()
+
+
+def value_of(browser, label):
+    return find(browser, f"input[aria-label='number input for {label}']").get_attribute("value")
+
+
+def images_of(browser, gallery):
+    """Sources of a gallery's images, once they are there."""
+    script = "return [...document.querySelectorAll(arguments[0])].map(i => i.src)"
+    return wait_for(lambda: browser.execute_script(script, f"#{gallery} img"), f"images in {gallery}")
+
+
+def screenshots(browser, name):
+    """Of the whole page, at a desk and on a phone, light and dark; where SVG_T2I_SCREENSHOTS names a folder."""
+    if not (folder := os.environ.get("SVG_T2I_SCREENSHOTS")):
+        return
+    for width, device in ((1300, ""), (390, "_phone")):
+        for dark in (False, True):
+            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            browser.execute_script(f"document.body.classList.toggle('dark', {str(dark).lower()})")
+            time.sleep(0.7)
+            tall = browser.execute_script("return document.body.scrollHeight")
+            metrics["height"] = min(tall, 1500)
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            time.sleep(0.3)
+            browser.save_screenshot(os.path.join(folder, f"{name}{device}{'_dark' if dark else ''}.png"))
+    browser.execute_script("document.body.classList.remove('dark')")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
     options = studio.pipeline.options
     browser.get(address)
@@ -249,16 +344,15 @@ def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
     before = [side.get_attribute("value") for side in sides]
     find(browser, "#swap").click()
     wait_for(lambda: [side.get_attribute("value") for side in sides] == before[::-1], "the swapped sides")
-    if folder := os.environ.get("SVG_T2I_SCREENSHOTS"):
-        browser.save_screenshot(os.path.join(folder, "app.png"))
+    find(browser, "#swap").click()
+    screenshots(browser, "app")
     find(browser, "#prompt textarea").send_keys(SELECT_ALL, "\ue003")  # backspace
     find(browser, "#draw").click()
     wait_for(lambda: "write a prompt first" in find(browser, "body").text, "the message")
 
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(tmp_path / "upload.png")
-    tabs = browser.find_elements("css selector", "button[role=tab]")
-    next(tab for tab in tabs if tab.text == "Image to image").click()
+    open_tab(browser, "Image to image")
     find(browser, "#image input[type=file]").send_keys(str(tmp_path / "upload.png"))
     wait_for(lambda: browser.find_elements("css selector", "#image img"), "the upload")
     find(browser, "#image_prompt textarea").send_keys("noise")
@@ -266,4 +360,65 @@ def test_draw_and_redraw_in_the_browser(address, studio, browser, tmp_path):
     text, sizes = finished_image(browser, "redraw")
     assert "strength" in text
     assert "{}x{}".format(*fitting_size((96, 64), options.width * options.height)) in sizes
+    assert console_errors(browser) == []
+
+
+def test_the_history_survives_a_reload_and_leads_on(address, studio, browser):
+    """An image that was drawn is found again, its settings too, and it can be redrawn, painted over and varied."""
+    browser.get(address)
+    find(browser, "#forget").click()
+    find(browser, "#prompt textarea").send_keys("a small green circle", "\ue007")
+    finished_image(browser, "draw")
+    kept = [source.rsplit("/", 1)[1] for source in images_of(browser, "history")]
+    assert len(kept) == 1
+    browser.get(address)
+    assert [source.rsplit("/", 1)[1] for source in images_of(browser, "history")] == kept
+    find(browser, "#use").click()
+    wait_for(lambda: "choose an image below the tabs first" in find(browser, "body").text, "the message")
+
+    find(browser, "#history button:has(img)").click()
+    time.sleep(0.5)
+    open_tab(browser, "Interpolation")
+    find(browser, "#use").click()
+    prompt = wait_for(
+        lambda: (field := find(browser, "#prompt textarea")).is_displayed() and field.get_attribute("value"),
+        "the prompt",
+    )
+    assert prompt == "a small green circle"
+    assert int(value_of(browser, "Width")) == studio.pipeline.options.width
+
+    find(browser, "#send_vary").click()
+    wait_for(lambda: browser.find_elements("css selector", "#vary_image img"), "the image in its tab")
+    find(browser, "#vary").click()
+    text, _ = finished_image(browser, "vary")
+    assert "likeness" not in text  # its name in files is t
+    assert len(images_of(browser, "history")) == 3
+
+    find(browser, "#send_inpaint").click()
+    canvas = wait_for(lambda: browser.find_elements("css selector", "#drawing canvas"), "the canvas")[0]
+    wait_for(canvas.is_displayed, "the canvas to be shown")
+    time.sleep(1)
+    brush = browser.find_elements("css selector", "#drawing button[aria-label='Brush']")
+    if brush:
+        brush[0].click()
+    from selenium.webdriver import ActionChains
+
+    stroke = ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(15, 10)
+    stroke.move_by_offset(10, 15).release().perform()
+    time.sleep(1)
+    find(browser, "#inpaint_prompt textarea").send_keys("a small red circle", "\ue007")
+    text, _ = finished_image(browser, "inpaint")
+    assert "a small red circle" in text
+    screenshots(browser, "inpainting")
+    assert console_errors(browser) == []
+
+
+def test_a_way_between_two_prompts_in_the_browser(address, browser):
+    browser.get(address)
+    open_tab(browser, "Interpolation")
+    find(browser, "#first_prompt textarea").send_keys("a small green circle")
+    find(browser, "#second_prompt textarea").send_keys("a large red square", "\ue007")
+    text, _ = finished_image(browser, "interpolate")
+    assert "second_prompt" in text
+    assert len(images_of(browser, "interpolate_gallery")) >= 5
     assert console_errors(browser) == []

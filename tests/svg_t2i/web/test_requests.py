@@ -8,10 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from svg_t2i.web.requests import Limits, Studio, fitting_size, parameters_of
+from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter, write_adapter
+from svg_t2i.loading.adapters import AdapterShelf
+from svg_t2i.pipeline import SVGT2IPipeline
+from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.web.limits import Limits
+from svg_t2i.web.requests import Studio, fitting_size, parameters_of
 
 
 @pytest.fixture
@@ -19,6 +25,7 @@ def studio(toy_pipeline):
     return Studio(toy_pipeline, Limits(side=64, steps=30, images=2, prompt_characters=40))
 
 
+NAMES = ("adapter", "adapter_weight")
 REQUEST = {
     "prompt": "much noise", "negative_prompt": "", "width": 48, "height": 32, "num_inference_steps": 8,
     "guidance_scale": 2.5, "seed": 7, "images": 2, "solver": "dpm",
@@ -68,6 +75,116 @@ def test_image_to_image_keeps_the_shape(studio, tall):
     with Image.open(finished.items[0][0]) as image:
         assert image.size == fitting_size((150, 300), 32 * 48) == (32, 48)
     assert parameters_of(finished.items[0][0])["strength"] == 0.5
+
+
+def pixels(finished):
+    return [np.asarray(Image.open(path)) for path, _ in finished.items]
+
+
+@pytest.fixture
+def square(tmp_path):
+    """An image of the pipeline's own number of pixels, so that it is not scaled."""
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(tmp_path / "own.png")
+    return tmp_path / "own.png"
+
+
+@pytest.mark.parametrize("transparent", [True, False])
+def test_inpainting_changes_what_is_painted_over(studio, toy_pipeline, square, tmp_path, transparent):
+    """As the page's editor sends it: a layer that is transparent but for the strokes; or white on black."""
+    strokes = np.zeros((32, 48), np.uint8)
+    strokes[:, 32:] = 255
+    layer = Image.merge("RGBA", [Image.fromarray(strokes)] * 4) if transparent else Image.fromarray(strokes)
+    layer.save(tmp_path / "layer.png")
+    drawing = {"background": str(square), "layers": [str(tmp_path / "layer.png")]}
+    *_, finished = studio.inpaint(drawing, "noise", 1.0, 4, 2.0, 3, 1)
+    wanted = toy_pipeline.inpaint(
+        "noise", Image.open(square), Image.fromarray(strokes), num_inference_steps=4, guidance_scale=2.0, seed=3
+    ).images[0]
+    (found,), before = pixels(finished), np.asarray(Image.open(square))
+    assert np.array_equal(found, np.asarray(wanted))
+    assert np.array_equal(found[:, :32], before[:, :32])
+    assert not np.array_equal(found[:, 32:], before[:, 32:])
+
+
+def test_variations_and_ways_are_the_pipeline_s(studio, toy_pipeline, square):
+    *_, finished = studio.vary(str(square), 0.25, 4, 3, 2)
+    wanted = toy_pipeline.variation(
+        Image.open(square), t=0.25, num_inference_steps=4, seed=3, num_images_per_prompt=2
+    ).images
+    assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(pixels(finished), wanted, strict=True))
+    *_, finished = studio.interpolate("noise", "much noise", 4, 2.0, 3, 3)
+    ends = {"num_inference_steps": 4, "guidance_scale": 2.0, "seed": 3}
+    wanted = toy_pipeline.interpolate(["noise", "much noise"], weights=3, **ends).images
+    assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(pixels(finished), wanted, strict=True))
+    assert [caption for _, caption in finished.items] == ["seed 3, 0%", "seed 3, 50%", "seed 3, 100%"]
+    parameters = parameters_of(finished.items[1][0])
+    assert (parameters["prompt"], parameters["second_prompt"], parameters["weight"]) == ("noise", "much noise", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("inpaint", [None, "x", 1.0, 4, 2.0, 3, 1], "choose an image first"),
+        ("inpaint", [{"background": None, "layers": []}, "x", 1.0, 4, 2.0, 3, 1], "choose an image first"),
+        ("inpaint", [{"background": "OWN", "layers": []}, "x", 1.0, 4, 2.0, 3, 1], "paint over the part"),
+        ("inpaint", [{"background": "OWN", "layers": ["no.png"]}, "x", 1.0, 4, 2.0, 3, 1], "the painted part: "),
+        ("inpaint", [{"background": "OWN", "layers": []}, "", 1.0, 4, 2.0, 3, 1], "write a prompt first"),
+        ("vary", [None, 0.3, 4, 3, 1], "choose an image first"),
+        ("vary", ["OWN", 1.0, 4, 3, 1], "likeness = 1.0: numbers from 0 to 0.95"),
+        ("interpolate", ["a", "", 4, 2.0, 3, 3], "write a prompt first"),
+        ("interpolate", ["a", "b", 4, 2.0, 3, 1], "images = 1: whole numbers from 2"),
+        ("vary", ["OWN", 0.3, 4, 3, 1, "style"], "there is no adapter 'style'"),
+    ],
+)
+def test_what_the_other_tabs_refuse(studio, square, method, values, message):
+    drawing, *others = values
+    if isinstance(drawing, dict) and drawing["background"]:
+        drawing = {**drawing, "background": str(square)}
+    with pytest.raises(UserError, match=re.escape(message)):
+        next(getattr(studio, method)(str(square) if drawing == "OWN" else drawing, *others))
+
+
+def test_a_browser_gets_its_own_finished_images_only(studio):
+    *_, finished = studio.draw(**REQUEST)
+    names = [os.path.basename(path) for path, _ in finished.items]
+    (studio.folder / "secret.txt").write_text("x")
+    asked = [*names, "secret.txt", f"../{studio.folder.name}/{names[0]}", "0" * 32 + ".png", 7, None]
+    assert studio.kept(asked) == [path for path, _ in finished.items]
+    assert studio.kept(None) == studio.kept("x") == studio.kept({"a": 1}) == []
+
+
+def test_adapters_are_chosen_by_name(saved_pipeline, tmp_path):
+    pipeline = SVGT2IPipeline.from_pretrained(saved_pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    for name, scale in (("weak", 0.02), ("strong", 0.2)):
+        plain, lora = (
+            SVGDiT(DiTConfig(**{name: pipeline.transformer.config[name] for name in DiTConfig.__dataclass_fields__})),
+            LoraSettings(rank=2),
+        )
+        add_adapter(plain, lora)
+        weights = {key: scale * torch.randn_like(w) for key, w in plain.state_dict().items() if "lora_" in key}
+        (tmp_path / name).mkdir()
+        write_adapter(tmp_path / name, weights, lora)
+    studio = Studio(pipeline, Limits(side=64), adapters=AdapterShelf(tmp_path))
+    assert list(studio.adapters.files) == ["strong", "weak"]
+
+    def draw(*adapter):
+        *_, finished = studio.draw(**REQUEST | {"images": 1, "num_inference_steps": 3}, **dict(zip(NAMES, adapter)))
+        return pixels(finished)[0].astype(int), parameters_of(finished.items[0][0])
+
+    plain, parameters = draw()
+    assert "adapter" not in parameters
+    strong, parameters = draw("strong", 1.0)
+    assert (parameters["adapter"], parameters["adapter_weight"]) == ("strong", 1.0)
+    assert np.abs(strong - plain).max() > np.abs(draw("weak", 1.0)[0] - plain).max() > 0
+    assert np.array_equal(draw()[0], plain)
+    assert np.array_equal(draw("strong", 1.0)[0], strong)
+    assert np.array_equal(draw("strong", 0.0)[0], plain)
+    with pytest.raises(UserError, match="the adapter's weight = 9: numbers from -4"):
+        draw("strong", 9)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no adapters .*in this folder"):
+        AdapterShelf(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
