@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: an environment to run in, and threads that suit the machine.
+# Sourced by quickstart.sh, quickstart_lora.sh and test.sh: an environment to run in, and threads that suit the machine.
 # In an active virtual or conda environment that one is used; otherwise .venv is made at the top of the repository.
 
 REPO_ROOT=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -31,4 +31,20 @@ set_threads() {
     cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+}
+
+# run_recipe SCRIPT RECIPE ARGUMENTS: the help at the top of the script, or its recipe in the environment.
+run_recipe() {
+    local script=$1 recipe=$2
+    shift 2
+    case " $* " in *" -h "* | *" --help "*)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
+        return
+        ;;
+    esac
+    activate_environment
+    install -r requirements.txt
+    set_threads
+    export PYTHONPATH="$REPO_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    exec python "$REPO_ROOT/scripts/quickstart/$recipe" "$@"
 }

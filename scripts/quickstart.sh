@@ -13,13 +13,4 @@ set -euo pipefail
 
 script=$(realpath "${BASH_SOURCE[0]}")
 source "$(dirname "$script")/environment.sh"
-case " $* " in *" -h "* | *" --help "*)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
-    exit
-    ;;
-esac
-activate_environment
-install -r requirements.txt
-set_threads
-export PYTHONPATH="$REPO_ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec python "$REPO_ROOT/scripts/quickstart/recipe.py" "$@"
+run_recipe "$script" recipe.py "$@"

@@ -53,8 +53,15 @@ def guidance_field(studio: Studio) -> Any:
     return gr.Slider(0, studio.limits.guidance, own, step=0.1, label="Guidance")
 
 
-def strength_field(value: float) -> Any:
-    return gr.Slider(0.05, 1, value, step=0.05, label="Strength", info="how much changes")
+def redrawing_fields(studio: Studio, strength: float) -> list[Any]:
+    """Strength, steps, guidance, seed and number of images of a request that changes an image."""
+    with gr.Column(elem_classes="settings"):
+        change = gr.Slider(0.05, 1, strength, step=0.05, label="Strength", info="how much changes")
+        with gr.Row():
+            steps, scale = steps_field(studio), guidance_field(studio)
+        with gr.Row():
+            seed, images = seed_field(), count_field(studio.limits.images)
+    return [change, steps, scale, seed, images]
 
 
 def seed_field() -> Any:

@@ -20,10 +20,10 @@ from svg_t2i.web.parts import (
     image_field,
     messages,
     prompt_field,
+    redrawing_fields,
     results,
     seed_field,
     steps_field,
-    strength_field,
 )
 from svg_t2i.web.requests import MAX_LIKENESS, MAX_WAY, Studio, fitting_size, parameters_of
 
@@ -82,13 +82,8 @@ def image_tab(studio: Studio, shared: list[Any]) -> Tab:
             image = image_field("image")
             prompt = prompt_field(studio.limits, "image_prompt")
             pair = buttons("redraw", "Redraw")
-            with gr.Column(elem_classes="settings"):
-                strength = strength_field(0.6)
-                with gr.Row():
-                    steps, scale = steps_field(studio), guidance_field(studio)
-                with gr.Row():
-                    seed, images = seed_field(), count_field(studio.limits.images)
-        inputs = [image, prompt, strength, steps, scale, seed, images, *shared]
+            settings = redrawing_fields(studio, strength=0.6)
+        inputs = [image, prompt, *settings, *shared]
         tab = results(studio.redraw, inputs, "redraw", pair, [prompt])
     tab.image = image
     return tab
@@ -104,13 +99,8 @@ def inpainting_tab(studio: Studio, shared: list[Any]) -> Tab:
             )  # fmt: skip
             prompt = prompt_field(studio.limits, "inpaint_prompt")
             pair = buttons("inpaint", "Repaint")
-            with gr.Column(elem_classes="settings"):
-                strength = strength_field(1.0)
-                with gr.Row():
-                    steps, scale = steps_field(studio), guidance_field(studio)
-                with gr.Row():
-                    seed, images = seed_field(), count_field(studio.limits.images)
-        inputs = [drawing, prompt, strength, steps, scale, seed, images, *shared]
+            settings = redrawing_fields(studio, strength=1.0)
+        inputs = [drawing, prompt, *settings, *shared]
         tab = results(studio.inpaint, inputs, "inpaint", pair, [prompt])
     tab.image = drawing
     return tab

@@ -24,25 +24,11 @@ from svg_t2i.transformer.model import DiTConfig, SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 QKV = "layers.0.attention.qkv"
-FAST = ("optim.lr=0.05", "optim.warmup_steps=0", "optim.eps=1e-8", "train.ema_decay=0.5")
-
-
-@pytest.fixture(scope="module")
-def base(toy_parts, tmp_path_factory):
-    """A run whose weights are not those of the start, which predict zero."""
-    folder = tmp_path_factory.mktemp("base") / "run"
-    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder}", *FAST])
-    return folder
 
 
 @pytest.fixture
-def train(toy_parts, tmp_path, base):
-    def run(name, *overrides):
-        settings = [f"init_from={base}", f"results_dir={tmp_path / name}", "lora.rank=2", *FAST, *overrides]
-        main(["--config", str(toy_parts / "train.yaml"), *settings])
-        return tmp_path / name
-
-    return run
+def train(tune):
+    return lambda name, *overrides: tune(name, "lora.rank=2", *overrides)
 
 
 def stored(folder, part="ema"):

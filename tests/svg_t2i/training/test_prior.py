@@ -13,7 +13,6 @@ from svg_t2i.checkpoints.weights import read_transformer
 from svg_t2i.data.sources import make_datasets, open_sources
 from svg_t2i.evaluation.evaluate import sample_batch
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.train import main
 from svg_t2i.training import loop
 from svg_t2i.training.settings import TrainConfig
 
@@ -24,24 +23,11 @@ PRIOR = (
     "samples.guidance_scale=2",
     "samples.time_shift=2",
 )
-SETTINGS = ("optim.lr=0.05", "optim.warmup_steps=0", "optim.eps=1e-8")
-
-
-@pytest.fixture(scope="module")
-def base(toy_parts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "run"
-    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder}", *SETTINGS])
-    return folder
 
 
 @pytest.fixture
-def train(toy_parts, tmp_path, base):
-    def run(name, *overrides):
-        settings = [f"results_dir={tmp_path / name}", f"init_from={base}", *SETTINGS, *PRIOR, *overrides]
-        main(["--config", str(toy_parts / "train.yaml"), *settings])
-        return tmp_path / name
-
-    return run
+def train(tune):
+    return lambda name, *overrides: tune(name, *PRIOR, *overrides)
 
 
 @pytest.mark.parametrize("kind", [["lora.rank=2", "train.ema_decay=0"], ["train.ema_decay=0"]])
