@@ -422,3 +422,42 @@ def test_a_way_between_two_prompts_in_the_browser(address, browser):
     assert "second_prompt" in text
     assert len(images_of(browser, "interpolate_gallery")) >= 5
     assert console_errors(browser) == []
+
+
+def test_a_dropped_image_gives_its_settings_back(address, studio, browser):
+    *_, finished = studio.draw("a green triangle", "noise", 32, 48, 3, 1.5, 11, 1, "heun")
+    browser.get(address)
+    find(browser, "#prompt textarea")
+    opened = [button for button in browser.find_elements("css selector", "button") if "of an image" in button.text]
+    opened[0].click()
+    find(browser, "#restore input[type=file]").send_keys(finished.items[0][0])
+    prompt = find(browser, "#prompt textarea")
+    wait_for(lambda: prompt.get_attribute("value") == "a green triangle", "the prompt")
+    assert find(browser, "#negative textarea").get_attribute("value") == "noise"
+    assert [value_of(browser, label) for label in ("Width", "Height", "Steps", "Guidance")] == ["32", "48", "3", "1.5"]
+    assert console_errors(browser) == []
+
+
+def test_stop_ends_within_a_step_and_says_so(address, studio, browser, monkeypatch):
+    calls, original = [], studio.pipeline.transformer.forward_packed
+
+    def slow(*arguments):
+        calls.append(time.sleep(0.3))
+        return original(*arguments)
+
+    monkeypatch.setattr(studio.pipeline.transformer, "forward_packed", slow)
+    browser.get(address)
+    find(browser, "input[aria-label='number input for Steps']").send_keys(SELECT_ALL, "20\ue004")
+    find(browser, "#prompt textarea").send_keys("noise", "\ue007")
+    status = find(browser, "#draw_status")
+    wait_for(lambda: re.search(r"step \d+ of 20, \d+ s left", status.text), "a step")
+    assert browser.find_elements("css selector", "#draw_status progress")
+    find(browser, "#draw_stop").click()
+    wait_for(lambda: status.text == "stopped", "the word")
+    time.sleep(1)
+    stopped_at = len(calls)
+    assert stopped_at < 20
+    time.sleep(1)
+    assert len(calls) == stopped_at
+    *_, finished = studio.draw("noise", "", 32, 32, 2, 1.0, 0, 1, "dpm")  # the next visitor is served
+    assert finished.items
