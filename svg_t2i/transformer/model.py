@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,10 @@ class DiTConfig:
             raise UserError(
                 f"DiTConfig: axes_dims {self.axes_dims} must be even and sum to dim / n_heads = {self.head_dim}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; peft before 0.18 asks a model's config for them."""
+        return dict(vars(self))
 
     @property
     def head_dim(self) -> int:

@@ -74,7 +74,7 @@ def test_the_file_gives_the_pictures_of_the_run(train, base, settings):
     folder = train("lora", *settings)
     run, plain = SVGT2IPipeline.from_pretrained(folder), SVGT2IPipeline.from_pretrained(base)
     wanted, without = draw(run), draw(plain)
-    plain.load_lora_weights(folder)
+    plain.load_lora_weights(folder, weight_name=FILE)
     assert np.abs(draw(plain) - wanted).max() <= 1
     assert np.abs(wanted - without).max() > 3
     plain.fuse_lora()

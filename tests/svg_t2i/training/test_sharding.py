@@ -100,7 +100,7 @@ def test_compiled_blocks_may_be_recomputed(model, monkeypatch, mode, backend):
     torch 2.10 learns that sizes vary from the second batch, and compiles each once more.
     """
 
-    def dense(q, k, v, segments):
+    def dense(q, k, v, segments, backend):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         same = segments.owner[:, None] == segments.owner
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
