@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import REPO_ROOT, UserError, build, read_config
+from autoencoder.common.config import REPO_ROOT, UserError, build, locate, read_config
 from autoencoder.common.processes import choose_device
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import Reading
@@ -154,16 +154,19 @@ def stated_licence(folder: Path) -> str | None:
 def example_prompts(folder: Path) -> list[str]:
     """Prompts to begin with: those of the run's pictures during training, of its data, or the repository's."""
     config = folder / "config.yaml"
-    if config.is_file():
-        try:
-            run = build(TrainConfig, read_config(config), str(config))
-            source = open_source(run.data.all_sources[0].path, Reading())
-            places = random.Random(0).sample(range(len(source)), min(len(source), 10 * EXAMPLES))
-            found = run.samples.prompts or [source[i].captions[0] for i in places]
-            return list(dict.fromkeys(found))[:EXAMPLES]
-        except (UserError, IndexError):  # its data is not here any more
-            return []
-    return [prompt.text for prompt in read_prompts(REPO_ROOT / "configs" / "example_prompts.txt")[:EXAMPLES]]
+    if not config.is_file():
+        return [prompt.text for prompt in read_prompts(REPO_ROOT / "configs" / "example_prompts.txt")[:EXAMPLES]]
+    try:
+        run = build(TrainConfig, read_config(config), str(config))
+        data = run.data.all_sources[0].path
+        if run.samples.prompts or not locate(data).exists():  # nothing is downloaded for an example
+            return list(run.samples.prompts[:EXAMPLES])
+        source = open_source(data, Reading())
+        places = random.Random(0).sample(range(len(source)), min(len(source), 10 * EXAMPLES))
+        return list(dict.fromkeys(source[i].captions[0] for i in places if source[i].captions))[:EXAMPLES]
+    except UserError as error:
+        print(f"no examples on the page: {error}", flush=True)
+        return []
 
 
 @command

@@ -70,7 +70,8 @@ def _read_checkpoint(folder: Path, ema: bool | float) -> TransformerFile:
 
 def _adapted(adapter: Mapping[str, Tensor], meta: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     """The weights of the model that was adapted (averaged ones, where it has such), with the adapter added to them."""
-    settings = build(LoraSettings, meta["config"]["lora"], source=str(folder / META))
+    settings = build(LoraSettings, meta["config"].get("lora"), source=str(folder / META))
+    _check_bases(folder)
     try:
         base = load_base(meta[BASE]["folder"], meta[BASE]["digest"])
     except UserError as error:
@@ -79,6 +80,20 @@ def _adapted(adapter: Mapping[str, Tensor], meta: Mapping[str, Any], folder: Pat
             f"its kind and the adapter's file: --checkpoint MODEL --lora RUN/{ADAPTER_FILE}"
         ) from error
     return merge_adapter(base, settings, adapter).state_dict()
+
+
+def _check_bases(folder: Path) -> None:
+    """UserError where adapters of adapters lead nowhere: a checkpoint may come from a stranger."""
+    seen: list[Path] = []
+    while (meta := read_meta(folder)).get(BASE) is not None:
+        seen.append(Path(folder).resolve())
+        base = meta[BASE]
+        named = isinstance(base, dict) and all(isinstance(base.get(name), str) for name in ("folder", "digest"))
+        if not named or locate(base["folder"]).resolve() in seen:
+            raise UserError(f"{Path(folder) / META}: base = {base!r} names no model that an adapter could be of")
+        folder = locate(base["folder"])
+        if not folder.is_dir():
+            return  # `load_base` says so
 
 
 def load_base(folder: str | os.PathLike, digest: str | None = None) -> SVGDiT:

@@ -74,7 +74,8 @@ class AdapterShelf:
     """The adapters of a folder and its subfolders, of which one at a time is put on; each is loaded when first wanted.
 
     Attributes:
-        files: name → file. A file of diffusers' name is called after its folder, others after themselves.
+        files: name → file. A file of diffusers' name is called after its folder, where it is alone; others after
+            themselves.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
@@ -83,8 +84,13 @@ class AdapterShelf:
         self._loaded: dict[str, str] = {}
         if folder is None:
             return
-        for path in sorted(Path(folder).expanduser().rglob("*.safetensors")):
-            self.files[path.parent.name if path.name == FILE else path.stem] = path
+        root = Path(folder).expanduser()
+        for path in sorted(root.rglob("*.safetensors")):
+            if path.name != FILE and (path.parent / FILE).is_file():
+                continue  # such as the statistics in the folder of a run
+            own = path.relative_to(root)
+            short = own.parent if path.name == FILE and own.parent.name else own.with_suffix("")
+            self.files[str(own) if str(short) in self.files else str(short)] = path
         if not self.files:
             raise UserError(f"{str(folder)!r}: no adapters (*.safetensors) in this folder")
 

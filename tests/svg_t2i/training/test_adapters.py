@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from autoencoder.common.config import UserError
+from autoencoder.common.durable import sha256
 from svg_t2i import export
 from svg_t2i.checkpoints.adapters import FILE, LoraSettings, add_adapter
 from svg_t2i.checkpoints.run import newest_checkpoint, stored_tensors
@@ -224,3 +225,31 @@ def test_a_model_that_is_gone_or_changed(train, base, tmp_path):
     finally:
         shutil.rmtree(newest)
         moved.rename(newest)
+
+
+@pytest.mark.parametrize("base_of", ["itself", "each other", "a number", "nothing"])
+def test_a_checkpoint_of_a_stranger_leads_nowhere(train, tmp_path, base_of):
+    """Bases in a circle, or what is none, are one error."""
+    folders = [newest_checkpoint(train(name, "train.max_steps=1") / "checkpoints") for name in ("one", "two")]
+    bases = {
+        "itself": [{"folder": str(folders[0]), "digest": "x"}] * 2,
+        "each other": [{"folder": str(folder), "digest": "x"} for folder in folders[::-1]],
+        "a number": [7, 7],
+        "nothing": [{}, {}],
+    }[base_of]
+    for folder, base in zip(folders, bases, strict=True):
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | {"base": base}))
+        (folder / "COMMITTED").write_text(sha256(folder / "meta.json"))
+    with pytest.raises(UserError, match="names no model that an adapter could be of"):
+        read_transformer(folders[0])
+
+
+def test_an_adapter_of_an_adapter(train):
+    """The base of the second is the first with its base."""
+    first = train("first")
+    second = train("second", f"init_from={first}")
+    change = read_transformer(second).state[f"{QKV}.weight"] - read_transformer(first).state[f"{QKV}.weight"]
+    adapter = stored(second)
+    wanted = adapter[f"{QKV}.lora_B.default.weight"] @ adapter[f"{QKV}.lora_A.default.weight"]
+    torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from autoencoder.common.config import UserError
-from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter, write_adapter
+from svg_t2i.checkpoints.adapters import FILE, LoraSettings, add_adapter, write_adapter
 from svg_t2i.loading.adapters import AdapterShelf
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.transformer.model import DiTConfig, SVGDiT
@@ -182,6 +183,9 @@ def test_adapters_are_chosen_by_name(saved_pipeline, tmp_path):
     assert np.array_equal(draw("strong", 0.0)[0], plain)
     with pytest.raises(UserError, match="the adapter's weight = 9: numbers from -4"):
         draw("strong", 9)
+    shutil.copy(tmp_path / "weak" / FILE, tmp_path / "weak" / "latent_stats.safetensors")
+    shutil.copy(tmp_path / "weak" / FILE, tmp_path / "weak.safetensors")
+    assert list(AdapterShelf(tmp_path).files) == ["strong", "weak", "weak.safetensors"]
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no adapters .*in this folder"):
         AdapterShelf(tmp_path / "none")
