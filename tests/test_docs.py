@@ -18,7 +18,10 @@ from typing import get_type_hints
 import pytest
 from PIL import Image
 
+from autoencoder.common.config import load_config
 from autoencoder.sources.opening import open_source
+from svg_t2i.planning.gpus import find_gpu
+from svg_t2i.planning.training import plan_training
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.model import DiTConfig
 from tests.test_commands import parsers
@@ -136,6 +139,23 @@ def test_trees_list_every_room(document):
         rooms = {path.parent.name for path in (REPO_ROOT / package).glob("*/__init__.py")}
         part = tree.split(f"{package}/ ")[1].split("\nsvg_t2i/")[0].split("\nconfigs/")[0]
         assert set(re.findall(r"^  (\w+)/ ", part, flags=re.MULTILINE)) == rooms
+
+
+STAGES = ("stage1_256", "stage2_512", "stage3_1024", "stage4_sft")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_numbers_of_the_recipe_are_those_of_the_files(stage):
+    (row,) = re.findall(rf"^\| `{stage}` \|(.*)\|$", (REPO_ROOT / "docs" / "recipe.md").read_text(), flags=re.MULTILINE)
+    side, batch, steps, images, tokens, operations, total, hours = (float(cell) for cell in row.split("|"))
+    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / f"{stage}.yaml")
+    found = plan_training(config, find_gpu("h100"), gpus=64)
+    assert (side, batch, steps) == (config.data.resolution, config.train.global_batch_size, config.train.max_steps)
+    assert images == pytest.approx(batch * steps / 1e6, rel=0.01)
+    assert tokens == pytest.approx(found.image_tokens * batch * steps / 1e9, rel=0.01)
+    assert operations == pytest.approx(found.flops_per_image / 1e12, rel=0.01)
+    assert total == pytest.approx(found.flops_per_image * batch * steps / 1e18, rel=0.01)
+    assert hours == pytest.approx(64 * steps * found.best.seconds / 3600, rel=0.01)
 
 
 # ---- running them ---------------------------------------------------------------------------------------------------

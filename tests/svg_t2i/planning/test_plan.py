@@ -48,7 +48,7 @@ def test_the_issue_s_own_line(capsys):
     assert "fastest that fits: parallel.data_parallel=hsdp parallel.activation_checkpointing=none" in out
     assert out.count("← fastest") == 1
     assert "An estimate" in out
-    assert "400000 steps" in out
+    assert "91000 steps" in out
 
 
 def test_more_gpus_are_faster_and_hold_less(stage1):
