@@ -41,6 +41,7 @@ from svg_t2i.training.prior import with_prior
 from svg_t2i.training.settings import TrainConfig, changed_settings
 from svg_t2i.training.sharding import parallelize
 from svg_t2i.training.step import FlowObjective, TrainState
+from svg_t2i.training.validation import Validation
 
 log = logging.getLogger("svg_t2i")
 
@@ -118,9 +119,10 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
     if state.step >= config.train.max_steps:
         log.info("the run in %s is done; raise train.max_steps to go on", config.results_dir)
         return 0
+    validation = None if config.validation is None else Validation(config, config.validation, world)
     open_loader = make_loader(replace(config, data=data), sources, frozen, world)
     meta = checkpoint_meta(config, state, frozen) | base | {"data": contents}
-    code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock).run()
+    code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock, validation).run()
     if world.is_main:
         manifest.failures.report()
     return code

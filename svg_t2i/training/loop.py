@@ -27,6 +27,7 @@ from svg_t2i.training.pictures import evaluate_averaged, sample_grid
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import whole_tensor
 from svg_t2i.training.step import TrainState, train_step
+from svg_t2i.training.validation import Validation
 
 log = logging.getLogger("svg_t2i")
 
@@ -39,6 +40,7 @@ class TrainLoop:
         open_loader: (first step, number of workers) → this rank's micro-batches from that step on.
         meta: recorded in every checkpoint.
         lock: of the results folder, on the rank that holds it.
+        validation: the held-out samples, where there are some.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class TrainLoop:
         meta: dict[str, Any],
         world: World,
         lock: RunLock | None = None,
+        validation: Validation | None = None,
     ):
         self.config, self.state, self.objective, self.frozen = config, state, objective, frozen
         self.open_loader, self.meta, self.world, self.lock = open_loader, meta, world, lock
+        self.validation = validation
         loop, folder = config.train, Path(config.results_dir)
         self.meter = Meter(world, config, state.transformer.config)
         self.logger = ProgressLogger(config, state.step, world)
@@ -135,9 +139,13 @@ class TrainLoop:
             self.logger.write(step, values, learning_rate(step - 1, self.config.optim, loop.max_steps))
 
     def show_if_due(self, stop: bool) -> None:
-        """Pictures and metrics of the averaged weights."""
+        """The loss on held-out samples; pictures and metrics of the averaged weights."""
         step, samples, evaluation = self.state.step, self.config.samples, self.config.evaluation
+        held_out = self.config.validation
         with self.watchdog.paused():
+            if held_out and self.validation and not stop and (self.last or step % held_out.every == 0):
+                losses = self.validation.measure(self.objective, self.state.transformer, self.frozen)
+                self.logger.validation(step, losses)
             if samples.every and not stop and (self.last or step % samples.every == 0):
                 grid = sample_grid(self.state, self.frozen, self.config, self.world)
                 if grid is not None:

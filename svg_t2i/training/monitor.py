@@ -182,6 +182,13 @@ class ProgressLogger:
             log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self._record({f"eval/{name}": value for name, value in values.items()}, step)
 
+    def validation(self, step: int, losses: Sequence[float]) -> None:
+        """The loss on held-out samples at equally spaced times; the same on every rank."""
+        mean = sum(losses) / len(losses)
+        log.info("step %d/%d  validation loss %.5f", step, self.config.train.max_steps, mean)
+        named = {f"validation/{name}": loss for name, loss in loss_scalars(losses).items()}
+        self._record({"validation/loss": mean, **named}, step)
+
     def _record(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
             self._on_board(lambda board, name=name, value=value: board.add_scalar(name, value, step))

@@ -174,6 +174,19 @@ class SamplesConfig(SamplingOptions):
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on held-out samples: see `svg_t2i.training.validation`."""
+
+    path: str  # whatever holds images and captions, as data.path
+    every: int = 1000  # steps
+    num_samples: int = 64  # spread evenly over the data
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "every", self.every, "at least 1")
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+
+
+@dataclass(frozen=True)
 class PriorConfig:
     """Pictures that the model draws before it is fine-tuned, and sees while it is: see `svg_t2i.training.prior`."""
 
@@ -203,6 +216,7 @@ class TrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     evaluation: EvaluationConfig | None = None  # metrics of the averaged weights, every so many steps
+    validation: ValidationConfig | None = None  # the loss on held-out samples, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
     lora: LoraSettings | None = None  # train an adapter of the model in `init_from`, instead of all weights
     prior_preservation: PriorConfig | None = None  # keep what the model can do, by pictures that it draws itself

@@ -43,13 +43,16 @@ class FlowObjective(nn.Module):
         self.flow, self.channels = config.flow, transformer.config.in_channels
         self.seed, self.precision = config.train.seed, config.train.precision
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """-> per-sample loss (B,) and the timesteps (B,) it was taken at, both fp32."""
+    def forward(self, batch: MicroBatch, t: float | None = None) -> tuple[Tensor, Tensor]:
+        """-> per-sample loss (B,) and the timesteps (B,) it was taken at, both fp32. t: one for all, else drawn."""
         patch = self.transformer.config.patch_size
         lengths = tuple(h * w // patch**2 for h, w in batch.sizes)
         keys = random_keys(self.seed, batch.positions)
-        factor = self.flow.factor(batch.resolutions, self.channels)
-        timesteps = shift_time(draw_timesteps(keys, self.flow.snr_type, self.flow.mu), factor)
+        if t is None:
+            factor = self.flow.factor(batch.resolutions, self.channels)
+            timesteps = shift_time(draw_timesteps(keys, self.flow.snr_type, self.flow.mu), factor)
+        else:
+            timesteps = torch.full(batch.positions.shape, t, device=batch.positions.device)
         noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
         noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
         with mixed_precision(self.precision, noisy.device):

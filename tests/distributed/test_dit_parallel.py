@@ -54,6 +54,11 @@ COMMON = [
 ]  # fmt: skip
 
 
+def config_of(parts):
+    """The settings of all runs: the loss on held-out samples is measured twice."""
+    return ["--config", str(parts / "train.yaml"), f"validation={{path: {parts / 'manifest.jsonl'}, every: 2}}"]
+
+
 def play(parts, folder, runs, ports):
     """Some runs, one after another, on this rank; -> the names of those with sharded weights, and exit codes."""
     sharded, codes, start, step = [], {}, TrainState.start.__func__, loop.train_step
@@ -76,7 +81,7 @@ def play(parts, folder, runs, ports):
         TrainState.start = classmethod(spy)
         loop.train_step = step_with_signal if name == "stopped" else step
         try:
-            main(["--config", str(parts / "train.yaml"), f"results_dir={folder / name}", *COMMON, *settings])
+            main([*config_of(parts), f"results_dir={folder / name}", *COMMON, *settings])
         except SystemExit as end:
             codes[name] = end.code
     return sharded, codes
@@ -101,7 +106,7 @@ def runs(toy_parts, tmp_path_factory, run_processes, free_port):
         for sharded, codes in results:
             assert sharded == [name for name in together if not name.startswith("ddp")]
             assert codes == {name: 75 for name in together if name == "stopped"}
-    main(["--config", str(toy_parts / "train.yaml"), f"results_dir={folder / 'one'}", *COMMON])
+    main([*config_of(toy_parts), f"results_dir={folder / 'one'}", *COMMON])
     return folder
 
 
@@ -119,10 +124,10 @@ def difference(folder, one, two, step=4):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def logged(run, name):
+def logged(run, name, group="train"):
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
-    return [event.value for event in board.Scalars(f"train/{name}")]
+    return [event.value for event in board.Scalars(f"{group}/{name}")]
 
 
 @pytest.mark.parametrize("name", [*(name for name in RUNS if name != "bf16"), *RUNS_OF_THREE, "hsdp"])
@@ -131,6 +136,9 @@ def test_several_processes_compute_what_one_does(runs, name):
     assert difference(runs, "one", name) <= 1e-6
     for value in ("loss", "grad_norm", "text_tokens"):
         assert logged(runs / name, value) == pytest.approx(logged(runs / "one", value), rel=1e-5)
+    held_out = [logged(runs / run, "loss", "validation") for run in ("one", name)]
+    assert len(held_out[0]) == 2
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
