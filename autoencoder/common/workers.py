@@ -21,7 +21,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +35,7 @@ from autoencoder.common.stopping import survive_requests
 T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")
+DYING_SECONDS = 2.0  # that a killed worker may take to end, once its connections have
 CANNOT_HAND_OVER = 74  # EX_IOERR of sysexits.h: exit code of a worker whose batch did not fit shared memory
 SHOW_STACKS = getattr(signal, "SIGUSR2", None)  # makes a worker print its stacks
 
@@ -69,14 +72,23 @@ class WorkerLoader(DataLoader[T]):
             if not traceback.startswith(f"Caught {name} "):
                 raise
             raised, failed = UserError(message.rstrip()), error
-        except RuntimeError as error:
-            codes = [worker.exitcode for worker in workers if worker.exitcode]
+        except (RuntimeError, OSError, EOFError) as error:
+            codes = _exit_codes(workers)
             if not codes:
                 raise
             raised, failed = WorkersDied(_cause(codes)), error
         failed.__traceback__ = None  # refers to torch's iterator, which stops its workers only when it is let go
         del batches
         raise raised
+
+
+def _exit_codes(workers: Iterable[BaseProcess]) -> list[int]:
+    """Those of workers that failed. One that is killed loses its connections a moment before it has ended."""
+    ending = wait([worker.sentinel for worker in workers], timeout=DYING_SECONDS)
+    for worker in workers:
+        if worker.sentinel in ending:
+            worker.join(DYING_SECONDS)
+    return [worker.exitcode for worker in workers if worker.exitcode]
 
 
 def _cause(codes: list[int]) -> str:
