@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -82,8 +82,10 @@ class WorkerLoader(DataLoader[T]):
         raise raised
 
 
-def _exit_codes(workers: Iterable[BaseProcess]) -> list[int]:
+def _exit_codes(workers: Set[BaseProcess]) -> list[int]:
     """Those of workers that failed. One that is killed loses its connections a moment before it has ended."""
+    if not workers:
+        return []
     ending = wait([worker.sentinel for worker in workers], timeout=DYING_SECONDS)
     for worker in workers:
         if worker.sentinel in ending:

@@ -109,8 +109,13 @@ def draw(thing: Thing, rng: np.random.Generator | None = None) -> Image.Image:
     dx, dy, growth = rng.uniform(-1, 1, 3) if rng is not None else (0.0, 0.0, 0.0)
     x, y = PLACES[thing.place]
     centre = (x + PLACE_JITTER * dx, y + PLACE_JITTER * dy)
-    mask = shape_mask(thing.shape, centre, SIZES[thing.size] * (1 + SIZE_JITTER * growth))[..., None]
-    pixels = mask * np.array(COLOURS[thing.colour]) + (1 - mask) * np.array(GROUND)
+    return paint(thing.shape, thing.colour, centre, SIZES[thing.size] * (1 + SIZE_JITTER * growth))
+
+
+def paint(shape: str, colour: str, centre: tuple[float, float], half_side: float) -> Image.Image:
+    """A picture of a shape on plain ground, RGB, SIZE x SIZE; arguments as of `shape_mask`."""
+    mask = shape_mask(shape, centre, half_side)[..., None]
+    pixels = mask * np.array(COLOURS[colour]) + (1 - mask) * np.array(GROUND)
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from draw import COLOURS, GROUND, NEW_SHAPE, PLACES, SIZES, Thing, all_things, draw, shape_mask, write_jsonl
+from draw import COLOURS, NEW_SHAPE, PLACES, SIZES, Thing, all_things, draw, paint, write_jsonl
 from pictures import write_grid
 from PIL import Image
 from score import HALF_SIDES, Templates, score, shape_templates
-from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples
+from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
@@ -67,6 +67,7 @@ class Lesson(Steps):
         write_jsonl(self.output / "prompts.jsonl", [{"prompt": thing.caption} for thing in self.asked + self.old])
 
     def train(self) -> None:
+        """The adapter, on the stars and on what the model draws of what it knows."""
         short = ("train.max_steps=4", "train.ckpt_every=4", "prior_preservation.num_images=4")
         batch = 32 // self.processes
         self.train_transformer(
@@ -100,14 +101,8 @@ class Lesson(Steps):
     def templates(self) -> Templates:
         """The drawn shapes, and stars as the autoencoder shows them, of all places and sizes and some colours."""
         wanted = list(itertools.product(HALF_SIDES, PLACES.values(), ("red", "green", "cyan")))
-        shown = autoencode(self.quickstart, [self.star(place, colour, half) for half, place, colour in wanted])
+        shown = autoencode(self.quickstart, [paint(NEW_SHAPE, colour, place, half) for half, place, colour in wanted])
         return shape_templates().with_pictures(NEW_SHAPE, list(zip(shown, (float(half) for half, _, _ in wanted))))
-
-    @staticmethod
-    def star(place: tuple[float, float], colour: str, half_side: float) -> Image.Image:
-        mask = shape_mask(NEW_SHAPE, place, half_side)[..., None]
-        pixels = mask * np.array(COLOURS[colour]) + (1 - mask) * np.array(GROUND)
-        return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
 def learn(lesson: Lesson) -> None:
@@ -145,6 +140,7 @@ def learn(lesson: Lesson) -> None:
 
 @command
 def main(argv: list[str]) -> None:
+    """The lesson that the command line describes."""
     parser = Parser(description="The quickstart's model learns a new word.", prog="bash scripts/quickstart_lora.sh")
     parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart"), help="what quickstart.sh made")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart_lora"), help="folder to write")
@@ -153,8 +149,7 @@ def main(argv: list[str]) -> None:
     quickstart, output = args.quickstart.resolve(), args.output.resolve()
     if not (quickstart / "transformer" / "checkpoints").is_dir():
         raise UserError(f"--quickstart {quickstart} has no trained model: bash scripts/quickstart.sh makes one")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
+    require_empty(output)
     output.mkdir(parents=True, exist_ok=True)
     lesson = Lesson(quickstart, output, args.short)
     learn(lesson)

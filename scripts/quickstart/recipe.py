@@ -27,10 +27,9 @@ from draw import NEW_SHAPE, SIZE, all_things, draw, write_data_set, write_jsonl
 from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
-from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples
+from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import UserError
 from autoencoder.images.files import (
     aspect_buckets,
     crop_square,
@@ -274,13 +273,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """The recipe that the command line describes."""
     args = parse_arguments(argv)
     output, own_data = args.output.resolve(), args.data is not None
     if args.pictures:
         draw_pictures(output)
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
+    require_empty(output)
     if own_data:  # complain before anything is written
         reading = Reading(
             image_column=args.image_column, caption_column=args.caption_column, failures=Failures(args.max_errors)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from autoencoder.common.config import UserError
 from autoencoder.images.files import to_float, to_pil, to_uint8_tensor
 from autoencoder.model import SVGAutoencoder
 
@@ -67,6 +68,12 @@ def divide_cores() -> tuple[int, int]:
     """
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     return (1 if torch.cuda.is_available() else min(2, threads)), threads
+
+
+def require_empty(output: Path) -> None:
+    """UserError where `output` is anything but an empty folder, or not there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
 
 
 def read_samples(folder: Path) -> list[Image.Image]:

@@ -73,7 +73,7 @@ def _adapted(adapter: Mapping[str, Tensor], meta: Mapping[str, Any], folder: Pat
     settings = build(LoraSettings, meta["config"].get("lora"), source=str(folder / META))
     _check_bases(folder)
     try:
-        base = load_base(meta[BASE]["folder"], meta[BASE]["digest"])
+        base, _ = load_base(meta[BASE]["folder"], meta[BASE]["digest"])
     except UserError as error:
         raise UserError(
             f"{folder} is an adapter without the model it was trained on: {error}. Bring that back, or give another of "
@@ -96,8 +96,8 @@ def _check_bases(folder: Path) -> None:
             return  # `load_base` says so
 
 
-def load_base(folder: str | os.PathLike, digest: str | None = None) -> SVGDiT:
-    """The model that an adapter is trained on: the averaged weights in a folder, fp32, on the CPU.
+def load_base(folder: str | os.PathLike, digest: str | None = None) -> tuple[SVGDiT, str]:
+    """The model that an adapter is trained on, and its digest: the averaged weights in a folder, fp32, on the CPU.
 
     digest: `weights_digest` of its weights, where they have to be certain ones.
 
@@ -108,7 +108,7 @@ def load_base(folder: str | os.PathLike, digest: str | None = None) -> SVGDiT:
     found = weights_digest(dict(base.named_parameters()))
     if digest is not None and found != digest:
         raise UserError(f"{folder} holds other weights than then ({found}, were {digest})")
-    return base
+    return base, found
 
 
 def _part(meta: Mapping[str, Any], ema: bool | float, folder: Path) -> str:

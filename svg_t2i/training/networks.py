@@ -11,7 +11,6 @@ import torch
 
 from autoencoder.common.config import UserError, locate
 from autoencoder.common.processes import World
-from autoencoder.common.weights import weights_digest
 from autoencoder.sources.source import ImageSource
 from svg_t2i.checkpoints import weights
 from svg_t2i.checkpoints.adapters import LoraSettings, add_adapter
@@ -81,8 +80,7 @@ def adapted_transformer(
     """
     recorded = {} if newest is None else weights.read_meta(newest).get(weights.BASE, {})
     folder = Path(recorded.get("folder") or find_transformer(locate(config.init_from or "")).resolve())
-    transformer = weights.load_base(folder, recorded.get("digest"))
-    digest = weights_digest(dict(transformer.named_parameters()))
+    transformer, digest = weights.load_base(folder, recorded.get("digest"))
     sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
     if sizes != transformer.config:
         other = [f"{key} is {value} there and {getattr(sizes, key)} here"

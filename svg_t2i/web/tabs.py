@@ -43,6 +43,7 @@ def restored(path: str | None) -> list[Any]:
 
 
 def text_tab(studio: Studio, shared: list[Any]) -> Tab:
+    """Text to image, with examples, and the settings of a dropped image."""
     limits, defaults = studio.limits, studio.pipeline.options
     with gr.Row():
         with gr.Column(scale=3, elem_classes="ask"):
@@ -77,6 +78,7 @@ def text_tab(studio: Studio, shared: list[Any]) -> Tab:
 
 
 def image_tab(studio: Studio, shared: list[Any]) -> Tab:
+    """An image redrawn after a prompt."""
     with gr.Row():
         with gr.Column(scale=3, elem_classes="ask"):
             image = image_field("image")
@@ -90,6 +92,7 @@ def image_tab(studio: Studio, shared: list[Any]) -> Tab:
 
 
 def inpainting_tab(studio: Studio, shared: list[Any]) -> Tab:
+    """An image whose painted part is redrawn."""
     with gr.Row():
         with gr.Column(scale=3, elem_classes="ask"):
             drawing = gr.ImageEditor(
@@ -107,6 +110,7 @@ def inpainting_tab(studio: Studio, shared: list[Any]) -> Tab:
 
 
 def variation_tab(studio: Studio, shared: list[Any]) -> Tab:
+    """Images like a given one."""
     with gr.Row():
         with gr.Column(scale=3, elem_classes="ask"):
             image = image_field("vary_image")
@@ -125,6 +129,7 @@ def variation_tab(studio: Studio, shared: list[Any]) -> Tab:
 
 
 def interpolation_tab(studio: Studio, shared: list[Any]) -> Tab:
+    """Images on the way from one prompt to another."""
     with gr.Row():
         with gr.Column(scale=3, elem_classes="ask"):
             first = prompt_field(studio.limits, "first_prompt", "From")

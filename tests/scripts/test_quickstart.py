@@ -74,7 +74,7 @@ def test_stars_are_told_from_what_was_known(draw, score):
     def shown(picture):
         return picture.filter(ImageFilter.GaussianBlur(1.5))
 
-    pictures = [(shown(lesson.Lesson.star((32, 32), "red", half)), float(half)) for half in score.HALF_SIDES]
+    pictures = [(shown(draw.paint(draw.NEW_SHAPE, "red", (32, 32), half)), float(half)) for half in score.HALF_SIDES]
     templates = score.shape_templates().with_pictures(draw.NEW_SHAPE, pictures)
     learnt, asked = lesson.pairs()
     assert (len(learnt), len(asked)) == (10, 20)
