@@ -17,7 +17,8 @@ import torch
 from diffusers import Lumina2Transformer2DModel
 from torch import Tensor, nn
 
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 RENAMES = {

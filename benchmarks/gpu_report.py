@@ -30,7 +30,7 @@ from autoencoder.common.weights import replacing, write_json
 from svg_t2i.checkpoints.weights import load_transformer
 from svg_t2i.planning.networks import transformer_counts
 from svg_t2i.planning.training import GB, measure_training
-from svg_t2i.transformer.model import MODELS
+from svg_t2i.transformer.config import MODELS
 
 MODEL = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 SHOWN = 60  # lines of a part's output

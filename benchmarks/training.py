@@ -43,8 +43,9 @@ from svg_t2i.training.monitor import Meter
 from svg_t2i.training.settings import LoopConfig, ParallelConfig, TrainConfig
 from svg_t2i.training.sharding import compiled_graphs, parallelize
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
+from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.flops import peak_tflops, training_flops
-from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 UNIFORM_TOKENS = 128

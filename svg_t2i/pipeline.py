@@ -450,7 +450,8 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
         masks = None if mask is None else inputs.masks_for(mask, request.sizes, each)
         starts = [start] * len(request.sizes)
         if strength is not None and strength < 1:
-            starts = [strength_start(settings, size, strength, running.scheduler) for size in request.sizes]
+            prediction, scheduler = self.transformer.config.prediction, running.scheduler
+            starts = [strength_start(settings, size, strength, prediction, scheduler) for size in request.sizes]
         networks = self.networks
         conditions = conditioning.encode_prompts(networks, request.prompts, settings)
         clean = [x for x in steps.encode_images(networks, images) for _ in range(each)]

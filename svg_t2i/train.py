@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import REPO_ROOT, UserError, load_config, save_config, to_dict
+from autoencoder.common.config import REPO_ROOT, UserError, build, load_config, save_config, to_dict
 from autoencoder.common.lock import RunLock
 from autoencoder.common.processes import World, start_world
 from autoencoder.sources.failures import FILE_NAME
@@ -42,6 +42,7 @@ from svg_t2i.training.settings import TrainConfig, changed_settings
 from svg_t2i.training.sharding import parallelize
 from svg_t2i.training.step import FlowObjective, TrainState
 from svg_t2i.training.validation import Validation
+from svg_t2i.transformer.config import DiTConfig
 
 log = logging.getLogger("svg_t2i")
 
@@ -158,10 +159,10 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
     """
     fingerprints, meta = frozen.fingerprints, checkpoint.read_meta(folder)
     checkpoint.check_fingerprints(folder, fingerprints["autoencoder"], fingerprints["text_encoder"])
-    sizes = to_dict(state.transformer.config)
-    if meta["model_args"] != sizes:
-        other = [f"{key} was {value} and is {sizes.get(key)}" for key, value in meta["model_args"].items()
-                 if sizes.get(key) != value]  # fmt: skip
+    now = vars(state.transformer.config)
+    before = vars(build(DiTConfig, meta["model_args"], source=str(folder)))  # an old one lacks what is newer
+    if before != now:
+        other = [f"{key} was {value} and is {now[key]}" for key, value in before.items() if now[key] != value]
         raise UserError(f"{folder} holds another model: {', '.join(other)}; choose another results_dir for this one")
     check_adapter(meta, config, folder)
     stored, parts = saving.stored_tensors(folder), state.tensors()

@@ -97,7 +97,8 @@ def toy_pipeline(toy_parts):
     from svg_t2i.pipeline import SVGT2IPipeline
     from svg_t2i.sampling.options import SamplingOptions
     from svg_t2i.text.encoder import TextEncoder
-    from svg_t2i.transformer.model import DiTConfig, SVGDiT
+    from svg_t2i.transformer.config import DiTConfig
+    from svg_t2i.transformer.model import SVGDiT
 
     torch.manual_seed(3)
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "axes_dims": (4, 6, 6), "multiple_of": 32}

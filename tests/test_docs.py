@@ -23,7 +23,7 @@ from autoencoder.sources.opening import open_source
 from svg_t2i.planning.gpus import find_gpu
 from svg_t2i.planning.training import plan_training
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.transformer.model import DiTConfig
+from svg_t2i.transformer.config import DiTConfig
 from tests.test_commands import parsers
 
 REPO_ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,8 @@ from torch.serialization import safe_globals
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.weights import read_state_dict
-from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT, published_state_dict
+from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.model import SVGDiT, published_state_dict
 
 ARGUMENTS = "model_args.pth"
 WEIGHTS = {"model": "consolidated.00-of-01.pth", "ema": "consolidated_ema.00-of-01.pth"}
@@ -70,6 +71,11 @@ def published_name(config: DiTConfig) -> str:
     Raises:
         UserError: it has none.
     """
+    if config.prediction != "velocity":
+        raise UserError(
+            f"a published folder cannot say that its model predicts {config.prediction}, and would be read as one that "
+            "predicts the velocity; export it without --published"
+        )
     free = {"in_channels": config.in_channels, "cap_feat_dim": config.cap_feat_dim, "qk_norm": config.qk_norm}
     for name, sizes in MODELS.items():
         if replace(sizes, **free) == config:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoencoder.common.config import UserError, build, locate, to_dict
 from autoencoder.common.weights import read_state_dict, weights_digest, write_json
@@ -32,7 +32,8 @@ from svg_t2i.checkpoints.run import (
     readable,
     stored_tensors,
 )
-from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_dict
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT, load_published_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -274,13 +275,18 @@ def compare_fingerprints(
         )
 
 
-def init_from(model: nn.Module, folder: str | os.PathLike) -> TransformerFile:
+def init_from(model: SVGDiT, folder: str | os.PathLike) -> TransformerFile:
     """Start `model` from the raw weights in `folder`, leaving out by name whatever is missing or of another shape.
 
     Raises:
-        UserError: as `read_transformer`, or if not one tensor fits.
+        UserError: as `read_transformer`, if not one tensor fits, or if that model predicts something else.
     """
     source = read_transformer(folder, ema=False)
+    if source.config.prediction != model.config.prediction:
+        raise UserError(
+            f"{folder}: that model predicts {source.config.prediction}, this one {model.config.prediction}; set "
+            f"model_overrides.prediction={source.config.prediction}, or start without init_from"
+        )
     own = model.state_dict()
     other = [key for key, value in source.state.items() if key in own and own[key].shape != value.shape]
     fitting = {key: value for key, value in source.state.items() if key in own and key not in other}

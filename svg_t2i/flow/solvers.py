@@ -158,12 +158,13 @@ def dopri5(
     callback: Callback | None = None,
     rtol: float = 1e-3,
     atol: float = 1e-6,
+    overshoot: bool = True,
 ) -> Tensor:
     """Dormand-Prince 5(4), adaptive: steps as long as the RMS of error / (atol + rtol |x|) over all latents is <= 1.
 
-    Steps do not stop at `times`: the states there, the last included, are read off a quartic through each step, so
-    the velocity may be asked for t slightly above 1. The whole batch shares one step size: solve samples one by one
-    where a result must not depend on its neighbours.
+    Steps do not stop at `times`: the states there are read off a quartic through each step. With `overshoot` not even
+    the last time stops them, so the velocity may be asked for t slightly above 1. The whole batch shares one step
+    size: solve samples one by one where a result must not depend on its neighbours.
 
     Raises:
         FloatingPointError: if the velocity is not a number, or no step is short enough.
@@ -175,6 +176,8 @@ def dopri5(
     slopes = x.new_empty(*x.shape, 7)  # summed in one go: on easy steps the error estimate is of rounding size
     for i, goal in enumerate(times[1:], start=1):
         while t < goal:
+            to_end = math.inf if overshoot else times[-1] - t
+            ends, dt = dt >= to_end, min(dt, to_end)
             slopes[..., 0] = v
             for stage, (node, weights) in enumerate(zip(_NODES, stages), start=1):
                 x_next = x + _advance(slopes, weights, dt)
@@ -185,7 +188,7 @@ def dopri5(
                 raise FloatingPointError(f"dopri5 is stuck at t={t:.6g}: velocity not finite, or step {dt} too short")
             if error <= 1:
                 dense = (t, dt, x, x_next, x + _advance(slopes, to_middle, dt), v, v_next)
-                x, v, t = x_next, v_next, t + dt
+                x, v, t = x_next, v_next, times[-1] if ends else t + dt
             growth = 0.9 * error**-0.2 if error > 0 else math.inf
             dt *= min(10.0, max(1.0 if error < 1 else 0.2, growth))
         state = _quartic(*dense, goal)
@@ -306,11 +309,12 @@ class Solver(NamedTuple):
     grid: Callable[[int, float], list[float]]  # (num_steps, shift) -> times
     default_shift: float
     adaptive: bool = False  # one step size for the whole batch, chosen on the way
+    ends_at_clean: bool = False  # its last step is x + (1 - t) v, the clean latents that are predicted at t
 
 
 SOLVERS = {
-    "dpm": Solver(dpm, dpm_times, 10.0),
-    "euler": Solver(euler, time_grid, 6.0),
+    "dpm": Solver(dpm, dpm_times, 10.0, ends_at_clean=True),
+    "euler": Solver(euler, time_grid, 6.0, ends_at_clean=True),
     "midpoint": Solver(midpoint, time_grid, 6.0),
     "heun": Solver(heun, time_grid, 6.0),
     "heun2": Solver(heun, time_grid, 6.0),
@@ -327,6 +331,7 @@ def sample(
     shift: float | None = None,
     callback: Callback | None = None,
     start: float = 0.0,
+    last: float = 1.0,
 ) -> Tensor:
     """Solve from noise to latents with a solver of the table, on its own time grid.
 
@@ -335,16 +340,29 @@ def sample(
             steps) for all others. "dopri5" only reports at these points; its steps follow from its tolerances.
         shift: time shift toward noise, > 0, 1 for none; None for the solver's default.
         start: where on the grid to begin; `noise` is then x_t at that time: half-noised latents.
+        last: no evaluation after this time, and if it is below 1 the last step ends at the clean latents that are
+            predicted there: for networks whose velocity is made from those, and is of no use near t = 1.
 
     Raises:
         ValueError: unknown solver, too few steps, a shift that is not positive, or a start outside [0, 1).
     """
-    times = solver_times(solver, num_steps, shift, start)
-    return SOLVERS[solver].solve(velocity, noise, times, callback)
+    times = solver_times(solver, num_steps, shift, start, last)
+    chosen = SOLVERS[solver]
+    if last == 1 or chosen.ends_at_clean:
+        return chosen.solve(velocity, noise, times, callback)
+    x = noise
+    if len(times) > 2:
+        x = chosen.solve(velocity, noise, times[:-1], callback, **({"overshoot": False} if chosen.adaptive else {}))
+    return _report(callback, len(times) - 1, 1.0, euler(velocity, x, times[-2:]))
 
 
-def solver_times(solver: str, num_steps: int, shift: float | None = None, start: float = 0.0) -> list[float]:
-    """The time grid of `sample`: that of the solver from `start` on, which becomes its first time."""
+def solver_times(
+    solver: str, num_steps: int, shift: float | None = None, start: float = 0.0, last: float = 1.0
+) -> list[float]:
+    """The time grid of `sample`: that of the solver from `start` on, which becomes its first time.
+
+    All but the final 1 are scaled about the first where the one before it would lie beyond `last`.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; choose from {sorted(SOLVERS)}")
     chosen = SOLVERS[solver]
@@ -354,4 +372,7 @@ def solver_times(solver: str, num_steps: int, shift: float | None = None, start:
     if not 0 <= start < 1:
         raise ValueError(f"start {start} must lie in [0, 1)")
     times = chosen.grid(num_steps, shift)
+    first, before = times[0], times[-2]
+    if before > last > first:
+        times = [first + (t - first) * ((last - first) / (before - first)) for t in times[:-2]] + [last, times[-1]]
     return [start] + [t for t in times if t > start] if start > times[0] else times

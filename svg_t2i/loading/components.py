@@ -20,7 +20,7 @@ from torch import nn
 from autoencoder import model as autoencoder_model
 from autoencoder.common.config import UserError, to_dict
 from svg_t2i.transformer import model as transformer_model
-from svg_t2i.transformer.model import DiTConfig
+from svg_t2i.transformer.config import DiTConfig
 
 
 def _through_forward(name: str) -> Callable[..., Any]:

@@ -16,7 +16,8 @@ from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.loading.quantization import count_quantizable
 from svg_t2i.planning.memory import META
 from svg_t2i.text.loading import skeleton
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import Sizes, TextFeatures
 
 GEMMA_PARAMETERS, GEMMA_WIDTH = 2_614_341_888, 2304  # gemma-2-2b

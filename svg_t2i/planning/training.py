@@ -27,8 +27,8 @@ from svg_t2i.planning.networks import (
 )
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import checkpoint_activations
+from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.flops import training_flops
-from svg_t2i.transformer.model import DiTConfig
 from svg_t2i.transformer.packing import Sizes
 
 GB = 1e9

@@ -21,7 +21,8 @@ from svg_t2i.flow.paths import expand_samples
 from svg_t2i.flow.solvers import SOLVERS, sample, solver_times
 from svg_t2i.sampling import schedulers
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.transformer.model import SVGDiT
+from svg_t2i.transformer.config import Prediction
+from svg_t2i.transformer.model import MIN_NOISE, SVGDiT
 from svg_t2i.transformer.packing import RefinedText, Sizes, TextFeatures
 
 # Latent cells times the model's width in one forward pass: beyond, what a CPU writes does not stay in its caches, and
@@ -145,26 +146,42 @@ def same_grid_groups(options: SamplingOptions, sizes: Sizes, scheduler: Any = No
     return list(groups.values())
 
 
-def count_steps(options: SamplingOptions, sizes: Sizes, start: float = 0.0, scheduler: Any = None) -> int:
+def count_steps(
+    options: SamplingOptions, sizes: Sizes, prediction: Prediction, start: float = 0.0, scheduler: Any = None
+) -> int:
     """How often a step callback will be called for images of these latent sizes."""
-    grids = (_times(options, sizes[rows[0]], scheduler) for rows in same_grid_groups(options, sizes, scheduler))
+    groups = same_grid_groups(options, sizes, scheduler)
+    grids = (_times(options, sizes[rows[0]], prediction, scheduler) for rows in groups)
     return sum(t > max(start, times[0]) for times in grids for t in times)
 
 
-def _times(options: SamplingOptions, size: tuple[int, int], scheduler: Any) -> list[float]:
+def last_time(prediction: Prediction) -> float:
+    """When a solver should ask for the last velocity at the latest."""
+    return 1 - MIN_NOISE if prediction == "data" else 1.0
+
+
+def _times(
+    options: SamplingOptions, size: tuple[int, int], prediction: Prediction, scheduler: Any = None
+) -> list[float]:
     shift = options.shift_for(size[0] * size[1])
     if scheduler is not None:
         return schedulers.prepare(scheduler, options.num_inference_steps, shift)[1]
-    return solver_times(options.solver, options.num_inference_steps, shift)
+    return solver_times(options.solver, options.num_inference_steps, shift, last=last_time(prediction))
 
 
-def strength_start(options: SamplingOptions, size: tuple[int, int], strength: float, scheduler: Any = None) -> float:
+def strength_start(
+    options: SamplingOptions,
+    size: tuple[int, int],
+    strength: float,
+    prediction: Prediction = "velocity",
+    scheduler: Any = None,
+) -> float:
     """The time where the last `strength` of the steps begins, as in diffusers' image-to-image; size (h, w) cells.
 
     Raises:
         UserError: that is less than one step.
     """
-    times = _times(options, size, scheduler)
+    times = _times(options, size, prediction, scheduler)
     steps = len(times) - 1
     if strength * steps < 1:
         raise UserError(f"strength = {strength}: of {steps} steps that is less than one; at least {1 / steps:.3g}")
@@ -209,7 +226,7 @@ def denoise(
         Normalised latents (C, h, w) per image.
     """
     sizes = tuple((x.shape[1], x.shape[2]) for x in latents)
-    finished: list[Tensor] = list(latents)
+    finished, prediction = list(latents), transformer.config.prediction
     guide_texts = None if conditions.guide is None else refine(conditions.guide, conditions.texts, packed)
     conditions = conditions.refined_for(transformer, packed)
     for rows in same_grid_groups(options, sizes, scheduler):
@@ -219,7 +236,8 @@ def denoise(
         x, _ = transformer.pack([latents[row] for row in rows])
         velocity = _velocity(transformer, sizes, conditions, guide_texts, rows, options, packed)
         if options.step_cache:
-            velocity = forecast(velocity, options.step_cache, _times(options, group[0], scheduler)[-2])
+            times = _times(options, group[0], prediction, scheduler)
+            velocity = forecast(velocity, options.step_cache, times[-2])
         if known is not None:
             target, _ = transformer.pack([known[row] for row in rows])
             mask, _ = transformer.pack([repaint[row].to(x.dtype).expand_as(known[row]) for row in rows])
@@ -232,13 +250,13 @@ def denoise(
                 raise Interrupted(tokens)
             return tokens
 
-        shift = options.shift_for(group[0][0] * group[0][1])
+        shift, steps = options.shift_for(group[0][0] * group[0][1]), options.num_inference_steps
         try:
             if scheduler is not None:
-                prepared, times = schedulers.prepare(scheduler, options.num_inference_steps, shift)
+                prepared, times = schedulers.prepare(scheduler, steps, shift)
                 x = schedulers.integrate(prepared, times, velocity, x, report, start)
             else:
-                x = sample(options.solver, velocity, x, options.num_inference_steps, shift, report, start)
+                x = sample(options.solver, velocity, x, steps, shift, report, start, last_time(prediction))
         except Interrupted as end:
             x = end.tokens
         if known is not None:

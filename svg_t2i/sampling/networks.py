@@ -72,7 +72,7 @@ def check_widths(autoencoder: SVGAutoencoder, transformer: SVGDiT, hidden_size: 
             f"the text encoder's features are {hidden_size} wide, the transformer expects {sizes.cap_feat_dim}: "
             "they do not belong together"
         )
-    for name in ("in_channels", "cap_feat_dim", "patch_size") if guide is not None else ():
+    for name in ("in_channels", "cap_feat_dim", "patch_size", "prediction") if guide is not None else ():
         ours, theirs = getattr(sizes, name), getattr(guide.config, name)
         if ours != theirs:
             raise UserError(f"the guide's {name} is {theirs}, the transformer's is {ours}: they do not fit")

@@ -202,7 +202,8 @@ def solve(
         UserError: the latents of an image are not finite; names the prompt and the step.
     """
     finite = _Finite()
-    total = count_steps(options, tuple((x.shape[1], x.shape[2]) for x in latents), start, running.scheduler)
+    sizes, prediction = tuple((x.shape[1], x.shape[2]) for x in latents), networks.transformer.config.prediction
+    total = count_steps(options, sizes, prediction, start, running.scheduler)
     with stage("denoising"), running.progress_bar(total=total) as bar:
 
         def on_step(step: int, t: float, group: list[Tensor], indices: list[int]) -> list[Tensor] | None:

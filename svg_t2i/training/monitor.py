@@ -29,8 +29,8 @@ from svg_t2i.flow.paths import LossBins
 from svg_t2i.training.optimizer import ema_decay
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import compiled_graphs
+from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.flops import peak_tflops, training_flops
-from svg_t2i.transformer.model import DiTConfig
 
 log = logging.getLogger("svg_t2i")
 

@@ -21,7 +21,7 @@ from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.flow.paths import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.transformer.model import MODELS, DiTConfig
+from svg_t2i.transformer.config import MODELS, DiTConfig
 
 
 @dataclass(frozen=True)

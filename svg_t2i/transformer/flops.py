@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svg_t2i.transformer.model import DiTConfig
+from svg_t2i.transformer.config import DiTConfig
 
 # Dense bf16 peak of one device, in TFLOP/s, by a part of its name; from the vendors' data sheets.
 PEAK_TFLOPS = {

@@ -7,15 +7,15 @@ Unusual here:
   norm's weight once per sample.
 
 Shapes: B samples, T tokens of all samples, D dim, H heads, d head_dim, C latent channels, p patch size. Time is 0 at
-noise and 1 at data; the output is the velocity data - noise. State-dict keys are the published ones.
+noise and 1 at data; the output is the velocity data - noise, also of a network that predicts the data. State-dict keys
+are the published ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, first_line
 from svg_t2i.transformer.attention import BACKENDS, Segments, attention
+from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.cpu_kernels import (
     attended_heads,
     gated_product,
@@ -34,68 +35,7 @@ from svg_t2i.transformer.cpu_kernels import (
 from svg_t2i.transformer.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
 
 QK_NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """Sizes of an SVGDiT; the field names are the published ones.
-
-    axes_dims splits head_dim over (caption index, row, column); axes_lens bounds those positions, exclusively.
-    """
-
-    dim: int
-    n_layers: int
-    n_heads: int
-    axes_dims: tuple[int, int, int]
-    n_kv_heads: int | None = None
-    n_refiner_layers: int = 2
-    patch_size: int = 1
-    in_channels: int = 384
-    cap_feat_dim: int = 2304
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-    axes_lens: tuple[int, int, int] = (600, 512, 512)
-
-    def __post_init__(self) -> None:
-        for name in ("axes_dims", "axes_lens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if len(getattr(self, name)) != 3:
-                raise UserError(f"DiTConfig.{name} needs 3 entries (caption, row, column), got {getattr(self, name)}")
-        for name, value in vars(self).items():
-            least = 0 if name == "n_refiner_layers" else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise UserError(f"DiTConfig.{name} must be at least {least}, got {value}")
-        if self.dim % self.n_heads:
-            raise UserError(f"DiTConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}")
-        if self.n_heads % self.kv_heads:
-            raise UserError(f"DiTConfig: n_heads {self.n_heads} is not divisible by n_kv_heads {self.kv_heads}")
-        if sum(self.axes_dims) != self.head_dim or any(dim % 2 for dim in self.axes_dims):
-            raise UserError(
-                f"DiTConfig: axes_dims {self.axes_dims} must be even and sum to dim / n_heads = {self.head_dim}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields; peft before 0.18 asks a model's config for them."""
-        return dict(vars(self))
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def modulation_dim(self) -> int:
-        return min(self.dim, 1024)
-
-    @property
-    def ffn_dim(self) -> int:
-        hidden = int(4 * self.dim * (self.ffn_dim_multiplier or 1.0))
-        return math.ceil(hidden / self.multiple_of) * self.multiple_of
+MIN_NOISE = 0.05  # of a network that predicts clean latents: the least 1 - t that a velocity is divided by
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -222,6 +162,15 @@ class FinalLayer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- model
 
 
+def velocity_to(clean: Tensor, tokens: Tensor, timesteps: Tensor, owner: Tensor) -> Tensor:
+    """(clean - x_t) / (1 - t), the velocity from tokens x_t (T, C) to the clean ones (arXiv:2605.21981).
+
+    1 - t counts as MIN_NOISE where it is less. timesteps (B,) of the samples `owner` (T,), or (1,) of all.
+    """
+    noise = (1 - timesteps.float()).clamp_min(MIN_NOISE)
+    return (clean - tokens) / per_token(noise[:, None].to(tokens.dtype), owner)
+
+
 class SVGDiT(nn.Module):
     """Velocity of latents at given times, conditioned on caption features."""
 
@@ -284,7 +233,10 @@ class SVGDiT(nn.Module):
         for block in self.layers:
             x = block(x, packing.joint, packing.joint_rope, t_emb)
         image = x.index_select(0, packing.output_index)
-        return self.final_layer(image, packing.output_owner, t_emb).to(tokens.dtype)  # (T_images, p·p·C)
+        predicted = self.final_layer(image, packing.output_owner, t_emb).to(tokens.dtype)  # (T_images, p·p·C)
+        if self.config.prediction == "velocity":
+            return predicted
+        return velocity_to(predicted, tokens, timesteps, packing.output_owner)
 
     def refine(self, text: TextFeatures) -> RefinedText:
         """Captions embedded and refined, once for all steps: neither depends on time or on the latents."""
@@ -393,22 +345,6 @@ def published_state_dict(model: SVGDiT) -> dict[str, Tensor]:
     """The model's state dict with the published key set, that is with `norm_final.weight` (ones)."""
     state = model.state_dict()
     return state | {"norm_final.weight": torch.ones_like(state["layers.0.ffn_norm2.weight"])}
-
-
-def _published(dim: int, n_layers: int, n_heads: int, axis: int, n_kv_heads: int = 8) -> DiTConfig:
-    return DiTConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, axes_dims=(axis,) * 3)
-
-
-MODELS: dict[str, DiTConfig] = {
-    "NextDiT_08B_GQA_patch1_Adaln_Refiner": _published(1152, 28, 16, axis=24),
-    "NextDiT_2B_GQA_patch1_Adaln_Refiner": _published(2304, 26, 24, axis=32),
-    "NextDiT_3B_GQA_patch1_Adaln_Refiner": _published(2592, 30, 24, axis=36),
-    "NextDiT_4B_GQA_patch1_Adaln_Refiner": _published(2880, 32, 24, axis=40),
-    "NextDiT_7B_GQA_patch1_Adaln_Refiner": _published(3840, 32, 32, axis=40),
-    # for tests: about 0.5 M parameters; for the quickstart: about 2 M
-    "tiny": DiTConfig(dim=64, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(8, 12, 12)),
-    "toy": DiTConfig(dim=128, n_layers=5, n_heads=4, n_kv_heads=2, n_refiner_layers=1, axes_dims=(8, 12, 12)),
-}
 
 
 def build_model(name: str, in_channels: int = 384, cap_feat_dim: int = 2304, qk_norm: bool = True) -> SVGDiT:

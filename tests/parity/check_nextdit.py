@@ -7,7 +7,8 @@ from torch import Tensor
 
 from harness import Vectors
 from svg_t2i.flow.guidance import guided_velocity
-from svg_t2i.transformer.model import DiTConfig, SVGDiT, load_published_state_dict, published_state_dict
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT, load_published_state_dict, published_state_dict
 from svg_t2i.transformer.packing import TextFeatures
 
 

@@ -13,7 +13,8 @@ from harness import Vectors
 from svg_t2i.flow.guidance import guided_velocity
 from svg_t2i.flow.paths import shift_timesteps
 from svg_t2i.flow.solvers import SOLVERS, Velocity, dpm, dpm_times, euler, sde, sde_times, time_grid
-from svg_t2i.transformer.model import DiTConfig, SVGDiT, TextFeatures, load_published_state_dict
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT, TextFeatures, load_published_state_dict
 
 # Limits relative to the largest published value, by solver, on the toy field and with the network.
 LIMITS = {

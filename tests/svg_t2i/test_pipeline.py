@@ -17,7 +17,8 @@ from svg_t2i.sampling import denoising
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.sampling.steps import plan_request
 from svg_t2i.text.encoder import SYSTEM_PROMPTS, TextCache
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 
 PROMPTS = ["a picture of noise", "a picture of very very much noise number 3", "noise"]
 BASE = SYSTEM_PROMPTS["base"]

@@ -10,7 +10,6 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from autoencoder.common.config import UserError, to_dict
@@ -31,7 +30,8 @@ from svg_t2i.data.settings import DataConfig
 from svg_t2i.features.settings import AutoencoderSource
 from svg_t2i.training.settings import LoopConfig, OptimConfig, TrainConfig
 from svg_t2i.training.step import TrainState
-from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 
 SIZES = DiTConfig(
     dim=16, n_layers=1, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(4, 2, 2), in_channels=4,
@@ -303,5 +303,6 @@ def test_init_from_takes_what_fits_and_names_the_rest(published, state, caplog):
 
 
 def test_init_from_needs_something_in_common(published):
+    sizes = {"dim": 12, "n_layers": 1, "n_heads": 1, "axes_dims": (4, 4, 4), "in_channels": 1, "cap_feat_dim": 2}
     with pytest.raises(UserError, match="not one of its"):
-        init_from(nn.Linear(2, 2), published)
+        init_from(SVGDiT(DiTConfig(**sizes, multiple_of=8)), published)

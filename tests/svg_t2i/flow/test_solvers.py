@@ -339,3 +339,46 @@ def test_starting_half_way_follows_the_same_curve(name):
 def test_a_callback_may_replace_the_latents(name):
     replaced = sample(name, lambda x, t: x, torch.ones(1, 2), 5, 1.0, lambda i, t, x: torch.full_like(x, 7.0))
     assert replaced.tolist() == [[7.0, 7.0]]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("start", [0.0, 0.5, 0.97])
+def test_no_evaluation_after_the_last_time(name, start):
+    """Toward a fixed point c the velocity is (c - x) / (1 - t): bent after 0.9, and still every solver ends at c."""
+    x0, clean, asked, seen = torch.tensor([[1.5, -2.0]], dtype=torch.float64), 0.25, [], []
+
+    def velocity(x, t):
+        asked.append(t)
+        return (clean - x) / max(1 - t, 0.1)
+
+    for steps in (2, 3, 40):
+        asked.clear()
+        seen.clear()
+        end = sample(name, velocity, x0, steps, 1.0, lambda i, t, x: seen.append((i, t)), start, last=0.9)
+        whole = solver_times(name, steps, 1.0, start, 0.9)
+        assert seen == list(enumerate(whole))[1:]
+        if start < 0.9:
+            assert max(asked) <= 0.9 + 1e-12
+            torch.testing.assert_close(end, torch.full_like(x0, clean), rtol=1e-9, atol=1e-9)
+        assert max(asked) < 1
+
+
+def test_a_grid_is_scaled_only_where_it_reaches_too_far():
+    for name in SOLVERS:
+        assert solver_times(name, 20, 6.0, last=0.95) == solver_times(name, 20, 6.0)
+        assert solver_times(name, 60, 1.0, last=1.0) == solver_times(name, 60, 1.0)
+    assert solver_times("euler", 21, 1.0, last=0.9) == pytest.approx([i / 19 * 0.9 for i in range(20)] + [1.0])
+    assert solver_times("euler", 2, 1.0, last=0.9) == [0.0, 1.0]
+
+
+def test_dopri5_without_overshoot_is_as_exact():
+    x = start()
+    asked = []
+
+    def velocity(x, t):
+        asked.append(t)
+        return growth(x, t)
+
+    end = dopri5(velocity, x, [0.0, 0.31, 1.0], rtol=1e-8, atol=1e-10, overshoot=False)
+    torch.testing.assert_close(end, x * math.exp(0.5), rtol=1e-7, atol=1e-8)
+    assert max(asked) == 1.0

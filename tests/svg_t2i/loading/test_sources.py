@@ -18,7 +18,8 @@ from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import options
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.train import main as train
-from svg_t2i.transformer.model import MODELS, DiTConfig, SVGDiT
+from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 
 NAME = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 

@@ -24,8 +24,8 @@ from svg_t2i.planning.networks import (
 )
 from svg_t2i.planning.training import CHECKPOINTING, GB, communication_seconds, plan_training
 from svg_t2i.training.settings import TrainConfig
+from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.flops import attention_flops, forward_flops, training_flops
-from svg_t2i.transformer.model import DiTConfig
 
 STAGE1 = "configs/autoencoder/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_woattn"
 

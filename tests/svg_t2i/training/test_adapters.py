@@ -21,7 +21,8 @@ from svg_t2i.checkpoints.weights import load_transformer, read_meta, read_transf
 from svg_t2i.loading.adapters import parse_adapter
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.train import main
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 QKV = "layers.0.attention.qkv"

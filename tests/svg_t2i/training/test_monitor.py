@@ -17,8 +17,9 @@ from svg_t2i.train import main
 from svg_t2i.training.monitor import Phases, ProgressLogger, loss_scalars, profiling
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import World
+from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.flops import peak_tflops, training_flops
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 

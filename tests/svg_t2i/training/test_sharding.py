@@ -9,7 +9,8 @@ from autoencoder.common.processes import World
 from svg_t2i.training.settings import ParallelConfig
 from svg_t2i.training.sharding import clip_gradients, compiled_graphs, parallelize
 from svg_t2i.transformer import attention
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 SIZES = DiTConfig(

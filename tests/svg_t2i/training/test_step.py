@@ -30,7 +30,8 @@ from svg_t2i.training.settings import (
 )
 from svg_t2i.training.sharding import World
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
 

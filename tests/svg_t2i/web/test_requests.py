@@ -16,7 +16,8 @@ from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.adapters import FILE, LoraSettings, add_adapter, write_adapter
 from svg_t2i.loading.adapters import AdapterShelf
 from svg_t2i.pipeline import SVGT2IPipeline
-from svg_t2i.transformer.model import DiTConfig, SVGDiT
+from svg_t2i.transformer.config import DiTConfig
+from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.web.limits import Limits
 from svg_t2i.web.requests import Studio, fitting_size, parameters_of
 
