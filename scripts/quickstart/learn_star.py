@@ -25,7 +25,7 @@ from draw import COLOURS, NEW_SHAPE, PLACES, SIZES, Thing, all_things, draw, pai
 from pictures import write_grid
 from PIL import Image
 from score import HALF_SIDES, Templates, score, shape_templates
-from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty
+from steps import Steps, autoencode, divide_cores, percentages, read_samples, require_empty, trained_parts
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
@@ -77,10 +77,7 @@ class Lesson(Steps):
             f"data.path={self.output / 'data' / 'train.jsonl'}",
             f"prior_preservation.prompts={self.output / 'data' / 'keep.jsonl'}",
             f"train.micro_batch_size={batch}",
-            f"autoencoder.config={self.quickstart / AUTOENCODER / 'config.yaml'}",
-            f"autoencoder.checkpoint={self.quickstart / AUTOENCODER / 'checkpoints' / 'last.ckpt'}",
-            f"autoencoder.stats={self.quickstart / 'latent_stats.safetensors'}",
-            f"text_encoder.path={self.quickstart / 'text_encoder'}",
+            *trained_parts(self.quickstart),
             *(short if self.short else ()),
         )
 

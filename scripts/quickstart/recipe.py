@@ -27,7 +27,7 @@ from draw import NEW_SHAPE, SIZE, all_things, draw, write_data_set, write_jsonl
 from pictures import draw_pictures, write_grid
 from PIL import Image
 from score import score
-from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty
+from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty, trained_parts
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.images.files import (
@@ -124,10 +124,7 @@ class Recipe(Steps):
             f"train.ckpt_every={self.plan.transformer_steps}",
             f"train.global_batch_size={batch}",
             f"train.micro_batch_size={batch // self.processes}",
-            f"autoencoder.config={self.autoencoder}",
-            f"autoencoder.checkpoint={self.checkpoint}",
-            f"autoencoder.stats={self.stats}",
-            f"text_encoder.path={self.output / 'text_encoder'}",
+            *trained_parts(self.output),
             *self.plan.transformer_changes,
         )
 

@@ -82,6 +82,16 @@ def read_samples(folder: Path) -> list[Image.Image]:
     return [Image.open(record["image_url"]).convert("RGB") for record in records]
 
 
+def trained_parts(quickstart: Path) -> tuple[str, ...]:
+    """The settings of a training run that name the autoencoder and the text encoder of a finished quickstart."""
+    return (
+        f"autoencoder.config={quickstart / AUTOENCODER / 'config.yaml'}",
+        f"autoencoder.checkpoint={quickstart / AUTOENCODER / 'checkpoints' / 'last.ckpt'}",
+        f"autoencoder.stats={quickstart / 'latent_stats.safetensors'}",
+        f"text_encoder.path={quickstart / 'text_encoder'}",
+    )
+
+
 def autoencode(output: Path, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """What the autoencoder that quickstart.sh trained in `output` makes of pictures."""
     folder = output / AUTOENCODER

@@ -1,0 +1,208 @@
+"""What each option of training is worth: the quickstart's model, trained with it and without it, over several seeds.
+
+All runs share the data, the autoencoder and the text encoder of a finished quickstart, its configuration and its number
+of steps; an option is a handful of changed settings. Each run is scored as the quickstart scores its own: pictures of
+combinations that training never saw, read back from their pixels. Every result goes into results.jsonl as soon as it is
+there, the same command continues after an interruption, and the table is made of whatever there is.
+
+    bash scripts/quickstart.sh
+    python -m benchmarks.ablation --quickstart outputs/quickstart --output outputs/ablation
+    python -m benchmarks.ablation --output outputs/ablation --table       # once more, without training
+
+Columns: right in colour, shape and place, at the quickstart's sampling steps and at few; loss on pictures of unseen
+combinations, fixed noise and times (of the velocity in every option); the first checkpoint with 90 % right; seconds a
+step, which mean something on an idle machine only. Mean and standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import REPO_ROOT, UserError
+
+sys.path.append(str(REPO_ROOT / "scripts" / "quickstart"))  # the recipe's folder is no package
+from draw import all_things, draw, write_jsonl
+from score import score
+from steps import Steps, divide_cores, trained_parts
+
+CONFIG = "configs/svg_t2i/quickstart.yaml"
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "velocity": (),
+    "data": ("model_overrides.prediction=data",),
+}
+FEW_STEPS = 4
+ENOUGH = 0.9  # right, for "steps to"
+CHECKPOINTS = 4  # in a run, evenly spaced
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every run may spend."""
+
+    steps: int
+    prompts: int = 40  # of the unseen things, evenly spread
+    pictures_per_prompt: int = 2
+
+
+class Ablation(Steps):
+    """Runs of the options of `OPTIONS`, on what a finished quickstart left in `quickstart`, into `output`."""
+
+    def __init__(self, quickstart: Path, output: Path, budget: Budget):
+        super().__init__(*divide_cores())
+        self.quickstart, self.output, self.budget = quickstart, output, budget
+        unseen = [thing for thing in all_things() if thing.is_unseen]
+        self.wanted = unseen[:: max(1, len(unseen) // budget.prompts)][: budget.prompts]
+
+    def write_held_out(self) -> None:
+        """One picture of every unseen thing, for the validation loss."""
+        images = self.output / "held_out" / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i, thing in enumerate(thing for thing in all_things() if thing.is_unseen):
+            draw(thing, np.random.default_rng([2, i])).save(images / f"{i}.png")
+            lines.append({"path": f"images/{i}.png", "prompt": thing.caption})
+        write_jsonl(images.parent / "held_out.jsonl", lines)
+
+    def train(self, option: str, seed: int) -> Path:
+        """The folder of the run, trained to its end."""
+        folder, every = self.output / f"{option}_{seed}", max(1, self.budget.steps // CHECKPOINTS)
+        self.train_transformer(
+            CONFIG,
+            f"results_dir={folder}",
+            f"data.path={self.quickstart / 'data' / 'train.jsonl'}",
+            *trained_parts(self.quickstart),
+            f"train.seed={seed}",
+            f"train.max_steps={self.budget.steps}",
+            f"train.ckpt_every={every}",
+            f"train.keep_last={CHECKPOINTS + 1}",
+            f"train.micro_batch_size={32 // self.processes}",
+            f"validation.path={self.output / 'held_out' / 'held_out.jsonl'}",
+            f"validation.every={every}",
+            "validation.num_samples=80",
+            *OPTIONS[option],
+        )
+        return folder
+
+    def right(self, checkpoint: Path, steps: int | None = None) -> dict[str, float]:
+        """Fractions of pictures with the right colour, place, shape, and all of these."""
+        from svg_t2i.pipeline import SVGT2IPipeline
+
+        pipeline, each = SVGT2IPipeline.from_pretrained(checkpoint), self.budget.pictures_per_prompt
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {} if steps is None else {"num_inference_steps": steps}
+        captions = [thing.caption for thing in self.wanted]
+        images = pipeline(captions, num_images_per_prompt=each, seed=0, packed=True, **settings).images
+        return score(images, [thing for thing in self.wanted for _ in range(each)])
+
+    def measure(self, option: str, seed: int) -> dict[str, object]:
+        """One row of results.jsonl."""
+        folder = self.train(option, seed)
+        checkpoints = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+        over_time = {int(path.name): self.right(path) for path in checkpoints}
+        last = over_time[max(over_time)]
+        board = scalars(folder / "tensorboard")
+        return {
+            "option": option,
+            "seed": seed,
+            "steps": self.budget.steps,
+            **{name: last[name] for name in ("all", "colour", "place", "shape")},
+            "all_few": self.right(checkpoints[-1], FEW_STEPS)["all"],
+            "over_time": {step: right["all"] for step, right in over_time.items()},
+            "validation": board("validation/loss")[-1],
+            "seconds": 32 / statistics.median(board("train/images_per_second")),
+        }
+
+
+def scalars(folder: Path) -> Callable[[str], list[float]]:
+    """The values of a tag of a TensorBoard folder, in their order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return lambda tag: [event.value for event in board.Scalars(tag)]
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of results.jsonl, none where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def steps_to(over_time: dict[str, float], enough: float = ENOUGH) -> int | None:
+    """The first step at which so many are right; None where none is."""
+    return next((int(step) for step, right in over_time.items() if right >= enough), None)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation; the mean alone of a single value."""
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The results as a Markdown table, a line per option in the order of `OPTIONS`."""
+    lines = [
+        f"| option | seeds | all right | at {FEW_STEPS} steps | colour | place | shape | validation loss "
+        f"| steps to {ENOUGH:.0%} | seconds a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for option in OPTIONS:
+        own = [row for row in rows if row["option"] == option]
+        if not own:
+            continue
+        cells = [spread([100 * row[name] for row in own], "{:.0f}") + " %"
+                 for name in ("all", "all_few", "colour", "place", "shape")]  # fmt: skip
+        cells.append(spread([row["validation"] for row in own], "{:.4f}"))
+        reached = [steps_to(row["over_time"]) for row in own]
+        cells.append(", ".join("never" if step is None else str(step) for step in reached))
+        cells.append(spread([row["seconds"] for row in own], "{:.3f}"))
+        lines.append(f"| {option} | {len(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description="What each option of training is worth, on the quickstart.", prog="benchmarks.ablation")
+    parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart"), help="what quickstart.sh made")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablation"), help="folder of runs and results")
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), help="which to run")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each option")
+    parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("--table", action="store_true", help="train nothing: print the table of what there is")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Run what is missing, then print the table."""
+    args = parse_arguments(argv)
+    results, quickstart = args.output.resolve() / "results.jsonl", args.quickstart.resolve()
+    rows = read_results(results)
+    if not args.table:
+        if not (quickstart / "transformer" / "checkpoints").is_dir():
+            raise UserError(f"--quickstart {quickstart} has no trained model: bash scripts/quickstart.sh makes one")
+        if other := {row["steps"] for row in rows} - {args.steps}:
+            raise UserError(f"--output {args.output} holds runs of {other.pop()} steps; choose another folder")
+        ablation = Ablation(quickstart, results.parent, Budget(args.steps))
+        ablation.write_held_out()
+        done = {(row["option"], row["seed"]) for row in rows}
+        for seed in range(args.seeds):  # seed by seed: an interruption leaves options that can be compared
+            for option in args.options:
+                if (option, seed) in done:
+                    continue
+                rows.append(ablation.measure(option, seed))
+                with results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(json.dumps(rows[-1]), flush=True)
+    print(table(read_results(results)))
+
+
+if __name__ == "__main__":
+    main()
