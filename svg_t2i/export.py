@@ -18,6 +18,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", help="results folder (its newest checkpoint), one checkpoint, or a published folder")
     parser.add_argument("out", help="a folder that does not exist yet")
     parser.add_argument("--published", action="store_true", help="the release's file names: raw and averaged weights")
+    parser.add_argument("--no_aux_head", action="store_true", help="without the auxiliary head of a run with aux.loss")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
     weights.add_argument("--ema_decay", type=float, help="the average with this decay (default: the run's first)")
@@ -30,8 +31,11 @@ def main(argv: list[str]) -> None:
     if arguments.published and arguments.raw:
         raise UserError("--raw does not go with --published, which writes raw and averaged weights")
     average = not arguments.raw if arguments.ema_decay is None else arguments.ema_decay
-    write = export_as_published if arguments.published else export
-    print(f"wrote {write(arguments.folder, arguments.out, average)}")
+    if arguments.published:
+        written = export_as_published(arguments.folder, arguments.out, average)
+    else:
+        written = export(arguments.folder, arguments.out, average, aux_head=not arguments.no_aux_head)
+    print(f"wrote {written}")
 
 
 if __name__ == "__main__":

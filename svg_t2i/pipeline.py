@@ -534,6 +534,11 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
         scheduler = self.scheduler if call.scheduler is None else call.scheduler
         if scheduler is not None:
             check_scheduler(scheduler)
+        if settings.internal_guidance != 1 and self.transformer.config.aux_loss != "flow":
+            raise UserError(
+                f"internal_guidance = {settings.internal_guidance} needs a model with a head for it, trained with "
+                "aux.loss=flow; this one has none"
+            )
         self._interrupt = False
         on_step_end = None if call.callback_on_step_end is None else partial(call.callback_on_step_end, self)
         return call, settings, Running(call.packed, scheduler, on_step_end, self.progress_bar, lambda: self._interrupt)

@@ -33,7 +33,7 @@ from svg_t2i.checkpoints.run import (
     stored_tensors,
 )
 from svg_t2i.transformer.config import DiTConfig
-from svg_t2i.transformer.model import SVGDiT, load_published_state_dict
+from svg_t2i.transformer.model import SVGDiT, load_published_state_dict, without_aux_head
 
 log = logging.getLogger(__name__)
 
@@ -308,16 +308,19 @@ def init_from(model: SVGDiT, folder: str | os.PathLike) -> TransformerFile:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
+def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True, aux_head: bool = True) -> Path:
     """Write a folder that diffusers' models have (`save_transformer`) from anything `read_transformer` reads.
+
+    aux_head: with the auxiliary head, where there is one.
 
     Raises:
         UserError: as `load_transformer`, or if `out` is not empty.
     """
     out = _empty(out)
     fingerprints = read_meta(folder).get("fingerprints", {})
+    model = load_transformer(folder, ema)
     return save_transformer(
-        load_transformer(folder, ema),
+        model if aux_head else without_aux_head(model),
         out,
         autoencoder_fingerprint=fingerprints.get("autoencoder"),
         text_fingerprint=fingerprints.get("text_encoder"),
@@ -327,10 +330,13 @@ def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float 
 def export_as_published(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
     """Write the release's files: raw weights, averaged weights, and the model's name (see `published`).
 
+    They have no place for an auxiliary head, which is left out.
+
     Raises:
         UserError: as `load_transformer`; or `out` is not empty, or the model has no published name.
     """
-    return published.export_published(load_transformer(folder, ema=False), load_transformer(folder, ema), _empty(out))
+    raw, average = (without_aux_head(load_transformer(folder, which)) for which in (False, ema))
+    return published.export_published(raw, average, _empty(out))
 
 
 def _empty(out: str | os.PathLike) -> Path:

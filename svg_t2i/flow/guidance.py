@@ -2,6 +2,8 @@
 
     v = v_u + s (v_c - v_u)                    standard (Ho & Salimans, arXiv:2207.12598)
     v <- v min(1, r |v_c| / |v|)               renormalised: bounds the guided velocity by the conditional one
+    v = v_m + s (v_e - v_m)                    internal: v_e of the whole network, v_m of a head behind its first
+                                               layers, both from one pass (arXiv:2512.24176)
     v = v_c          outside lo <= t < hi      in an interval only (Kynkäänniemi et al., arXiv:2404.07724); truncated
                                                where hi < 1: steps outside cost one branch instead of two
 
@@ -46,6 +48,12 @@ def combine(
     return (guided * expand_samples(factor, guided, lengths)).to(guided.dtype)
 
 
+def is_guided_at(t: float, interval: tuple[float, float] = (0.0, 1.0), cfg_trunc: float = 1.0) -> bool:
+    """Whether there is guidance at time t, with these settings of `guided_velocity`."""
+    begin, end = interval[0], min(interval[1], cfg_trunc)
+    return begin <= t and (t < end or end >= 1)
+
+
 def guided_velocity(
     pair: VelocityPair,
     conditional: Velocity,
@@ -67,10 +75,9 @@ def guided_velocity(
     """
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 1 and (renorm_cfg == 0 or renorm_cfg >= 1):
         return conditional
-    begin, end = interval[0], min(interval[1], cfg_trunc)
 
     def velocity(latents: Tensor, t: float) -> Tensor:
-        if t < begin or (t >= end and end < 1):
+        if not is_guided_at(t, interval, cfg_trunc):
             return conditional(latents, t)
         return combine(*pair(latents, t), guidance_scale, renorm_cfg, lengths)
 

@@ -286,6 +286,12 @@ def flow_loss(prediction: Latents, target: Latents, lengths: Sequence[int] | Non
     return torch.stack([(p.float() - q.float()).square().mean() for p, q in zip(prediction, target, strict=True)])
 
 
+def feature_loss(prediction: Tensor, clean: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """1 - cosine between predicted and clean tokens (T, C), mean of each sample: (B,), fp32 (arXiv:2410.06940)."""
+    distance = 1 - torch.nn.functional.cosine_similarity(prediction.float(), clean.float(), dim=-1)
+    return sample_mean(distance, lengths)
+
+
 class LossBins:
     """Mean loss by timestep, in equal bins of [0, 1], gathered on the device and read once per log interval.
 

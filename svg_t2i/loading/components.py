@@ -65,7 +65,7 @@ class SVGDiT(Component, PeftAdapterMixin, transformer_model.SVGDiT):
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
     # what is small, or whose dtype tells in which to compute
-    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "cap_embedder", "norm", "final_layer"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "cap_embedder", "norm", "final_layer", "aux_head"]
 
     refine = _through_forward("refine")
     forward_packed = _through_forward("forward_packed")

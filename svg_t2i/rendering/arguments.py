@@ -72,6 +72,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("solver", "of the differential equation", choices=sorted(SOLVERS))
     add("num_inference_steps", "points of the time grid", type=int)
     add("guidance_scale", "strength of guidance; 1 is none", type=float)
+    add("internal_guidance", "away from the model's own early prediction; 1 is none (aux.loss=flow)", type=float)
     interval = {"type": float, "nargs": 2, "metavar": ("LO", "HI")}
     add("guidance_interval", "times with guidance, in [0, 1] from noise to image", **interval)
     add("time_shift", 'a number, or "dynamic" for one that suits the image size', type=_time_shift)

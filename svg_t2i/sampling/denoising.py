@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoencoder.common.config import UserError
 from svg_t2i.flow.caching import forecast
-from svg_t2i.flow.guidance import guided_velocity
+from svg_t2i.flow.guidance import combine, guided_velocity, is_guided_at
 from svg_t2i.flow.paths import expand_samples
 from svg_t2i.flow.solvers import SOLVERS, sample, solver_times
 from svg_t2i.sampling import schedulers
@@ -82,8 +82,16 @@ def refine(model: SVGDiT, texts: TextFeatures, packed: bool) -> RefinedText:
 class Denoiser:
     """Velocities of a packed batch: `conditional` alone, or both branches as guidance wants them (`pair`)."""
 
-    def __init__(self, transformer: SVGDiT, sizes: Sizes, conditions: Conditions, guide_texts: RefinedText | None):
+    def __init__(
+        self,
+        transformer: SVGDiT,
+        sizes: Sizes,
+        conditions: Conditions,
+        guide_texts: RefinedText | None,
+        options: SamplingOptions,
+    ):
         self.transformer, self.guide, self.sizes = transformer, conditions.guide, tuple(sizes)
+        self.options = options
         device, patch = conditions.texts.features.device, transformer.config.patch_size**2
         self.lengths = tuple(h * w // patch for h, w in sizes)
         self.prompts = conditions.texts.select([row for column in conditions.prompts for row in column])
@@ -97,10 +105,11 @@ class Denoiser:
         same = len(set(conditions.scales)) == 1
         self.scale = conditions.scales[0] if same else torch.tensor(conditions.scales, device=device)
 
-    def velocity(self, options: SamplingOptions) -> Callable[[Tensor, float], Tensor]:
+    def velocity(self) -> Callable[[Tensor, float], Tensor]:
         """The guided velocity that a solver integrates, of packed tokens (T, C)."""
         if self.both is None and self.guide is None:
             return self.conditional
+        options = self.options
         return guided_velocity(
             self.pair,
             self.conditional,
@@ -122,10 +131,18 @@ class Denoiser:
         return self._mix(prompted), negative
 
     def _run(self, model: SVGDiT, tokens: Tensor, t: float, text: TextFeatures, copies: int) -> tuple[Tensor, ...]:
-        """Velocities (T, C) of the same tokens under each of `copies` blocks of text, in one forward pass."""
-        timesteps = torch.full((1,), t, device=tokens.device)
+        """Velocities (T, C) of the same tokens under each of `copies` blocks of text, in one forward pass.
+
+        With internal guidance, those of the prompts are guided already.
+        """
+        options, timesteps = self.options, torch.full((1,), t, device=tokens.device)
         repeated = tokens if copies == 1 else tokens.repeat(copies, 1)
-        return model.forward_packed(repeated, self.sizes * copies, timesteps, text).chunk(copies)
+        inner = options.internal_guidance != 1 and is_guided_at(t, options.guidance_interval, options.cfg_trunc)
+        if not inner or model is self.guide:
+            return model.forward_packed(repeated, self.sizes * copies, timesteps, text).chunk(copies)
+        last, early = model.forward_packed(repeated, self.sizes * copies, timesteps, text, aux=True)
+        guided = combine(last, early, options.internal_guidance, renorm_cfg=0)
+        return guided.chunk(copies)[: self.branches] + last.chunk(copies)[self.branches :]
 
     def _mix(self, velocities: Sequence[Tensor]) -> Tensor:
         if len(velocities) == 1:
@@ -283,9 +300,10 @@ def _velocity(
     if packed and conditions.texts.features.device.type == "cpu":
         few = _few_at_once(sizes, rows, CPU_NUMBERS // transformer.config.dim)
     denoisers = [
-        Denoiser(transformer, [sizes[row] for row in some], conditions.select(some), guide_texts) for some in few
+        Denoiser(transformer, [sizes[row] for row in some], conditions.select(some), guide_texts, options)
+        for some in few
     ]
-    velocities = [denoiser.velocity(options) for denoiser in denoisers]
+    velocities = [denoiser.velocity() for denoiser in denoisers]
     if len(velocities) == 1:
         return velocities[0]
     counts = [sum(denoiser.lengths) for denoiser in denoisers]

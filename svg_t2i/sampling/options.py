@@ -34,6 +34,8 @@ class SamplingOptions:
     negative_prompt: what guidance leads away from, or one per prompt; "" is the unconditional text of training.
     renorm_cfg: bound on ‖v‖/‖v_c‖ per image; 0 is off.
     cfg_trunc: no guidance for t ≥ this; from 1 on, guidance to the end.
+    internal_guidance: scale of guidance away from what the model's own head behind its first layers predicts, without
+        a second pass; 1 is off. For models trained with `aux.loss: flow`, where and when there is other guidance too.
     guidance_interval: guidance for lo ≤ t < hi only, in [0, 1] from noise to image.
     time_shift: more steps near noise for larger values; None is the solver's default, "dynamic" adapts that to the
         number of latent cells as training does (`dynamic_shift`).
@@ -54,6 +56,7 @@ class SamplingOptions:
     time_shift: float | str | None = None  # a number or "dynamic"
     system_prompt: str = "base"
     step_cache: float = 0.0
+    internal_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -67,6 +70,8 @@ class SamplingOptions:
         for scale in self.guidance_scales(None):
             if not math.isfinite(scale):
                 raise UserError(f"guidance_scale = {scale}: must be a finite number")
+        if not math.isfinite(self.internal_guidance):
+            raise UserError(f"internal_guidance = {self.internal_guidance}: must be a finite number; 1 is off")
         if not self.renorm_cfg >= 0:
             raise UserError(f"renorm_cfg = {self.renorm_cfg}: must be 0 (off) or positive")
         lo, hi = self.guidance_interval

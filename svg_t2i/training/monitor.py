@@ -76,8 +76,9 @@ class Meter:
         self.bins = LossBins(config.monitor.loss_bins, device=world.device)
         self.phases = Phases(world.device)
         self.phase = self.phases.start  # "data" (waiting for it), "encode", "model", "update", "aside"
-        # on the device: losses, samples | gradient norms, skipped updates, of these with non-finite norms
-        self._sums = torch.zeros(5, device=world.device)
+        # on the device: losses, those of an auxiliary head, samples | gradient norms, skipped updates, of these with
+        # non-finite norms
+        self._sums = torch.zeros(6, device=world.device)
         # on the host: text tokens, their squares, image tokens, operations | replaced samples
         self._host = torch.zeros(5, dtype=torch.float64)
         self._updates = 0
@@ -87,11 +88,12 @@ class Meter:
         """Count the samples of a step that stand in for unusable ones."""
         self._host[4] += sum(batch.replaced for batch in batches)
 
-    def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch) -> None:
-        """Per-sample losses (B,) at timesteps (B,), if they are counted."""
+    def add_losses(self, losses: Tensor, timesteps: Tensor, batch: MicroBatch, aux: Tensor | None = None) -> None:
+        """Per-sample losses (B,) at timesteps (B,), if they are counted; aux: those of an auxiliary head."""
         if not batch.counted:
             return
-        self._sums[:2] += torch.stack((losses.sum(), torch.full_like(losses[0], len(losses))))
+        second = torch.zeros_like(losses[0]) if aux is None else aux.sum()
+        self._sums[:3] += torch.stack((losses.sum(), second, torch.full_like(second, len(losses))))
         self.bins.update(timesteps, losses)
         text, image = batch.text.lengths, [h * w // self.sizes.patch_size**2 for h, w in batch.sizes]
         counts = (sum(text), sum(n**2 for n in text), sum(image), training_flops(self.sizes, image, text, self.frozen))
@@ -100,12 +102,12 @@ class Meter:
     def add_update(self, grad_norm: Tensor, skipped: Tensor) -> None:
         """Gradient norm before clipping, and 1 if the update was skipped."""
         finite = grad_norm.isfinite()
-        self._sums[2:] += torch.stack((torch.where(finite, grad_norm, 0), skipped, finite.logical_not().float()))
+        self._sums[3:] += torch.stack((torch.where(finite, grad_norm, 0), skipped, finite.logical_not().float()))
         self._updates += 1
 
     def read(self) -> dict[str, Any]:
         """Sums and means over all ranks since the last call, from which counting starts anew. Waits for the device."""
-        loss, samples, grad_norm, skipped, nonfinite = self.world.reduce_sum(self._sums).tolist()
+        loss, aux, samples, grad_norm, skipped, nonfinite = self.world.reduce_sum(self._sums).tolist()
         self.world.reduce_sum(self.bins.totals)
         # a copy even on the CPU: the sums of this rank go on
         host = self.world.reduce_sum(self._host.to(self.world.device, copy=True)).tolist()
@@ -115,6 +117,7 @@ class Meter:
         self.total_replaced += round(replaced)
         values = {
             "loss": loss / max(samples, 1),
+            "aux_loss": aux / max(samples, 1),
             "grad_norm": grad_norm / max(self._updates * ranks - nonfinite, 1),
             "skipped": round(skipped / ranks),
             "samples": round(samples - replaced),  # a stand-in for an unusable one is no sample learnt
@@ -157,6 +160,8 @@ class ProgressLogger:
         scalars["images_per_second"] = values["samples"] / seconds
         names = ("loss", "grad_norm", "skipped", "replaced", "text_tokens", "text_tokens_std")
         scalars |= {key: values[key] for key in names}
+        if self.config.aux is not None:
+            scalars["aux_loss"] = values["aux_loss"]
         scalars["tokens_per_second"] = values["tokens"] / seconds
         phases = {name: spent for name, spent in values["phases"].items() if name != "aside"}
         scalars |= {f"share_of_{name}": spent / seconds for name, spent in phases.items()}
@@ -220,7 +225,8 @@ class ProgressLogger:
 
 def console_line(scalars: Mapping[str, float]) -> str:
     """The console line of an interval."""
-    line = "loss {loss:.4f}  grad {grad_norm:.3f}  lr {lr:.2e}  {images_per_second:.1f} images/s".format(**scalars)
+    line = "loss {loss:.4f}".format(**scalars) + (f"  aux {scalars['aux_loss']:.4f}" if "aux_loss" in scalars else "")
+    line += "  grad {grad_norm:.3f}  lr {lr:.2e}  {images_per_second:.1f} images/s".format(**scalars)
     for name, label in (("share_of_data", "data"), ("flop_utilisation", "MFU")):
         if name in scalars:
             line += f"  {label} {scalars[name]:.0%}"

@@ -21,7 +21,7 @@ from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.features.settings import AutoencoderSource, TextSource
 from svg_t2i.flow.paths import dimension_shift_factor, flux_shift_factor, timestep_range
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.config import MODELS, AuxLoss, DiTConfig
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class AuxConfig:
+    """A second head behind the first `block` layers, whose loss is added to that of the last layer, times `weight`.
+
+    flow: the same flow loss; sampling can then guide away from it (`SamplingOptions.internal_guidance`,
+    arXiv:2512.24176). features: 1 - cosine with the clean latents, which are an encoder's features (REPA,
+    arXiv:2410.06940).
+    """
+
+    loss: AuxLoss
+    block: int
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.block >= 1, "block", self.block, "at least 1")
+        require(self.weight > 0, "weight", self.weight, "positive")
+
+
+@dataclass(frozen=True)
 class PriorConfig:
     """Pictures that the model draws before it is fine-tuned, and sees while it is: see `svg_t2i.training.prior`."""
 
@@ -218,6 +236,7 @@ class TrainConfig:
     evaluation: EvaluationConfig | None = None  # metrics of the averaged weights, every so many steps
     validation: ValidationConfig | None = None  # the loss on held-out samples, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
+    aux: AuxConfig | None = None  # an auxiliary head and its loss
     lora: LoraSettings | None = None  # train an adapter of the model in `init_from`, instead of all weights
     prior_preservation: PriorConfig | None = None  # keep what the model can do, by pictures that it draws itself
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
@@ -226,6 +245,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         given = self.lora is None or self.init_from is not None
         require(given, "init_from", self.init_from, "given with lora: the folder of the model to adapt")
+        scale, head = self.samples.internal_guidance, self.aux is not None and self.aux.loss == "flow"
+        require(scale == 1 or head, "samples.internal_guidance", scale, "1 unless aux.loss=flow trains a head for it")
+        own = {name: value for name, value in self.model_overrides.items() if name.startswith("aux_")}
+        require(not own, "model_overrides", own, "without these: the section aux sets them")
         if self.prior_preservation is not None:
             require(self.init_from is not None, "init_from", None, "given with prior_preservation: what should be kept")
             weighed, sources = {source.weight is not None for source in self.data.all_sources}, self.data.sources
@@ -244,7 +267,8 @@ class TrainConfig:
         if self.model not in MODELS:
             raise UserError(f"model: unknown name {self.model!r}; known: {', '.join(MODELS)}")
         sizes = to_dict(MODELS[self.model]) | {"in_channels": in_channels, "cap_feat_dim": cap_feat_dim}
-        return build(DiTConfig, sizes | self.model_overrides, source="model_overrides")
+        head = {} if self.aux is None else {"aux_loss": self.aux.loss, "aux_block": self.aux.block}
+        return build(DiTConfig, sizes | self.model_overrides | head, source="model_overrides")
 
 
 def changed_settings(before: Mapping[str, Any], now: TrainConfig) -> list[str]:

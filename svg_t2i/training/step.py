@@ -26,7 +26,15 @@ from autoencoder.common.processes import World
 from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch, mixed_precision
-from svg_t2i.flow.paths import draw_timesteps, flow_loss, interpolate, random_keys, random_normal, shift_time
+from svg_t2i.flow.paths import (
+    draw_timesteps,
+    feature_loss,
+    flow_loss,
+    interpolate,
+    random_keys,
+    random_normal,
+    shift_time,
+)
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.optimizer import UpdateGuard, ema_decay, ema_update, learning_rate, make_optimizer
 from svg_t2i.training.settings import TrainConfig
@@ -40,11 +48,14 @@ class FlowObjective(nn.Module):
     def __init__(self, transformer: SVGDiT, config: TrainConfig):
         super().__init__()
         self.transformer = transformer
-        self.flow, self.channels = config.flow, transformer.config.in_channels
+        self.flow, self.aux, self.channels = config.flow, config.aux, transformer.config.in_channels
         self.seed, self.precision = config.train.seed, config.train.precision
 
-    def forward(self, batch: MicroBatch, t: float | None = None) -> tuple[Tensor, Tensor]:
-        """-> per-sample loss (B,) and the timesteps (B,) it was taken at, both fp32. t: one for all, else drawn."""
+    def forward(self, batch: MicroBatch, t: float | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> per-sample loss (B,), the timesteps (B,) it was taken at, and the loss of an auxiliary head (B,); fp32.
+
+        t: one for all, else drawn. Evaluation mode leaves the head out.
+        """
         patch = self.transformer.config.patch_size
         lengths = tuple(h * w // patch**2 for h, w in batch.sizes)
         keys = random_keys(self.seed, batch.positions)
@@ -56,8 +67,14 @@ class FlowObjective(nn.Module):
         noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
         noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
         with mixed_precision(self.precision, noisy.device):
-            velocity = self.transformer.forward_packed(noisy, batch.sizes, timesteps, batch.text)
-        return flow_loss(velocity, target, lengths), timesteps
+            inputs = noisy, batch.sizes, timesteps, batch.text
+            if self.aux is None or not self.training:
+                return flow_loss(self.transformer.forward_packed(*inputs), target, lengths), timesteps, None
+            velocity, early = self.transformer.forward_packed(*inputs, aux=True)
+        aux = flow_loss(early, target, lengths)
+        if self.aux.loss == "features":
+            aux = feature_loss(early, batch.tokens, lengths)
+        return flow_loss(velocity, target, lengths), timesteps, aux
 
 
 def trained_weights(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -137,10 +154,11 @@ def train_step(
         if config.lora is not None and config.lora.dropout:
             seed_dropout(train.seed, state.step, world.rank, number)
         with gradient_sync(objective, number == len(batches), config.parallel.data_parallel):
-            losses, timesteps = objective(batch)
+            losses, timesteps, aux = objective(batch)
             weight = world.size / train.global_batch_size if batch.counted else 0.0  # ranks are averaged over
-            (losses.sum() * weight).backward()
-        meter.add_losses(losses.detach(), timesteps, batch)
+            total = losses if config.aux is None else losses + config.aux.weight * aux
+            (total.sum() * weight).backward()
+        meter.add_losses(losses.detach(), timesteps, batch, None if aux is None else aux.detach())
 
     meter.phase("update")
     grad_norm = clip_gradients(weights, train.grad_clip)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from autoencoder.common.config import UserError
 
 Prediction = Literal["velocity", "data"]
+AuxLoss = Literal["flow", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class DiTConfig:
     axes_dims splits head_dim over (caption index, row, column); axes_lens bounds those positions, exclusively.
     prediction: what the last layer gives. velocity: data - noise (published). data: the clean latents, from which the
     model makes the velocity itself.
+    aux_loss, aux_block: an auxiliary head behind the first `aux_block` layers, and what it gives: flow, the same as the
+    last layer; features, the clean latents' directions, for `flow.paths.feature_loss`. None: no such head.
     """
 
     dim: int
@@ -35,6 +38,8 @@ class DiTConfig:
     qk_norm: bool = True
     axes_lens: tuple[int, int, int] = (600, 512, 512)
     prediction: Prediction = "velocity"
+    aux_loss: AuxLoss | None = None
+    aux_block: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("axes_dims", "axes_lens"):
@@ -43,6 +48,14 @@ class DiTConfig:
                 raise UserError(f"DiTConfig.{name} needs 3 entries (caption, row, column), got {getattr(self, name)}")
         if self.prediction not in get_args(Prediction):
             raise UserError(f"DiTConfig.prediction = {self.prediction!r}: choose velocity or data")
+        if self.aux_loss not in (None, *get_args(AuxLoss)):
+            raise UserError(f"DiTConfig.aux_loss = {self.aux_loss!r}: choose {' or '.join(get_args(AuxLoss))}")
+        behind = 0 if self.aux_block is None else self.aux_block
+        if (behind > 0) != (self.aux_loss is not None) or behind >= self.n_layers:
+            raise UserError(
+                f"DiTConfig.aux_block = {self.aux_block}: give it with aux_loss, from 1 to n_layers - 1 = "
+                f"{self.n_layers - 1}, or neither of them"
+            )
         for name, value in vars(self).items():
             least = 0 if name == "n_refiner_layers" else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:

@@ -59,4 +59,5 @@ def forward_flops(config: DiTConfig, image: int, text: int) -> int:
     refiners = config.n_refiner_layers * ((text + image) * per_token + modulation)
     time = 2 * config.modulation_dim * (256 + config.modulation_dim + dim)  # embedder, final layer's scale
     embedders = 2 * dim * (text * config.cap_feat_dim + 2 * image * patch)  # in, and the final layer
-    return joint + refiners + time + embedders + attention_flops(config, image, text)
+    head = 2 * dim * (config.modulation_dim + image * patch) if config.aux_loss is not None else 0  # in training
+    return joint + refiners + time + embedders + head + attention_flops(config, image, text)

@@ -186,16 +186,22 @@ class SVGDiT(nn.Module):
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
         self.layers = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
+        if config.aux_loss is not None:
+            self.aux_head = FinalLayer(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation: every modulated block starts as the identity and the output as zero."""
+        """Published initialisation: every modulated block starts as the identity and the output as zero.
+
+        Not so the output of a head for features, whose direction counts.
+        """
+        zero = {"final_layer.linear", *(["aux_head.linear"] if self.config.aux_loss == "flow" else [])}
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
             if not isinstance(module, nn.Linear):
                 continue
-            if "adaLN_modulation" in name or name == "final_layer.linear":
+            if "adaLN_modulation" in name or name in zero:
                 nn.init.zeros_(module.weight)
             elif name.startswith("t_embedder"):
                 nn.init.normal_(module.weight, std=0.02)
@@ -217,8 +223,13 @@ class SVGDiT(nn.Module):
         velocity = self.unpack(self.forward_packed(tokens, sizes, timesteps, text), sizes)
         return torch.stack(velocity) if isinstance(latents, Tensor) else velocity
 
-    def forward_packed(self, tokens: Tensor, sizes: Sizes, timesteps: Tensor, text: TextFeatures) -> Tensor:
-        """tokens (T, p·p·C) from `pack`, timesteps (B,), text of B captions -> velocity tokens (T, p·p·C)."""
+    def forward_packed(
+        self, tokens: Tensor, sizes: Sizes, timesteps: Tensor, text: TextFeatures, aux: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """tokens (T, p·p·C) from `pack`, timesteps (B,), text of B captions -> velocity tokens (T, p·p·C).
+
+        aux: also what the auxiliary head gives, alike: a velocity, or features (`DiTConfig.aux_loss`).
+        """
         if len(sizes) != len(text.lengths) or len(timesteps) not in (1, len(sizes)):
             raise ValueError(f"{len(sizes)} latents, {len(timesteps)} timesteps, {len(text.lengths)} captions")
         packing = self.plan(sizes, text.lengths, tokens.device)
@@ -230,13 +241,25 @@ class SVGDiT(nn.Module):
         for block in self.noise_refiner:
             image = block(image, packing.images, packing.image_rope, t_emb)
         x = torch.cat([caption, image]).index_select(0, packing.joint_index)  # (T, D)
-        for block in self.layers:
+        for number, block in enumerate(self.layers, start=1):
             x = block(x, packing.joint, packing.joint_rope, t_emb)
-        image = x.index_select(0, packing.output_index)
-        predicted = self.final_layer(image, packing.output_owner, t_emb).to(tokens.dtype)  # (T_images, p·p·C)
-        if self.config.prediction == "velocity":
-            return predicted
-        return velocity_to(predicted, tokens, timesteps, packing.output_owner)
+            if aux and number == self.config.aux_block:
+                middle = x
+
+        def predicted(head: FinalLayer, x: Tensor) -> Tensor:  # (T, D) -> (T_images, p·p·C)
+            image = x.index_select(0, packing.output_index)
+            return head(image, packing.output_owner, t_emb).to(tokens.dtype)
+
+        def velocity(prediction: Tensor) -> Tensor:
+            if self.config.prediction == "velocity":
+                return prediction
+            return velocity_to(prediction, tokens, timesteps, packing.output_owner)
+
+        last = velocity(predicted(self.final_layer, x))
+        if not aux:
+            return last
+        early = predicted(self.aux_head, middle)
+        return last, velocity(early) if self.config.aux_loss == "flow" else early
 
     def refine(self, text: TextFeatures) -> RefinedText:
         """Captions embedded and refined, once for all steps: neither depends on time or on the latents."""
@@ -319,6 +342,14 @@ class SVGDiT(nn.Module):
                 f"latents of shape {tuple(x.shape)}: expected (B, {channels}, h, w) or a list of ({channels}, h, w) "
                 f"with h and w divisible by the patch size {p}"
             )
+
+
+def without_aux_head(model: SVGDiT) -> SVGDiT:
+    """`model` without its auxiliary head, changed in place: the velocity does not need it."""
+    if model.config.aux_loss is not None:
+        del model.aux_head
+        model.config = replace(model.config, aux_loss=None, aux_block=None)
+    return model
 
 
 def load_published_state_dict(model: SVGDiT, state: dict[str, Tensor]) -> None:

@@ -37,23 +37,26 @@ def test_the_first_process_alone_writes_scalars_and_a_trace(toy_parts, tmp_path,
     assert names == (["tensorboard", "trace.json"] if rank == 0 else [])
 
 
-@pytest.mark.parametrize("patch", [1, 2])
-def test_operations_are_those_that_torch_counts(patch, monkeypatch):
+@pytest.mark.parametrize(("patch", "head"), [(1, {}), (2, {}), (1, {"aux_loss": "flow", "aux_block": 2})])
+def test_operations_are_those_that_torch_counts(patch, head, monkeypatch):
     for module in ("cpu_kernels", "model"):  # the fast forms have products of their own in the norms
         monkeypatch.setattr(f"svg_t2i.transformer.{module}.works_fast", lambda *tensors: False)
     sizes = DiTConfig(
         dim=64, n_layers=3, n_heads=2, n_kv_heads=1, n_refiner_layers=2, axes_dims=(8, 12, 12), in_channels=20,
-        cap_feat_dim=48, patch_size=patch,
+        cap_feat_dim=48, patch_size=patch, **head,
     )  # fmt: skip
     model, images, texts = SVGDiT(sizes), [24 // patch**2, 16 // patch**2], [5, 7]
     latents = [torch.randn(20, 4, 6, requires_grad=True), torch.randn(20, 4, 4, requires_grad=True)]
     features = torch.randn(12, 48)
     with FlopCounterMode(display=False) as counter:
-        sum(v.sum() for v in model(latents, torch.rand(2), TextFeatures(features, (5, 7)))).backward()
+        tokens, grids = model.pack(latents)
+        passed = model.forward_packed(tokens, grids, torch.rand(2), TextFeatures(features, (5, 7)), aux=bool(head))
+        (sum(v.sum() for v in passed) if head else passed.sum()).backward()
     joint = sum((i + t) ** 2 for i, t in zip(images, texts)) * sizes.n_layers
     refined = sum(i**2 + t**2 for i, t in zip(images, texts)) * sizes.n_refiner_layers
     attention = 3 * 4 * sizes.dim * (joint + refined)  # torch does not count the CPU's attention
-    rows = sum(images) + 4 * (sizes.n_layers * (sum(images) + sum(texts)) + sizes.n_refiner_layers * sum(images))
+    rows = 4 * (sizes.n_layers * (sum(images) + sum(texts)) + sizes.n_refiner_layers * sum(images))
+    rows += sum(images) * (1 + bool(head))
     gains = 2 * len(images) * sizes.dim * rows  # their gradients are added up by products, which are no use to a model
     timesteps = 2 * len(images) * 256 * sizes.modulation_dim  # sinusoids get no gradient, so it takes one product less
     assert training_flops(sizes, images, texts) == counter.get_total_flops() - gains + attention + timesteps

@@ -250,9 +250,9 @@ def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
     forward, calls = FlowObjective.forward, []
 
     def spoiled(self, batch):
-        losses, timesteps = forward(self, batch)
+        losses, *rest = forward(self, batch)
         calls.append(1)
-        return (losses * math.inf if len(calls) == 2 else losses), timesteps
+        return (losses * math.inf if len(calls) == 2 else losses), *rest
 
     monkeypatch.setattr(FlowObjective, "forward", spoiled)
     folder = train("run", "train.ckpt_every=1")
@@ -384,9 +384,9 @@ def test_spikes_are_skipped_where_asked_for(train, monkeypatch, capsys):
     forward, calls = FlowObjective.forward, []
 
     def spoiled(self, batch):
-        losses, timesteps = forward(self, batch)
+        losses, *rest = forward(self, batch)
         calls.append(1)
-        return (losses * 100 if len(calls) == 3 else losses), timesteps
+        return (losses * 100 if len(calls) == 3 else losses), *rest
 
     monkeypatch.setattr(FlowObjective, "forward", spoiled)
     folder = train("run", "train.spike_factor=5", "train.ckpt_every=1")
@@ -484,7 +484,8 @@ def test_loss_of_patches_is_that_of_their_samples(toy_parts):
     tokens, grids = objective.transformer.pack(latents)
     text = TextFeatures(torch.randn(5, 8), (2, 3))
     resolutions = torch.tensor([64, 64])
-    losses, timesteps = objective(MicroBatch(tokens, grids, positions, resolutions, text))
+    losses, timesteps, aux = objective(MicroBatch(tokens, grids, positions, resolutions, text))
+    assert aux is None
     keys = random_keys(5, positions)
     for i, clean in enumerate(tokens.split([6, 2])):
         noise = random_normal(keys[i : i + 1], clean.shape)[0]
@@ -508,7 +509,7 @@ def test_a_step_takes_the_gradient_of_the_mean_loss_over_all_micro_batches(toy_p
         tokens, grids = transformer.pack([latents[row] for row in rows])
         return MicroBatch(tokens, grids, torch.tensor(rows), torch.full((len(rows),), 64), text.select(rows))
 
-    losses, _ = objective(micro_batch(0, 1, 2))
+    losses, _, _ = objective(micro_batch(0, 1, 2))
     gradients = torch.autograd.grad(losses.mean(), transformer.parameters())
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     before = [weight.detach().clone() for weight in state.weights]

@@ -254,7 +254,7 @@ def test_published_models_have_these_sizes(name, dim, layers, heads):
         "dim": dim, "n_layers": layers, "n_heads": heads, "axes_dims": (dim // heads // 3,) * 3, "n_kv_heads": 8,
         "n_refiner_layers": 2, "patch_size": 1, "in_channels": 384, "cap_feat_dim": 2304, "multiple_of": 256,
         "ffn_dim_multiplier": None, "norm_eps": 1e-5, "qk_norm": True, "axes_lens": (600, 512, 512),
-        "prediction": "velocity",
+        "prediction": "velocity", "aux_loss": None, "aux_block": None,
     }  # fmt: skip
 
 
