@@ -288,7 +288,7 @@ class SVGAutoencoder(nn.Module):
         self._check_variant(state, path)
         kept = {name: tensor for name, tensor in state.items() if not name.startswith(DROPPED)}
         remedy = "Use the YAML file that belongs to it (dinoconfig.model_name, ddconfig or hyconfig, extra_vit_config)"
-        load_strictly(self, kept, f"autoencoder checkpoint {path}", remedy)
+        load_strictly(self, kept, f"autoencoder checkpoint {path}", remedy, state.keys() - kept.keys())
 
     def _check_variant(self, state: Mapping[str, Tensor], path: str | Path) -> None:
         """UserError where the checkpoint is of another kind of autoencoder than the config describes."""

@@ -81,10 +81,8 @@ class Ablation(Steps):
 
     def train(self, option: str, seed: int) -> Path:
         """The folder of the run, trained to its end."""
-        folder, every = (
-            self.output / f"{option.replace(', ', '_').replace(' ', '_')}_{seed}",
-            max(1, self.budget.steps // CHECKPOINTS),
-        )
+        name, every = re.sub(r"\W+", "_", option), max(1, self.budget.steps // CHECKPOINTS)
+        folder = self.output / f"{name}_{seed}"
         self.train_transformer(
             CONFIG,
             f"results_dir={folder}",

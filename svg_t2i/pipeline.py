@@ -27,10 +27,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.loaders import Lumina2LoraLoaderMixin
 from diffusers.utils import BaseOutput, logging
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autoencoder.common.config import UserError, build
+from autoencoder.common.weights import report_load
 from autoencoder.sources.folders import list_images
 from svg_t2i.loading import saved, sources
 from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
@@ -172,6 +173,9 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
             with saved.loading_errors(folder):
                 arguments = {DTYPE: dtype, "use_safetensors": True, **given, **kwargs}
                 pipeline = super().from_pretrained(folder, **arguments)
+            for name, part in pipeline.components.items():
+                if isinstance(part, nn.Module) and name not in given:
+                    report_load(f"{name} of {folder}", len(part.state_dict()))
         else:
             device = saved.device_alone(kwargs, folder)
             components = sources.load_networks(sources.find_sources(folder, **parts), use_ema, dtype)

@@ -175,7 +175,7 @@ def resume(config: TrainConfig, state: TrainState, frozen: FrozenNetworks, folde
         for name, tensor in parts[part].items():
             tensor.copy_(parts["model"][name])
     state.step = meta["step"]
-    log.info("resumed from %s", folder)
+    log.info("resumed from %s: %d tensors", folder, sum(len(tensors) for tensors in parts.values()))
     for change in changed_settings(meta["config"], config):
         log.info("changed since the checkpoint: %s", change)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -112,6 +113,7 @@ def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
         if argv is not None:
             main(list(argv))
             return
+        show_loads()
         try:
             main(sys.argv[1:])
         except UserError as error:
@@ -126,6 +128,21 @@ def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
             _end("\ninterrupted; what is written is whole, and the same command goes on or starts again", INTERRUPTED)
 
     return run
+
+
+def show_loads() -> None:
+    """Print what loads of weights did (`common.weights.report_load`), a line each, on standard error."""
+    loads = logging.getLogger("autoencoder.loads")  # importing common.weights would import torch
+    loads.setLevel(logging.INFO)
+    loads.handlers[:] = [_Lines()]
+    loads.propagate = False
+
+
+class _Lines(logging.Handler):
+    """Messages as lines on what is standard error at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -15,7 +15,8 @@ import pickle
 import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING  # by the names of Python 2, which protocol 2 writes
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from autoencoder.common.config import UserError
 
 logger = logging.getLogger("autoencoder")
+loads = logging.getLogger("autoencoder.loads")  # what every load did; commands print it
 
 # Of Python, all that settings in a file of weights may be made of
 DATA_MODULES = {"argparse", "collections", "datetime", "functools", "pathlib", "typing"}
@@ -126,8 +128,38 @@ def read_state_dict(path: str | Path, what: str, ema: bool = False, verify: bool
     return {**state, **content[EMA_KEY]} if ema else dict(state)
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
-    """Load `state` into `module`; UserError naming every kind of disagreement, and the module untouched, if any."""
+def report_load(source: str, loaded: int, others: Mapping[str, Iterable[str]] | None = None, total: int = 0) -> None:
+    """Say what a load did; the first process of several says it.
+
+    loaded: how many tensors were taken over, of `total` that the model has, where that may be more. others: a reason →
+    the names of the tensors that were not; part of them missing in the model is worth a warning.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    loads.info("%s: %d%s tensors loaded", source, loaded, f" of {total}" if total else "")
+    for reason, names in (others or {}).items():
+        if names := sorted(names):
+            loads.log(logging.WARNING if total else logging.INFO, "%s: %d %s: %s", source, len(names), reason,
+                      folded(names))  # fmt: skip
+
+
+def folded(names: Sequence[str], most: int = 30) -> str:
+    """Names in one line; where there are more than `most`, those that begin alike as one: "loss.* (120)"."""
+    if len(names) <= most:
+        return ", ".join(names)
+    heads: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        heads[name.partition(".")[0]].append(name)
+    return ", ".join(f"{head}.* ({len(own)})" if len(own) > 1 else own[0] for head, own in heads.items())
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str, left_out: Iterable[str] = ()
+) -> None:
+    """Load `state` into `module`; UserError naming every kind of disagreement, and the module untouched, if any.
+
+    left_out: what the file has besides, for the report.
+    """
     expected = module.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
@@ -144,6 +176,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, r
         found = "; ".join(f"{len(names)} {kind}: {first[kind]}" for kind, names in problems.items() if names)
         raise UserError(f"{source} does not fit the model: {found}. {remedy}")
     module.load_state_dict(dict(state), strict=True)
+    report_load(source, len(state), {"not used": left_out})
 
 
 def fingerprint(identity: Any, state: Mapping[str, Tensor]) -> str:

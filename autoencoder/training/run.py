@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, locate, save_config, to_dict
 from autoencoder.common.lock import RunLock
 from autoencoder.common.processes import peak_memory
-from autoencoder.common.weights import EMA_KEY, read_state_dict
+from autoencoder.common.weights import EMA_KEY, read_state_dict, report_load
 from autoencoder.encoders.encoder import build_encoder
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME
@@ -217,9 +216,8 @@ def load_initial_weights(module: AutoencoderModule, state: Mapping[str, Tensor],
     if not any(name.startswith("decoder.") and value.ndim > 1 for name, value in fitting.items()):
         raise UserError(f"model.init_weight {source}: no decoder weight in it fits model.params")
     module.load_state_dict(fitting, strict=False)
-    for what, names in (("not used", state.keys() - fitting.keys()), ("not in it", own.keys() - fitting.keys())):
-        if names and rank_zero_only.rank == 0:
-            logger.warning("init_weight %s: %d entries %s: %s", source, len(names), what, ", ".join(sorted(names)))
+    others = {"not used": state.keys() - fitting.keys(), "not in it": own.keys() - fitting.keys()}
+    report_load(f"init_weight {source}", len(fitting), others, total=len(own))
 
 
 # -- trainer ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ adapter stands for the model it was trained on with the adapter added.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from autoencoder.common.config import UserError, build, locate, to_dict
-from autoencoder.common.weights import read_state_dict, weights_digest, write_json
+from autoencoder.common.weights import read_state_dict, report_load, weights_digest, write_json
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.adapters import FILE as ADAPTER_FILE
 from svg_t2i.checkpoints.adapters import LoraSettings, merge_adapter
@@ -34,8 +33,6 @@ from svg_t2i.checkpoints.run import (
 )
 from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.model import SVGDiT, load_published_state_dict, without_aux_head
-
-log = logging.getLogger(__name__)
 
 BASE = "base"  # in the meta.json of an adapter: folder and digest of the model it was trained on
 EXPORT_CONFIG = "config.json"
@@ -244,7 +241,16 @@ def load_transformer(folder: str | os.PathLike, ema: bool | float = True) -> SVG
         model = SVGDiT(source.config)
     model.to_empty(device="cpu")
     load_published_state_dict(model, source.state)
+    own = model.state_dict().keys()
+    report_load(f"DiT {folder}{_which(source, ema)}", len(own), {"not used": source.state.keys() - own})
     return model.eval()
+
+
+def _which(source: TransformerFile, ema: bool | float) -> str:
+    """The step, where it is recorded, and whether these are averages."""
+    step = f"step {source.meta['step']}, " if "step" in source.meta else ""
+    average = f" with decay {ema}" if not isinstance(ema, bool) else ""
+    return f" ({step}{'averaged' if ema else 'raw'} weights{average})"
 
 
 def check_fingerprints(folder: str | os.PathLike, autoencoder: Mapping[str, Any], text_encoder: str) -> None:
@@ -293,15 +299,12 @@ def init_from(model: SVGDiT, folder: str | os.PathLike) -> TransformerFile:
     if not fitting:
         raise UserError(f"{folder}: not one of its {len(source.state)} tensors fits this model; check model and sizes")
     model.load_state_dict(fitting, strict=False)
-    skipped = {
+    others = {
         "of another shape": other,
         "unknown to this model": [key for key in source.state if key not in own and key != "norm_final.weight"],
-        "left as initialised": [key for key in own if key not in fitting],
+        "left as initialised": own.keys() - fitting.keys(),
     }
-    for reason, keys in skipped.items():
-        if keys:
-            log.warning("%s: %d tensors %s: %s", folder, len(keys), reason, ", ".join(keys))
-    log.info("started from %s: %d of %d tensors", folder, len(fitting), len(own))
+    report_load(f"init_from {folder}", len(fitting), others, total=len(own))
     return source
 
 

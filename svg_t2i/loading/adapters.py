@@ -13,6 +13,7 @@ from typing import Any
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.hub import nearest
+from autoencoder.common.weights import report_load
 from svg_t2i.checkpoints.adapters import FILE
 from svg_t2i.sampling.networks import active_adapters
 
@@ -67,6 +68,8 @@ def _load(pipeline: Any, path: Path, number: int) -> str:
         raise UserError(f"lora = {str(path)!r} is no adapter of this model: {first_line(error)}") from error
     if name not in active_adapters(pipeline.transformer):
         raise UserError(f"lora = {str(path)!r} is no adapter of this model: none of its layers is in the transformer")
+    own = [weight for weight in pipeline.transformer.state_dict() if f".{name}." in weight]
+    report_load(f"adapter {path}", len(own))
     return name
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.hub import announce, folder_or_hub_name, nearest
+from autoencoder.common.weights import report_load
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which --help need not wait for
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ def load_model(source: str, dtype: torch.dtype | str) -> PreTrainedModel:
             f"text_encoder.path={source!r} lacks {len(unset)} weights of the {config.model_type!r} model in its "
             f"config.json, or has them in another shape ({', '.join(unset[:3])} …); give a complete checkpoint"
         )
+    report_load(f"text encoder {source}", len(model.state_dict()), {"not used": info["unexpected_keys"]})
     return model
 
 

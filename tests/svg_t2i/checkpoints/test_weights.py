@@ -4,6 +4,7 @@ import argparse
 import copy
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -13,6 +14,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from autoencoder.common.config import UserError, to_dict
+from autoencoder.common.weights import folded
+from svg_t2i import export as export_command
 from svg_t2i.checkpoints.published import export_published
 from svg_t2i.checkpoints.run import COMMITTED, META, clean, load_checkpoint, newest_checkpoint, save_checkpoint
 from svg_t2i.checkpoints.weights import (
@@ -300,6 +303,26 @@ def test_init_from_takes_what_fits_and_names_the_rest(published, state, caplog):
         assert torch.equal(own[key], before[key])
         assert key in caplog.text
     assert "norm_final" not in caplog.text
+
+
+def test_a_command_says_what_it_loaded(published, tmp_path, monkeypatch, capsys):
+    loads = logging.getLogger("autoencoder.loads")
+    for name, value in (("handlers", []), ("propagate", True), ("level", logging.NOTSET)):
+        monkeypatch.setattr(loads, name, value)
+    monkeypatch.setattr("sys.argv", ["svg_t2i.export", str(published), str(tmp_path / "out")])
+    export_command.main()
+    number = len(SVGDiT(SIZES).state_dict())
+    lines = capsys.readouterr().err.splitlines()
+    assert f"DiT {published} (averaged weights): {number} tensors loaded" in lines
+    assert f"DiT {published} (averaged weights): 1 not used: norm_final.weight" in lines
+    monkeypatch.setenv("RANK", "1")
+    load_transformer(published)
+    assert capsys.readouterr().err == ""
+
+
+def test_many_names_are_folded():
+    assert folded(["a.b", "c"]) == "a.b, c"
+    assert folded([f"loss.{i}" for i in range(40)] + ["head.weight"]) == "loss.* (40), head.weight"
 
 
 def test_init_from_needs_something_in_common(published):
