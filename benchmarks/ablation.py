@@ -22,19 +22,17 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError
 
 sys.path.append(str(REPO_ROOT / "scripts" / "quickstart"))  # the recipe's folder is no package
-from draw import all_things, draw, write_jsonl
+from draw import all_things, write_held_out
 from score import score
-from steps import Steps, divide_cores, trained_parts
+from steps import Steps, divide_cores, scalars, trained_parts
 
 CONFIG = "configs/svg_t2i/quickstart.yaml"
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -66,18 +64,9 @@ class Ablation(Steps):
     def __init__(self, quickstart: Path, output: Path, budget: Budget):
         super().__init__(*divide_cores())
         self.quickstart, self.output, self.budget = quickstart, output, budget
+        self.held_out = write_held_out(output / "held_out")
         unseen = [thing for thing in all_things() if thing.is_unseen]
         self.wanted = unseen[:: max(1, len(unseen) // budget.prompts)][: budget.prompts]
-
-    def write_held_out(self) -> None:
-        """One picture of every unseen thing, for the validation loss."""
-        images = self.output / "held_out" / "images"
-        images.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i, thing in enumerate(thing for thing in all_things() if thing.is_unseen):
-            draw(thing, np.random.default_rng([2, i])).save(images / f"{i}.png")
-            lines.append({"path": f"images/{i}.png", "prompt": thing.caption})
-        write_jsonl(images.parent / "held_out.jsonl", lines)
 
     def train(self, option: str, seed: int) -> Path:
         """The folder of the run, trained to its end."""
@@ -93,7 +82,7 @@ class Ablation(Steps):
             f"train.ckpt_every={every}",
             f"train.keep_last={CHECKPOINTS + 1}",
             f"train.micro_batch_size={32 // self.processes}",
-            f"validation.path={self.output / 'held_out' / 'held_out.jsonl'}",
+            f"validation.path={self.held_out}",
             f"validation.every={every}",
             "validation.num_samples=80",
             *OPTIONS[option],
@@ -125,19 +114,10 @@ class Ablation(Steps):
             "right": {int(step): right["all"] for step, right in over_time.items()},
             "right_few": {int(step): right["all"] for step, right in few.items()},
             **{name: over_time[checkpoints[-1].name][name] for name in ("colour", "place", "shape")},
-            "validation": board("validation/loss")[-1],
-            "validation_at_noise": board("validation/loss_at_t/0.00-0.12")[-1],
-            "seconds": 32 / statistics.median(board("train/images_per_second")),
+            "validation": board("validation/loss")[1][-1],
+            "validation_at_noise": board("validation/loss_at_t/0.00-0.12")[1][-1],
+            "seconds": 32 / statistics.median(board("train/images_per_second")[1]),
         }
-
-
-def scalars(folder: Path) -> Callable[[str], list[float]]:
-    """The values of a tag of a TensorBoard folder, in their order."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(folder))
-    board.Reload()
-    return lambda tag: [event.value for event in board.Scalars(tag)]
 
 
 def read_results(path: Path) -> list[dict]:
@@ -203,7 +183,6 @@ def main(argv: list[str]) -> None:
         if other := {row["steps"] for row in rows} - {args.steps}:
             raise UserError(f"--output {args.output} holds runs of {other.pop()} steps; choose another folder")
         ablation = Ablation(quickstart, results.parent, Budget(args.steps))
-        ablation.write_held_out()
         done = {(row["option"], row["seed"]) for row in rows}
         for seed in range(args.seeds):  # seed by seed: an interruption leaves options that can be compared
             for option in args.options:

@@ -9,6 +9,7 @@ them. The folder afterwards:
 
     train.jsonl     {"path": "images/00000.png", "prompt": "a large red circle at the left"} per picture
     unseen.jsonl    {"prompt", "colour", "shape", "place", "size"} per combination that training never sees
+    held_out.jsonl  {"path", "prompt"} of a picture of each of these, for the loss on them
     images/*.png
 
 Usage: python draw.py FOLDER [--copies N] [--seed N]
@@ -131,7 +132,20 @@ def write_data_set(folder: Path, copies: int = 6, seed: int = 0) -> tuple[int, l
         lines.append({"path": path, "prompt": thing.caption})
     write_jsonl(folder / "train.jsonl", lines)
     write_jsonl(folder / "unseen.jsonl", [{"prompt": thing.caption, **vars(thing)} for thing in unseen])
+    write_held_out(folder, seed)
     return len(lines), unseen
+
+
+def write_held_out(folder: Path, seed: int = 0) -> Path:
+    """Writes a picture of every unseen thing; returns the list of them, held_out.jsonl."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, thing in enumerate(thing for thing in all_things() if thing.is_unseen):
+        path = f"images/unseen_{index:02d}.png"
+        draw(thing, np.random.default_rng([seed, 1, index])).save(folder / path)
+        lines.append({"path": path, "prompt": thing.caption})
+    write_jsonl(folder / "held_out.jsonl", lines)
+    return folder / "held_out.jsonl"
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:

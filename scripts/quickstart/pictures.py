@@ -18,6 +18,7 @@ from pathlib import Path
 
 from draw import SIZE, Thing, draw
 from PIL import Image
+from steps import scalars
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import image_grid, save_png
@@ -35,6 +36,23 @@ def write_grid(
     """A labelled grid of small pictures, enlarged without smoothing."""
     zoomed = [picture.resize([zoom * side for side in picture.size], Image.NEAREST) for picture in pictures]
     save_png(image_grid(zoomed, columns, labels), path)
+
+
+def plot_losses(board: Path, path: Path) -> None:
+    """The loss of training and that of held-out pictures over the steps of a run.
+
+    They are not of one height: training draws times near noise more often, the held-out loss has eight times, evenly.
+    """
+    from matplotlib.figure import Figure
+
+    read = scalars(board)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for tag, label in (("train/loss", "training"), ("validation/loss", "combinations never seen")):
+        axes.plot(*read(tag), marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def draw_pictures(folder: Path) -> None:

@@ -3,13 +3,15 @@
 Every step is the command a real run uses; this file only calls them one after another, on a small problem. Started by
 scripts/quickstart.sh. The output folder afterwards:
 
-    data/                     train.jsonl, images/; unseen.jsonl, or with --data squares of your images
+    data/                     train.jsonl, images/; unseen.jsonl and held_out.jsonl, or with --data squares of your
+                              images
     autoencoder/quickstart/   checkpoints, TensorBoard scalars and reconstructions
     latent_stats.safetensors  mean and deviation of every latent channel
     text_encoder/             small random Gemma-2 and a word tokenizer, Hugging Face format
     transformer/              checkpoints and TensorBoard scalars of the DiT
     prompts.jsonl, samples/   what was asked for; one PNG per picture, data.json
     reconstructions.png       pictures above what the autoencoder makes of them
+    loss.png                  of training, and of pictures of combinations that training never sees
     samples.png               labelled grid, the first picture for each prompt
     report.json               fractions of right colour, place and shape, or with --data of pictures that are most like
                               their own image; seconds per phase
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from draw import NEW_SHAPE, SIZE, all_things, draw, write_data_set, write_jsonl
-from pictures import draw_pictures, write_grid
+from pictures import draw_pictures, plot_losses, write_grid
 from PIL import Image
 from score import score
 from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty, trained_parts
@@ -125,8 +127,15 @@ class Recipe(Steps):
             f"train.global_batch_size={batch}",
             f"train.micro_batch_size={batch // self.processes}",
             *trained_parts(self.output),
+            *self.held_out(),
             *self.plan.transformer_changes,
         )
+
+    def held_out(self) -> tuple[str, ...]:
+        """The settings that measure the loss on held-out pictures, where there are some: ten times."""
+        path = self.manifest.parent / "held_out.jsonl"
+        every = max(1, self.plan.transformer_steps // 10)
+        return (f"validation={{path: {path}, every: {every}}}",) if path.is_file() else ()
 
     def sample(self, prompts: Sequence[str]) -> list[Image.Image]:
         """Pictures for the prompts, `pictures_per_prompt` in a row for each."""
@@ -172,6 +181,7 @@ def run_on_shapes(recipe: Recipe) -> None:
         first = samples[::per_prompt]
         write_grid(recipe.output / "samples.png", first, columns=8, labels=[thing.caption for thing in wanted])
         result = score(samples, [thing for thing in wanted for _ in range(per_prompt)])
+        plot_losses(recipe.output / "transformer" / "tensorboard", recipe.output / "loss.png")
         drawn = [draw(thing) for thing in wanted]
         reconstruction = score(recipe.reconstruct(drawn), wanted)
     recipe.write_report({**result, "pictures": len(samples), "reconstruction": reconstruction}, recipe.output)

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,20 @@ def require_empty(output: Path) -> None:
     """UserError where `output` is anything but an empty folder, or not there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not empty; nothing was overwritten. Remove it or choose another folder")
+
+
+def scalars(folder: Path) -> Callable[[str], tuple[list[int], list[float]]]:
+    """The steps and values of a tag in a TensorBoard folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder))
+    board.Reload()
+
+    def read(tag: str) -> tuple[list[int], list[float]]:
+        events = board.Scalars(tag)
+        return [event.step for event in events], [event.value for event in events]
+
+    return read
 
 
 def read_samples(folder: Path) -> list[Image.Image]:

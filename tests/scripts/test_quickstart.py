@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from torch.utils.tensorboard import SummaryWriter
 
 from autoencoder.common.config import UserError
 from autoencoder.sources.manifest import Manifest
@@ -265,3 +266,23 @@ def test_help_needs_no_installation(tmp_path):
     for option in ("--short", "--data", "--resolution", "--output", "--pictures"):
         assert option in done.stdout
     assert not done.stderr
+
+
+def test_held_out_pictures_are_of_unseen_things(draw, score, tmp_path):
+    lines = [json.loads(line) for line in draw.write_held_out(tmp_path).read_text().splitlines()]
+    unseen = [thing for thing in draw.all_things() if thing.is_unseen]
+    assert [line["prompt"] for line in lines] == [thing.caption for thing in unseen]
+    pictures = [Image.open(tmp_path / line["path"]) for line in lines]
+    assert score.score(pictures, unseen)["all"] == 1.0
+
+
+def test_the_losses_are_plotted(draw, tmp_path):
+    pictures = pytest.importorskip("pictures")
+    with SummaryWriter(str(tmp_path / "board")) as board:
+        for step in (50, 100):
+            board.add_scalar("train/loss", 1 / step, step)
+            board.add_scalar("validation/loss", 2 / step, step)
+    read = pytest.importorskip("steps").scalars(tmp_path / "board")
+    assert read("validation/loss") == ([50, 100], pytest.approx([0.04, 0.02]))
+    pictures.plot_losses(tmp_path / "board", tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (720, 420)

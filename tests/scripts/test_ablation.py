@@ -1,0 +1,62 @@
+"""The table of the ablation, what it is made of, and what it refuses. The runs themselves take an hour."""
+
+import json
+import sys
+
+import pytest
+
+from autoencoder.common.config import UserError, build, load_config
+from svg_t2i.training.settings import TrainConfig
+
+
+@pytest.fixture
+def ablation(monkeypatch):
+    pytest.importorskip("benchmarks.ablation")
+    module = sys.modules["benchmarks.ablation"]
+    monkeypatch.syspath_prepend(module.REPO_ROOT / "scripts" / "quickstart")
+    return module
+
+
+def row(option, seed, halfway, seconds=0.25):
+    right = {"150": 0.0, "300": halfway, "450": 0.95, "600": 1.0}
+    return {
+        "option": option, "seed": seed, "steps": 600, "right": right, "right_few": right, "colour": 1.0, "place": 1.0,
+        "shape": 1.0, "validation": 0.5 + seed, "validation_at_noise": 0.125, "seconds": seconds,
+    }  # fmt: skip
+
+
+def test_the_table_has_mean_and_spread_of_every_option(ablation):
+    rows = [row("data", 0, 0.8), row("velocity", 0, 0.5), row("velocity", 1, 0.92)]
+    lines = ablation.table(rows).splitlines()
+    assert lines[0].startswith("| option | seeds | right after 150 | right after 300 |")
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["velocity", "data"]  # in the order of OPTIONS
+    velocity, data = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:])
+    assert velocity == [
+        "2", "0 ± 0 %", "71 ± 30 %", "95 ± 0 %", "100 ± 0 %", "71 ± 30 %", "450, 300", "1.000 ± 0.707",
+        "0.1250 ± 0.0000", "0.250 ± 0.000",
+    ]  # fmt: skip
+    assert data[2] == "80 %"
+    assert ablation.table([]) == "no results yet"
+
+
+def test_every_option_is_a_change_that_the_quickstart_takes(ablation):
+    for option, changes in ablation.OPTIONS.items():
+        config = load_config(TrainConfig, ablation.CONFIG, list(changes))
+        assert (config == load_config(TrainConfig, ablation.CONFIG)) == (option == "velocity")
+        sizes = config.model_config(in_channels=192, cap_feat_dim=128)
+        assert build(type(sizes), vars(sizes)) == sizes
+
+
+def test_it_says_what_it_lacks_and_mixes_nothing(ablation, tmp_path, capsys):
+    arguments = ["--quickstart", str(tmp_path / "none"), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match=r"has no trained model: bash scripts/quickstart\.sh makes one"):
+        ablation.main(arguments)
+    (tmp_path / "results.jsonl").write_text(json.dumps(row("data", 0, 0.5)) + "\n")
+    ablation.main([*arguments, "--table"])
+    assert "| data | 1 |" in capsys.readouterr().out
+    (tmp_path / "none" / "transformer" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds runs of 600 steps"):
+        ablation.main([*arguments, "--steps", "8"])
+    ablation.main([*arguments, "--options", "data", "--seeds", "1"])  # all of it is there: trains nothing
+    assert "| data | 1 |" in capsys.readouterr().out
