@@ -35,6 +35,7 @@ from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
 from svg_t2i.rendering.arguments import quiet_imports
+from svg_t2i.training.distill import load_teacher
 from svg_t2i.training.loop import TrainLoop
 from svg_t2i.training.networks import make_transformer, prepare_frozen
 from svg_t2i.training.prior import with_prior
@@ -101,7 +102,8 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
     cached = config.data.all_sources[0].feature_cache is not None  # then cache_features has compared the statistics
     config, frozen = prepare_frozen(config, manifest, world, compare=not cached)
     transformer, base = make_transformer(config, frozen, newest, world)
-    objective = parallelize(FlowObjective(transformer, config), config.parallel, config.train.precision, world)
+    teacher, record = load_teacher(config, frozen, newest, world)
+    objective = parallelize(FlowObjective(transformer, config, teacher), config.parallel, config.train.precision, world)
     state = TrainState.start(transformer, config)
     if newest is not None:
         resume(config, state, frozen, newest)
@@ -122,7 +124,7 @@ def run_in_folder(config: TrainConfig, world: World, lock: RunLock | None) -> in
         return 0
     validation = None if config.validation is None else Validation(config, config.validation, world)
     open_loader = make_loader(replace(config, data=data), sources, frozen, world)
-    meta = checkpoint_meta(config, state, frozen) | base | {"data": contents}
+    meta = checkpoint_meta(config, state, frozen) | base | record | {"data": contents}
     code = TrainLoop(config, state, objective, frozen, open_loader, meta, world, lock, validation).run()
     if world.is_main:
         manifest.failures.report()

@@ -71,10 +71,11 @@ def published_name(config: DiTConfig) -> str:
     Raises:
         UserError: it has none.
     """
-    if config.prediction != "velocity":
+    other = {"prediction": config.prediction, "guidance_embed": config.guidance_embed}
+    if other != {"prediction": "velocity", "guidance_embed": False}:
         raise UserError(
-            f"a published folder cannot say that its model predicts {config.prediction}, and would be read as one that "
-            "predicts the velocity; export it without --published"
+            f"a published folder cannot say {other}, and would be read as a model that predicts the velocity and takes "
+            "no guidance scale; export it without --published"
         )
     free = {"in_channels": config.in_channels, "cap_feat_dim": config.cap_feat_dim, "qk_norm": config.qk_norm}
     for name, sizes in MODELS.items():

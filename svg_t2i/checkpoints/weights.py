@@ -281,13 +281,13 @@ def compare_fingerprints(
         )
 
 
-def init_from(model: SVGDiT, folder: str | os.PathLike) -> TransformerFile:
-    """Start `model` from the raw weights in `folder`, leaving out by name whatever is missing or of another shape.
+def init_from(model: SVGDiT, folder: str | os.PathLike, ema: bool = False) -> TransformerFile:
+    """Start `model` from the raw or averaged weights in `folder`; what is missing or of another shape is left out.
 
     Raises:
         UserError: as `read_transformer`, if not one tensor fits, or if that model predicts something else.
     """
-    source = read_transformer(folder, ema=False)
+    source = read_transformer(folder, ema)
     if source.config.prediction != model.config.prediction:
         raise UserError(
             f"{folder}: that model predicts {source.config.prediction}, this one {model.config.prediction}; set "

@@ -318,7 +318,7 @@ class LossBins:
 
 # -------------------------------------------------------------------------------------------------------------- random
 
-NOISE, TIME = 0, 1  # streams: independent numbers for one key
+NOISE, TIME, GUIDANCE = 0, 1, 2  # streams: independent numbers for one key
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio; minus 2^64 because torch's integers are signed
 
 

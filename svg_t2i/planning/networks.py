@@ -98,7 +98,10 @@ def velocity(transformer: SVGDiT, grids: Sizes, lengths: Sequence[int], timestep
     tokens = torch.empty(sum(h * w for h, w in grids) // patch, patch * sizes.in_channels, device=META)
     features = torch.empty(sum(lengths), sizes.cap_feat_dim, device=META, dtype=torch.bfloat16)
     times = torch.empty(timesteps, device=META)
-    return transformer.forward_packed(tokens, tuple(grids), times, TextFeatures(features, tuple(lengths)))
+    scales = times if sizes.guidance_embed else None
+    return transformer.forward_packed(
+        tokens, tuple(grids), times, TextFeatures(features, tuple(lengths)), guidance=scales
+    )
 
 
 def count(*networks: nn.Module) -> int:

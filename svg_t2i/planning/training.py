@@ -28,7 +28,7 @@ from svg_t2i.planning.networks import (
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import checkpoint_activations
 from svg_t2i.transformer.config import DiTConfig
-from svg_t2i.transformer.flops import training_flops
+from svg_t2i.transformer.flops import forward_flops, training_flops
 from svg_t2i.transformer.packing import Sizes
 
 GB = 1e9
@@ -109,6 +109,9 @@ def plan_training(
     flops = training_flops(sizes, [tokens], [caption_tokens], frozen=config.lora is not None)
     counts = transformer_counts(sizes, config.lora)
     frozen = size(autoencoder) + text.parameters * _bytes(loop.precision)
+    if config.distill is not None:  # a teacher of the student's size, and both its branches
+        frozen += counts.all * _bytes(loop.precision)
+        flops += 2 * forward_flops(sizes, tokens, caption_tokens)
     frozen /= gpus if config.parallel.shard_frozen else 1
     cache = config.text_encoder.cache_tokens * text.width * _bytes(loop.precision)
     choices = []

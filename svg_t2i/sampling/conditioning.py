@@ -56,7 +56,11 @@ def encode_prompts(
     if guide is not None and (negatives is not None or any(options.negative_prompts(count))):
         raise UserError("negative_prompt does nothing under autoguidance; leave it out, or set_guide(None)")
     columns = [prompts] if others is None else [prompts, others]
-    if options.is_guided and guide is None:
+    distilled = networks.transformer.config.guidance_embed
+    if distilled and (negatives is not None or any(options.negative_prompts(count))):
+        raise UserError("negative_prompt does nothing with a distilled model, which guides on its own; leave it out")
+    branches = options.is_guided and guide is None and not distilled
+    if branches:
         columns = [*columns, options.negative_prompts(count) if negatives is None else negatives]
     given: dict[Any, str | TextFeatures] = {}  # text, or identity of features → what they are
     keys = []
@@ -67,7 +71,7 @@ def encode_prompts(
     features = encode_texts(networks, list(given.values()), max_length, packed)
     places = {key: place for place, key in enumerate(given)}
     rows = [tuple(places[key] for key in column) for column in keys]
-    negative = rows.pop() if options.is_guided and guide is None else None
+    negative = rows.pop() if branches else None
     mixing = () if others is None else (tuple(1 - weight for weight in weights), tuple(weights))
     captions = tuple(prompt if isinstance(prompt, str) else "prompt_embeds" for prompt in prompts)
     return Conditions(features, tuple(rows), negative, guide, options.guidance_scales(count), mixing, captions)

@@ -138,11 +138,22 @@ class Denoiser:
         options, timesteps = self.options, torch.full((1,), t, device=tokens.device)
         repeated = tokens if copies == 1 else tokens.repeat(copies, 1)
         inner = options.internal_guidance != 1 and is_guided_at(t, options.guidance_interval, options.cfg_trunc)
+        inputs, further = (repeated, self.sizes * copies, timesteps, text), self._guidance(model, t, copies)
         if not inner or model is self.guide:
-            return model.forward_packed(repeated, self.sizes * copies, timesteps, text).chunk(copies)
-        last, early = model.forward_packed(repeated, self.sizes * copies, timesteps, text, aux=True)
+            return model.forward_packed(*inputs, **further).chunk(copies)
+        last, early = model.forward_packed(*inputs, aux=True, **further)
         guided = combine(last, early, options.internal_guidance, renorm_cfg=0)
         return guided.chunk(copies)[: self.branches] + last.chunk(copies)[self.branches :]
+
+    def _guidance(self, model: SVGDiT, t: float, copies: int) -> dict[str, Tensor]:
+        """The scales that a distilled model is told, of every copy; 1 where there is no guidance, or another one."""
+        if not model.config.guidance_embed:
+            return {}
+        guided = self.guide is None and is_guided_at(t, self.options.guidance_interval, self.options.cfg_trunc)
+        scale = self.scale if guided else 1.0
+        device = self.prompts.features.device
+        several = isinstance(scale, Tensor)
+        return {"guidance": scale.repeat(copies) if several else torch.full((1,), scale, device=device)}
 
     def _mix(self, velocities: Sequence[Tensor]) -> Tensor:
         if len(velocities) == 1:

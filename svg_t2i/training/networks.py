@@ -50,8 +50,8 @@ def make_transformer(
 ) -> tuple[SVGDiT, dict[str, Any]]:
     """The model with the weights that training starts from, and what a checkpoint records of them.
 
-    Random ones or those of `init_from`; with `lora` a frozen model and a fresh adapter. newest: the checkpoint that
-    will fill the trained weights, if there is one.
+    Random ones, those of `init_from` or of a teacher; with `lora` a frozen model and a fresh adapter. newest: the
+    checkpoint that will fill the trained weights, if there is one.
     """
     if config.lora is not None:
         return adapted_transformer(config, config.lora, frozen, newest, world)
@@ -59,9 +59,12 @@ def make_transformer(
     torch.manual_seed(config.train.seed)
     with world.device:
         transformer = SVGDiT(sizes)
-    if newest is None and config.init_from is not None:
-        source = find_transformer(locate(config.init_from))
-        weights.init_from(transformer, source)
+    first, averaged = config.init_from, False
+    if first is None and config.distill is not None:
+        first, averaged = config.distill.teacher, True  # a student starts as its teacher
+    if newest is None and first is not None:
+        source = find_transformer(locate(first))
+        weights.init_from(transformer, source, averaged)
         if weights.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
             log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
     return transformer, {}

@@ -205,6 +205,20 @@ class AuxConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learn the guided velocity of a teacher, for sampling in half the passes: see `svg_t2i.training.distill`."""
+
+    teacher: str  # folder of a run, a checkpoint or an export: its averaged weights
+    scales: tuple[float, float] = (1.0, 8.0)  # guidance scales are drawn evenly from here
+    renorm_cfg: float = 1.0  # of the teacher's guidance, as in sampling
+
+    def __post_init__(self) -> None:
+        low, high = self.scales
+        require(0 <= low <= high, "scales", self.scales, "two numbers, the larger last, none negative")
+        require(self.renorm_cfg >= 0, "renorm_cfg", self.renorm_cfg, "0 (off) or positive")
+
+
+@dataclass(frozen=True)
 class PriorConfig:
     """Pictures that the model draws before it is fine-tuned, and sees while it is: see `svg_t2i.training.prior`."""
 
@@ -237,6 +251,7 @@ class TrainConfig:
     validation: ValidationConfig | None = None  # the loss on held-out samples, every so many steps
     model_overrides: dict[str, Any] = field(default_factory=dict)  # fields of DiTConfig
     aux: AuxConfig | None = None  # an auxiliary head and its loss
+    distill: DistillConfig | None = None  # learn a teacher's guided velocity instead of the data
     lora: LoraSettings | None = None  # train an adapter of the model in `init_from`, instead of all weights
     prior_preservation: PriorConfig | None = None  # keep what the model can do, by pictures that it draws itself
     resume: bool = True  # from the newest whole checkpoint in results_dir, if there is one
@@ -247,8 +262,9 @@ class TrainConfig:
         require(given, "init_from", self.init_from, "given with lora: the folder of the model to adapt")
         scale, head = self.samples.internal_guidance, self.aux is not None and self.aux.loss == "flow"
         require(scale == 1 or head, "samples.internal_guidance", scale, "1 unless aux.loss=flow trains a head for it")
-        own = {name: value for name, value in self.model_overrides.items() if name.startswith("aux_")}
-        require(not own, "model_overrides", own, "without these: the section aux sets them")
+        own = {name: value for name, value in self.model_overrides.items() if name.startswith(("aux_", "guidance_"))}
+        require(not own, "model_overrides", own, "without these: the sections aux and distill set them")
+        require(self.distill is None or self.lora is None, "lora", self.lora, "null with distill, which trains all")
         if self.prior_preservation is not None:
             require(self.init_from is not None, "init_from", None, "given with prior_preservation: what should be kept")
             weighed, sources = {source.weight is not None for source in self.data.all_sources}, self.data.sources
@@ -268,6 +284,7 @@ class TrainConfig:
             raise UserError(f"model: unknown name {self.model!r}; known: {', '.join(MODELS)}")
         sizes = to_dict(MODELS[self.model]) | {"in_channels": in_channels, "cap_feat_dim": cap_feat_dim}
         head = {} if self.aux is None else {"aux_loss": self.aux.loss, "aux_block": self.aux.block}
+        head |= {"guidance_embed": self.distill is not None}
         return build(DiTConfig, sizes | self.model_overrides | head, source="model_overrides")
 
 

@@ -35,6 +35,7 @@ from svg_t2i.flow.paths import (
     random_normal,
     shift_time,
 )
+from svg_t2i.training.distill import Teacher
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.optimizer import UpdateGuard, ema_decay, ema_update, learning_rate, make_optimizer
 from svg_t2i.training.settings import TrainConfig
@@ -45,8 +46,9 @@ from svg_t2i.transformer.model import SVGDiT
 class FlowObjective(nn.Module):
     """Flow-matching loss of a micro-batch under noise and timesteps that belong to its samples' positions."""
 
-    def __init__(self, transformer: SVGDiT, config: TrainConfig):
+    def __init__(self, transformer: SVGDiT, config: TrainConfig, teacher: Teacher | None = None):
         super().__init__()
+        self.teacher = teacher  # no sub-module: it is neither trained nor spread over processes
         self.transformer = transformer
         self.flow, self.aux, self.channels = config.flow, config.aux, transformer.config.in_channels
         self.seed, self.precision = config.train.seed, config.train.precision
@@ -67,10 +69,14 @@ class FlowObjective(nn.Module):
         noise = random_normal(keys, batch.tokens.shape[1:], lengths)  # (T, p·p·C)
         noisy, target = interpolate(batch.tokens, noise, timesteps, lengths)
         with mixed_precision(self.precision, noisy.device):
-            inputs = noisy, batch.sizes, timesteps, batch.text
+            inputs, further = (noisy, batch.sizes, timesteps, batch.text), {}
+            if self.teacher is not None:
+                further["guidance"] = scales = self.teacher.scales(keys)
+                target = self.teacher.velocity(noisy, batch, timesteps, scales, lengths)
             if self.aux is None or not self.training:
-                return flow_loss(self.transformer.forward_packed(*inputs), target, lengths), timesteps, None
-            velocity, early = self.transformer.forward_packed(*inputs, aux=True)
+                velocity = self.transformer.forward_packed(*inputs, **further)
+                return flow_loss(velocity, target, lengths), timesteps, None
+            velocity, early = self.transformer.forward_packed(*inputs, aux=True, **further)
         aux = flow_loss(early, target, lengths)
         if self.aux.loss == "features":
             aux = feature_loss(early, batch.tokens, lengths)

@@ -21,6 +21,7 @@ class DiTConfig:
     model makes the velocity itself.
     aux_loss, aux_block: an auxiliary head behind the first `aux_block` layers, and what it gives: flow, the same as the
     last layer; features, the clean latents' directions, for `flow.paths.feature_loss`. None: no such head.
+    guidance_embed: the guidance scale is an input, and the output is guided already (`training.distill`).
     """
 
     dim: int
@@ -40,6 +41,7 @@ class DiTConfig:
     prediction: Prediction = "velocity"
     aux_loss: AuxLoss | None = None
     aux_block: int | None = None
+    guidance_embed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("axes_dims", "axes_lens"):

@@ -179,6 +179,8 @@ class SVGDiT(nn.Module):
         self.config = config
         self.x_embedder = nn.Linear(config.patch_size**2 * config.in_channels, config.dim)
         self.t_embedder = TimestepEmbedder(config.modulation_dim)
+        if config.guidance_embed:
+            self.guidance_embedder = TimestepEmbedder(config.modulation_dim)
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
         )
@@ -193,9 +195,13 @@ class SVGDiT(nn.Module):
     def reset_parameters(self) -> None:
         """Published initialisation: every modulated block starts as the identity and the output as zero.
 
-        Not so the output of a head for features, whose direction counts.
+        So does the embedding of a guidance scale, but not the output of a head for features, whose direction counts.
         """
-        zero = {"final_layer.linear", *(["aux_head.linear"] if self.config.aux_loss == "flow" else [])}
+        zero = {
+            "final_layer.linear",
+            "guidance_embedder.mlp.2",
+            *(["aux_head.linear"] if self.config.aux_loss == "flow" else []),
+        }
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
@@ -203,7 +209,7 @@ class SVGDiT(nn.Module):
                 continue
             if "adaLN_modulation" in name or name in zero:
                 nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
+            elif name.startswith(("t_embedder", "guidance_embedder")):
                 nn.init.normal_(module.weight, std=0.02)
             elif name.startswith("cap_embedder"):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -213,27 +219,39 @@ class SVGDiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, latents: Tensor | Sequence[Tensor], timesteps: Tensor, text: TextFeatures
+        self, latents: Tensor | Sequence[Tensor], timesteps: Tensor, text: TextFeatures, guidance: Tensor | None = None
     ) -> Tensor | list[Tensor]:
         """latents (B, C, h, w) or a list of (C, h_i, w_i), timesteps (B,) in [0, 1] -> velocity, structured alike.
 
-        timesteps (1,) hold for all samples. text may have been through `refine`, which saves doing it at every step.
+        timesteps (1,) hold for all samples, and so do guidance scales, for a model that wants these. text may have been
+        through `refine`, which saves doing it at every step.
         """
         tokens, sizes = self.pack(latents)
-        velocity = self.unpack(self.forward_packed(tokens, sizes, timesteps, text), sizes)
+        velocity = self.unpack(self.forward_packed(tokens, sizes, timesteps, text, guidance=guidance), sizes)
         return torch.stack(velocity) if isinstance(latents, Tensor) else velocity
 
     def forward_packed(
-        self, tokens: Tensor, sizes: Sizes, timesteps: Tensor, text: TextFeatures, aux: bool = False
+        self,
+        tokens: Tensor,
+        sizes: Sizes,
+        timesteps: Tensor,
+        text: TextFeatures,
+        aux: bool = False,
+        guidance: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (T, p·p·C) from `pack`, timesteps (B,), text of B captions -> velocity tokens (T, p·p·C).
 
         aux: also what the auxiliary head gives, alike: a velocity, or features (`DiTConfig.aux_loss`).
+        guidance: scales (B,) or (1,), given where `DiTConfig.guidance_embed`, and only there.
         """
         if len(sizes) != len(text.lengths) or len(timesteps) not in (1, len(sizes)):
             raise ValueError(f"{len(sizes)} latents, {len(timesteps)} timesteps, {len(text.lengths)} captions")
         packing = self.plan(sizes, text.lengths, tokens.device)
+        if (guidance is None) == self.config.guidance_embed:
+            raise ValueError(f"guidance is {guidance}, and the model's guidance_embed {self.config.guidance_embed}")
         t_emb = self.t_embedder(timesteps)
+        if guidance is not None:
+            t_emb = t_emb + self.guidance_embedder(guidance)
         image = self.x_embedder(tokens.to(t_emb.dtype).index_select(0, packing.image_index))  # (T_images, D)
         caption = text.features.to(t_emb.dtype).index_select(0, packing.caption_index)
         if not isinstance(text, RefinedText):

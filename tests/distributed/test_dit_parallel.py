@@ -46,6 +46,7 @@ ADAPTERS = {  # of two processes, on the model of "one"
     "lora by sdp in bf16": [SDP, "train.precision=bf16", "samples.every=4", "samples.prompts=[noise]"],
 }  # fmt: skip
 HEADS = {"head by ddp": [BY_ONE], "head by fsdp": [FSDP, BY_ONE]}  # of two processes, with an auxiliary head
+STUDENTS = {"student by ddp": [BY_ONE], "student by fsdp": [FSDP, BY_ONE]}  # of two processes, of the model of "one"
 RUNS_OF_FOUR = {"hsdp": [HSDP, "parallel.shard_size=2", BY_ONE], "stopped": [HSDP, "parallel.shard_size=2", BY_ONE]}
 # second half after the first half of another; in four processes: hsdp
 AFTER = ["ddp after ddp", "sdp after sdp", "fsdp after fsdp", "fsdp after ddp", "hsdp after hsdp", "hsdp after sdp"]
@@ -144,15 +145,17 @@ def test_several_processes_compute_what_one_does(runs, name):
 
 @pytest.fixture(scope="module")
 def adapters(runs, toy_parts, run_processes, free_port):
-    """The folder of `runs` with adapters and auxiliary heads by two processes, and "lora" and "head" by one."""
+    """The folder of `runs` with adapters, auxiliary heads and students by two processes, and the same by one."""
     settings = [f"init_from={runs / 'one'}", "lora.rank=2", "optim.lr=0.01"]
     head = ["model_overrides.n_layers=2", "aux={loss: flow, block: 1}"]
     together = {name: [*settings, *own] for name, own in ADAPTERS.items()}
     together |= {name: [*head, *own] for name, own in HEADS.items()}
+    student = [f"distill.teacher={runs / 'one'}", "distill.scales=[2,6]"]
+    together |= {name: [*student, *own] for name, own in STUDENTS.items()}
     for sharded, codes in run_processes(play, 2, toy_parts, runs, together, [free_port() for _ in together]):
         assert sharded == [name for name in together if "ddp" not in name]
         assert codes == {}
-    for name, own in (("lora", settings), ("head", head)):
+    for name, own in (("lora", settings), ("head", head), ("student", student)):
         main(["--config", str(toy_parts / "train.yaml"), f"results_dir={runs / name}", *COMMON, *own])
     return runs
 
@@ -169,6 +172,11 @@ def test_several_processes_train_the_adapter_that_one_does(adapters, name):
 def test_several_processes_train_the_head_that_one_does(adapters, name):
     assert difference(adapters, "head", name) <= 1e-6
     assert logged(adapters / name, "aux_loss") == pytest.approx(logged(adapters / "head", "aux_loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_several_processes_train_the_student_that_one_does(adapters, name):
+    assert difference(adapters, "student", name) <= 1e-6
 
 
 def test_sharded_adapters_in_bf16_follow_those_in_fp32(adapters):

@@ -196,7 +196,7 @@ def test_a_head_is_refused_or_left_out_where_it_does_not_fit(train, capsys):
     plain = train("plain", "model_overrides.n_layers=2")
     with pytest.raises(UserError, match="another model: aux_loss was None and is flow, aux_block was None and is 1"):
         train("plain", *HEAD, "train.max_steps=5")
-    with pytest.raises(UserError, match="the section aux sets them"):
+    with pytest.raises(UserError, match="the sections aux and distill set them"):
         train("other", "model_overrides.aux_loss=flow", "model_overrides.aux_block=1")
     with pytest.raises(UserError, match=r"DiTConfig\.aux_block = 1: give it with aux_loss, from 1 to n_layers - 1 = 0"):
         train("short", HEAD[1])

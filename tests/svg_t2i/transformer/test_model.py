@@ -255,6 +255,7 @@ def test_published_models_have_these_sizes(name, dim, layers, heads):
         "n_refiner_layers": 2, "patch_size": 1, "in_channels": 384, "cap_feat_dim": 2304, "multiple_of": 256,
         "ffn_dim_multiplier": None, "norm_eps": 1e-5, "qk_norm": True, "axes_lens": (600, 512, 512),
         "prediction": "velocity", "aux_loss": None, "aux_block": None,
+        "guidance_embed": False,
     }  # fmt: skip
 
 
