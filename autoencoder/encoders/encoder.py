@@ -1,9 +1,9 @@
 """Frozen vision foundation models through timm: images (B, 3, H, W) in [-1, 1] → latents (B, D, H/16, W/16).
 
 Latents are the patch tokens after the final LayerNorm, class and register tokens dropped, row-major over the grid; of
-the last layer, or of an inner one, or averaged over several. A cell is always 16 px of the image: for a network with
-other patches the image is resized first. Blocks and weights are timm's; `docs/encoders.md` lists the networks. What
-differs from timm's defaults, because the networks were trained that way:
+the last layer, or of an inner one, or averaged or summed over several. A cell is always 16 px of the image: for a
+network with other patches the image is resized first. Blocks and weights are timm's; `docs/encoders.md` lists the
+networks. What differs from timm's defaults, because the networks were trained that way:
 
 * DINOv3 (Siméoni et al. 2025, arXiv:2508.10104): only the `…_qkvb` variants carry the q and v biases, without which
   the outputs are off by 0.6; the rotary periods are rounded to bfloat16 (`positions.Rotary`), off by 1.6e-3 otherwise.
@@ -56,7 +56,7 @@ class FrozenEncoder(Float32Buffers):
         self.config = config
         self.family = FAMILIES[config.family]
         self.backbone = _build_backbone(config, self.family, initialize)
-        self.layer, self.first_layer = self._layers()
+        self.blocks = config.blocks(len(self.backbone.blocks))  # whose outputs are taken
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in self.family.normalization)
         self.register_buffer("image_scale", 0.5 / std, persistent=False)
         self.register_buffer("image_shift", (0.5 - mean) / std, persistent=False)
@@ -109,11 +109,15 @@ class FrozenEncoder(Float32Buffers):
         self._require_weights()
         tokens, options = self._embed(normalized)  # (B, 1 + R + N, D): class, registers, patches
         outputs = []
-        for index, block in enumerate(self.backbone.blocks[: self.layer + 1]):
+        for index, block in enumerate(self.backbone.blocks[: self.blocks[-1] + 1]):
             tokens = block(tokens, **options)
-            if index >= self.first_layer:
+            if index in self.blocks:
                 outputs.append(self.backbone.norm(tokens))
-        tokens = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
+        if len(outputs) > 1:
+            together = torch.stack(outputs)
+            tokens = together.mean(0) if self.config.layers is None else together.sum(0)
+        else:
+            tokens = outputs[0]
         classes, prefix = int(self.backbone.cls_token is not None), self.backbone.num_prefix_tokens
         return Tokens(tokens[:, prefix:], tokens[:, 0] if classes else None, tokens[:, classes:prefix])
 
@@ -137,24 +141,12 @@ class FrozenEncoder(Float32Buffers):
         self._require_weights()
         if self._fingerprint is None:
             identity = [self.config.architecture.split(".")[0], self.config.overrides]  # without a tag of timm weights
-            if self.first_layer != len(self.backbone.blocks) - 1:
-                identity.append([self.first_layer, self.layer])
+            if self.blocks != (len(self.backbone.blocks) - 1,):
+                mean = self.config.layers is None
+                identity.append([self.blocks[0], self.blocks[-1]] if mean else ["sum", *self.blocks])
             used = {name: tensor for name, tensor in self.state_dict().items() if name != "mask_token"}
             self._fingerprint = fingerprint(identity, used)
         return self._fingerprint
-
-    def _layers(self) -> tuple[int, int]:
-        """Last and first block whose outputs are averaged."""
-        config, depth = self.config, len(self.backbone.blocks)
-        if not -depth <= config.layer < depth:
-            raise ConfigError(f"dinoconfig.layer: {config.layer} is out of range of the {depth} of {config.model_name}")
-        last = config.layer % depth
-        if not 1 <= config.average_last <= last + 1:
-            raise ConfigError(
-                f"dinoconfig.average_last: {config.average_last} must be at least 1 and at most {last + 1}, the number "
-                f"of layers up to layer {last} of {config.model_name}"
-            )
-        return last, last + 1 - config.average_last
 
     def _require_weights(self) -> None:
         if not self.loaded:

@@ -77,6 +77,8 @@ class EncoderConfig:
 
     layer: the block whose output, through the final norm, is taken, counted from 0 or, negative, from the end.
     average_last: mean over this many blocks, ending with `layer`.
+    layers: instead of these two, the blocks whose outputs, each through the final norm, are summed (arXiv:2510.11690
+    and what followed): "last", "last_k" for the last k of them, or a list of blocks, counted as for `layer`.
     """
 
     model_name: str = "dinov3_vits16plus"
@@ -86,6 +88,50 @@ class EncoderConfig:
     # -- own --
     layer: int = -1
     average_last: int = 1
+    layers: str | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is None:
+            return
+        if (self.layer, self.average_last) != (-1, 1):
+            raise ConfigError(
+                f"dinoconfig.layers: {self.layers} chooses the blocks; leave out layer ({self.layer}) and average_last "
+                f"({self.average_last})"
+            )
+        named = isinstance(self.layers, str) and re.fullmatch(r"last(_[1-9]\d*)?", self.layers)
+        if not named and (isinstance(self.layers, str) or not self.layers):
+            raise ConfigError(f'dinoconfig.layers: {self.layers!r}: give "last", "last_4" for the last four, or a list')
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks whose outputs are taken, of a network that has `depth` of them, ascending.
+
+        Raises:
+            ConfigError: it has no such blocks.
+        """
+        if self.layers is None:
+            return self._mean_blocks(depth)
+        if isinstance(self.layers, str):
+            number = int(self.layers.partition("_")[2] or 1)
+            chosen = tuple(range(-number, 0))
+        else:
+            chosen = self.layers
+        if not all(-depth <= block < depth for block in chosen):
+            raise ConfigError(f"dinoconfig.layers: {self.layers}: {self.model_name} has {depth} blocks")
+        blocks = tuple(sorted({block % depth for block in chosen}))
+        if len(blocks) < len(chosen):
+            raise ConfigError(f"dinoconfig.layers: {self.layers} names a block of {self.model_name} twice")
+        return blocks
+
+    def _mean_blocks(self, depth: int) -> tuple[int, ...]:
+        if not -depth <= self.layer < depth:
+            raise ConfigError(f"dinoconfig.layer: {self.layer} is out of range of the {depth} of {self.model_name}")
+        last = self.layer % depth
+        if not 1 <= self.average_last <= last + 1:
+            raise ConfigError(
+                f"dinoconfig.average_last: {self.average_last} must be at least 1 and at most {last + 1}, the number "
+                f"of layers up to layer {last} of {self.model_name}"
+            )
+        return tuple(range(last + 1 - self.average_last, last + 1))
 
     @property
     def architecture(self) -> str:

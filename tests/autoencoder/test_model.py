@@ -124,6 +124,29 @@ def test_saved_folder_comes_back_identical(model, images, tmp_path):
         SVGAutoencoder.from_pretrained(tmp_path / "ae", checkpoint=tmp_path / "x.ckpt")
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_summed_layers_belong_to_what_is_saved_and_measured(model, images, tmp_path, residual):
+    config = published_config(**({"embed_dim": D + 8} if residual else {}))
+    params = config["model"]["params"]
+    params["dinoconfig"]["layers"] = [0, 1]
+    if residual:
+        params["extra_vit_config"] = {"output_dim": 8, "overrides": {"embed_dim": 32, "depth": 1, "num_heads": 1}}
+        params["ddconfig"]["z_channels"] = D + 8
+    summed = SVGAutoencoder.from_config(config).eval()
+    both = summed.encode(images)[:, :D]
+    last = model.encode(images)
+    params["dinoconfig"]["layers"] = [0]
+    first = SVGAutoencoder.from_config(config).eval().encode(images)[:, :D]
+    torch.testing.assert_close(both, first + last, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="measured on another encoder"):
+        summed.set_stats(model.stats if not residual else LatentStats(torch.zeros(D + 8), torch.ones(D + 8), "0123"))
+    summed.save_pretrained(tmp_path / "ae")
+    loaded = SVGAutoencoder.from_pretrained(tmp_path / "ae").eval()
+    assert loaded.encoder.blocks == (0, 1)
+    assert same(loaded, summed, images)
+    assert loaded.fingerprint() == summed.fingerprint() != model.fingerprint()
+
+
 def test_mixed_up_or_broken_folder_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -157,6 +157,48 @@ def test_layers_are_normalised_and_averaged(images):
     assert (last_two - first_two).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["dinov3_vits16plus", "dinov2_vits14", "siglip2_base_patch16_256", "mae_vitb16"])
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_summed_layers_are_those_of_timm(name):
+    deep = TINY | {"depth": 4}
+    encoder = build_encoder(EncoderConfig(name, "random", overrides=deep, layers=(0, -1, 2)))
+    plain = build_encoder(EncoderConfig(name, "random", overrides=deep))
+    assert encoder.blocks == (0, 2, 3)
+    cells, patch = encoder.backbone.patch_embed.grid_size[0], encoder.backbone.patch_embed.patch_size[0]
+    images = torch.rand(1, 3, 16 * cells, 16 * cells) * 2 - 1  # of the network's own size: no position is resized
+    resized = F.interpolate(images, [patch * cells] * 2, mode="bicubic", antialias=True).clamp(-1, 1)
+    seen = encoder.normalize_images(images if patch == 16 else resized)
+    options = {"indices": [0, 2, 3], "norm": True, "intermediates_only": True}
+    with torch.no_grad():
+        expected = sum(plain.backbone.forward_intermediates(seen, **options))
+    torch.testing.assert_close(encoder(images), expected, atol=2e-4, rtol=1e-4)
+    last = build_encoder(EncoderConfig(name, "random", overrides=deep, layers="last"))
+    assert torch.equal(last(images), plain(images))
+    four = build_encoder(EncoderConfig(name, "random", overrides=deep, layers="last_4"))
+    assert four.blocks == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("first", "'first': give \"last\""),
+        ("last_0", "'last_0': give"),
+        ((), r"\(\): give"),
+        ("last_3", "last_3: dinov3_vits16plus has 2 blocks"),
+        ((0, 2), r"\(0, 2\): dinov3_vits16plus has 2 blocks"),
+        ((1, -1), r"\(1, -1\) names a block of dinov3_vits16plus twice"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers, message):
+    with pytest.raises(ConfigError, match=f"dinoconfig.layers: {message}"):
+        FrozenEncoder(EncoderConfig(overrides=TINY, layers=layers))
+
+
+def test_layers_take_the_place_of_the_other_two():
+    with pytest.raises(ConfigError, match="leave out layer"):
+        EncoderConfig(layers="last", average_last=2)
+
+
 def test_fingerprint_names_the_layers(encoder):
     def name(**choice):
         other = FrozenEncoder(EncoderConfig(overrides=TINY, **choice))
@@ -164,7 +206,9 @@ def test_fingerprint_names_the_layers(encoder):
         return other.fingerprint()
 
     assert name(layer=1) == name(layer=-1) == name(average_last=1) == encoder.fingerprint()
-    assert len({name(), name(layer=0), name(average_last=2)}) == 3
+    assert len({name(), name(layer=0), name(average_last=2), name(layers="last_2"), name(layers=(0,))}) == 5
+    assert name(layers="last") == name(layers=(1,)) == name(layers="last_1") == encoder.fingerprint()
+    assert name(layers=(0, 1)) == name(layers=(-1, 0)) == name(layers="last_2")
 
 
 @pytest.mark.parametrize(("name", "cells"), [("dinov2_vits14", 14), ("siglip2_base_patch16_256", 16)])
