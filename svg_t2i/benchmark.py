@@ -37,7 +37,7 @@ from autoencoder.sources.opening import open_images
 from autoencoder.sources.source import Reading, Sample
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
-from svg_t2i.evaluation.settings import METRICS, EvaluationConfig
+from svg_t2i.evaluation.settings import METRICS, OF_IMAGES, WITH_ENCODER, WITH_REFERENCES, EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
@@ -218,16 +218,14 @@ def open_run(arguments: argparse.Namespace, settings: dict[str, Any], world: Wor
 
 def check_folder_arguments(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
     """Refuse metrics that lack something, before any network is loaded."""
-    missing: dict[str, Callable[[], bool]] = {
-        "mmd": lambda: arguments.images is not None and arguments.autoencoder is None,
-        "clip_score": lambda: not texts,
-    }
-    remedies = {"mmd": "an --autoencoder", "clip_score": "captions (--prompts)"}
+    without_encoder = arguments.images is not None and arguments.autoencoder is None
     for name in arguments.metrics:
-        if name in ("mmd", "fid") and arguments.reference is None:
+        if name in WITH_REFERENCES and arguments.reference is None:
             raise UserError(f"--metrics {name} needs real images to compare with: give --reference FOLDER or manifest")
-        if name in missing and missing[name]():
-            raise UserError(f"--metrics {name} with --images needs {remedies[name]}")
+        if name in WITH_ENCODER and without_encoder:
+            raise UserError(f"--metrics {name} with --images needs an --autoencoder")
+        if name == "clip_score" and not texts:
+            raise UserError(f"--metrics {name} with --images needs captions (--prompts)")
     if arguments.images is None and not texts:
         raise UserError("folder needs --prompts FILE to make images from, or --images FOLDER with images")
 
@@ -275,7 +273,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     folder.add_argument("--images", help="measure these, in the size of the first (default: make images)")
     folder.add_argument("--reference", help="real images: a folder, manifest, … as of training (default: none)")
     folder.add_argument(
-        "--metrics", nargs="*", choices=METRICS[:3], default=["mmd"], help="what to measure; no name: nothing"
+        "--metrics", nargs="*", choices=OF_IMAGES, default=["mmd"], help="what to measure; no name: nothing"
     )
     folder.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id of the CLIP")
 

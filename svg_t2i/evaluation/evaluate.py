@@ -9,7 +9,11 @@ so is every number that comes out.
     mmd          1000 × squared maximum mean discrepancy to the real images in the space of the autoencoder's frozen
                  encoder (patch features averaged over the image, unit length): `evaluation.distances.mmd`. Lower is
                  better; comparable between runs with the same encoder and the same real images.
+    precision    share of the images that lie among the real ones, by their third nearest neighbours in the same space
+    recall       share of the real images that lie among them
     fid          Fréchet distance in InceptionV3 features; with fewer than some 10,000 images only a trend
+    kid          1000 × squared discrepancy under the cubic kernel in the same features; unbiased, also of few images
+    cmmd         1000 × squared discrepancy of CLIP features under the Gaussian kernel of width 10 (arXiv 2401.09603)
     clip_score   100 · cos between image and caption, mean
     psnr, ssim   where every image has a real counterpart of the same name
     shapes/*     `svg_t2i.evaluation.shapes`
@@ -22,6 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +44,7 @@ from autoencoder.sources.failures import Failures
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import ImageSource, Reading
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
-from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
+from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd, polynomial_mmd, precision_recall
 from svg_t2i.evaluation.settings import EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes
 from svg_t2i.sampling.options import SamplingOptions
@@ -48,6 +53,9 @@ if TYPE_CHECKING:
     from svg_t2i.pipeline import SVGT2IPipeline
 
 log = logging.getLogger(__name__)
+
+NEIGHBOURS = 3  # of precision and recall
+CLIP_BANDWIDTH = 10.0  # of cmmd, as published
 
 
 @dataclass
@@ -185,37 +193,37 @@ def measure(
     """Metrics of images, uint8 (3, H, W) each and all of one size.
 
     Args:
-        metrics: of "mmd" (needs references and an autoencoder), "fid" (references), "clip_score" (captions, clip).
+        metrics: of `settings.OF_IMAGES`. "mmd", "precision" and "recall" need references and an autoencoder, "fid" and
+            "kid" references, "cmmd" references and clip, "clip_score" captions and clip.
         references: real images of the same size.
         own: which reference has the caption of each image, if they share captions; see `distances.mmd`.
         captions: one per image.
         counterparts: real image i is what image i should look like; adds psnr and ssim.
     """
 
+    features = Features(images, references, autoencoder, clip, batch_size, world)
+
     def distance_in_encoder() -> float:
-        network = pooled_features(autoencoder.encoder)
-        made, real = (rows(network, some, batch_size, world) for some in (images, references))
+        made, real = features.encoder
         bandwidth = median_distance(real)
         if not bandwidth > 0:
             raise Unavailable("the encoder gives most real images the same features")
         return 1000 * mmd(made, real, bandwidth, own)
 
-    def distance_in_inception() -> float:
-        with world.main_first():
-            network = build_inception().to(world.device)
-        features = (
-            rows(lambda batch: network(torch.stack(batch).to(world.device)), some, batch_size, world)
-            for some in (images, references)
-        )
-        return frechet_distance(*features)
+    def share_in_encoder(which: int) -> float:
+        if min(len(images), len(references)) <= NEIGHBOURS:
+            raise Unavailable(f"it needs more than {NEIGHBOURS} images, made and real")
+        return precision_recall(*features.encoder, NEIGHBOURS)[which]
 
-    def fit_to_captions() -> float:
-        with world.main_first():  # one process downloads, the others find the files
-            scorer = CLIPScorer(clip, world.device)
-        made = rows(lambda batch: scorer.image_features([to_image(i) for i in batch]), images, batch_size, world)
-        return clip_score(made, rows(scorer.text_features, captions, batch_size, world))
-
-    known = {"mmd": distance_in_encoder, "fid": distance_in_inception, "clip_score": fit_to_captions}
+    known: dict[str, Callable[[], float]] = {
+        "mmd": distance_in_encoder,
+        "precision": partial(share_in_encoder, 0),
+        "recall": partial(share_in_encoder, 1),
+        "fid": lambda: frechet_distance(*features.inception),
+        "kid": lambda: 1000 * polynomial_mmd(*features.inception, own),
+        "cmmd": lambda: 1000 * mmd(features.clip_made, features.clip_real, CLIP_BANDWIDTH, own),
+        "clip_score": lambda: clip_score(features.clip_made, features.clip_texts(captions)),
+    }
     report = Report()
     for name in metrics:
         try:
@@ -230,6 +238,61 @@ def measure(
         else:
             report.values["psnr"] = psnr
     return report
+
+
+@dataclass
+class Features:
+    """What the networks of the metrics say of images and references, each asked once and when it is wanted.
+
+    Raises:
+        Unavailable: a network cannot be had.
+    """
+
+    images: Sequence[Tensor]
+    references: Sequence[Tensor] | None
+    autoencoder: SVGAutoencoder | None
+    clip: str | None
+    batch_size: int
+    world: World
+
+    def _both(self, network: Callable[[list], Tensor]) -> tuple[Tensor, Tensor]:
+        made, real = (rows(network, some, self.batch_size, self.world) for some in (self.images, self.references))
+        return made, real
+
+    @cached_property
+    def encoder(self) -> tuple[Tensor, Tensor]:
+        """(N, D) and (M, D): of the autoencoder's frozen encoder, see `pooled_features`."""
+        return self._both(pooled_features(self.autoencoder.encoder))
+
+    @cached_property
+    def inception(self) -> tuple[Tensor, Tensor]:
+        """(N, 2048) and (M, 2048): the last pooled features of InceptionV3."""
+        with self.world.main_first():
+            network = build_inception().to(self.world.device)
+        return self._both(lambda batch: network(torch.stack(batch).to(self.world.device)))
+
+    @cached_property
+    def scorer(self) -> CLIPScorer:
+        with self.world.main_first():  # one process downloads, the others find the files
+            return CLIPScorer(self.clip, self.world.device)
+
+    def _clip_rows(self, images: Sequence[Tensor]) -> Tensor:
+        network = self.scorer.image_features
+        return rows(lambda batch: network([to_image(i) for i in batch]), images, self.batch_size, self.world)
+
+    @cached_property
+    def clip_made(self) -> Tensor:
+        """(N, D), of unit length."""
+        return self._clip_rows(self.images)
+
+    @cached_property
+    def clip_real(self) -> Tensor:
+        """(M, D), of unit length."""
+        return self._clip_rows(self.references)
+
+    def clip_texts(self, captions: Sequence[str]) -> Tensor:
+        """(N, D), of unit length."""
+        return rows(self.scorer.text_features, captions, self.batch_size, self.world)
 
 
 def pooled_features(encoder: nn.Module) -> Callable[[list[Tensor]], Tensor]:

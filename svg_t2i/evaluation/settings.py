@@ -8,7 +8,10 @@ from autoencoder.common.config import UserError, require
 from autoencoder.sources.failures import MAX_ERRORS
 from svg_t2i.sampling.options import SamplingOptions
 
-METRICS = ("mmd", "fid", "clip_score", "shapes")
+METRICS = ("mmd", "precision", "recall", "fid", "kid", "cmmd", "clip_score", "shapes")
+OF_IMAGES = METRICS[:-1]  # all but shapes, which has prompts of its own
+WITH_REFERENCES = ("mmd", "precision", "recall", "fid", "kid", "cmmd")
+WITH_ENCODER = ("mmd", "precision", "recall")
 
 
 @dataclass(frozen=True)

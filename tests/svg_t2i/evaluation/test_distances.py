@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torchmetrics.image.kid import poly_mmd
 
 from svg_t2i.evaluation import distances
-from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
+from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd, polynomial_mmd, precision_recall
 
 
 def kernel_mean(x, y, bandwidth, skip):
@@ -43,6 +44,37 @@ def test_mmd_is_unbiased():
     scale = (bandwidth**2 / (bandwidth**2 + 2)) ** 0.5
     expected = 2 * scale * (1 - np.exp(-(shift**2) / (2 * (bandwidth**2 + 2))))
     assert np.mean(apart) == pytest.approx(expected, abs=4 * np.std(apart) / len(apart) ** 0.5)
+
+
+def test_polynomial_mmd_is_torchmetrics_kernel_distance(monkeypatch):
+    monkeypatch.setattr(distances, "CHUNK", 4)
+    x, y = torch.randn(9, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64) + 0.5
+    assert polynomial_mmd(x, y) == pytest.approx(poly_mmd(x, y).item(), rel=1e-9)
+    assert polynomial_mmd(x, y, range(9)) != pytest.approx(polynomial_mmd(x, y), rel=1e-3)
+
+
+def test_precision_and_recall_are_their_definition(monkeypatch):
+    monkeypatch.setattr(distances, "CHUNK", 4)
+    made, real = torch.randn(11, 2), 1.5 * torch.randn(14, 2) + 0.7
+
+    def share(rows, others):
+        inside = 0
+        for row in rows:
+            for other in others:
+                radius = sorted((other - others).norm(dim=1).tolist())[3]
+                if (row - other).norm().item() <= radius:
+                    inside += 1
+                    break
+        return inside / len(rows)
+
+    assert precision_recall(made, real) == pytest.approx((share(made, real), share(real, made)))
+    assert precision_recall(real, real) == (1.0, 1.0)
+    one = real[:1].repeat(14, 1) + 1e-4 * torch.randn(14, 2)  # one picture over and over: true to life, no variety
+    precision, recall = precision_recall(one, real)
+    assert precision > 0.9
+    assert recall < 0.2
+    with pytest.raises(ValueError, match="need more than 3 rows; got 3 and 14"):
+        precision_recall(real[:3], real)
 
 
 @pytest.mark.parametrize(("rows", "others"), [(200, 300), (5, 40), (3, 4)])

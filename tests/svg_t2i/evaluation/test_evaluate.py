@@ -15,9 +15,9 @@ from autoencoder.images.files import to_float
 from autoencoder.model import SVGAutoencoder
 from svg_t2i.evaluation import evaluate as evaluation
 from svg_t2i.evaluation.clip_score import CLIPScorer, clip_score
-from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd
+from svg_t2i.evaluation.distances import frechet_distance, median_distance, mmd, polynomial_mmd, precision_recall
 from svg_t2i.evaluation.evaluate import evaluate, measure, own_batches, rows
-from svg_t2i.evaluation.settings import EvaluationConfig
+from svg_t2i.evaluation.settings import OF_IMAGES, EvaluationConfig
 from svg_t2i.evaluation.shapes import TASKS
 
 CPU = torch.device("cpu")
@@ -67,6 +67,32 @@ def test_mmd_is_taken_over_pooled_unit_features_of_the_encoder(autoencoder):
     made, real = (x / x.norm(dim=1, keepdim=True) for x in features)
     assert report.values == {"mmd": pytest.approx(1000 * mmd(made, real, median_distance(real), own), rel=1e-3)}
     assert report.unavailable == {}
+
+
+def test_every_network_is_asked_once_and_shared(autoencoder, clip_folder, monkeypatch):
+    made, real, calls = random_images(6), random_images(5, seed=1), []
+
+    class Colours(torch.nn.Module):
+        def forward(self, images):
+            calls.append(len(images))
+            return images.float().mean(dim=(2, 3)) / 255
+
+    monkeypatch.setattr(evaluation, "build_inception", Colours)
+    report = measure(
+        made, [name for name in OF_IMAGES if name != "clip_score"], references=real, autoencoder=autoencoder,
+        clip=str(clip_folder), batch_size=4, world=WORLD,
+    )  # fmt: skip
+    assert report.unavailable == {}
+    assert calls == [4, 2, 4, 1]
+    colours = [torch.stack(images).double().mean(dim=(2, 3)) / 255 for images in (made, real)]
+    assert report.values["kid"] == pytest.approx(1000 * polynomial_mmd(*colours), rel=1e-3)
+    scorer = CLIPScorer(clip_folder)
+    clip = [scorer.image_features([evaluation.to_image(image) for image in images]) for images in (made, real)]
+    assert report.values["cmmd"] == pytest.approx(1000 * mmd(*clip, 10.0), abs=1e-4)
+    features = [evaluation.pooled_features(autoencoder.encoder)(images) for images in (made, real)]
+    assert (report.values["precision"], report.values["recall"]) == pytest.approx(precision_recall(*features))
+    few = measure(made[:3], ["recall"], references=real, autoencoder=autoencoder, world=WORLD)
+    assert few.unavailable == {"recall": "it needs more than 3 images, made and real"}
 
 
 def test_fid_or_its_absence(monkeypatch):
