@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
+from autoencoder.evaluation.artefacts import Artefacts, flat_colours
 from autoencoder.evaluation.crops import Crops, read_chunks
 from autoencoder.evaluation.metrics import (
     PER_IMAGE,
@@ -55,7 +56,7 @@ class Result:
     """What was measured at one resolution.
 
     places: (N,) numbers of the images. values: (N, 6) fp64, their PER_IMAGE. missing: reasons, by metric.
-    latents: their moments, if the autoencoder has statistics to compare them with.
+    latents: their moments, if the autoencoder has statistics to compare them with. artefacts: see `artefacts`.
     """
 
     resolution: int
@@ -64,6 +65,7 @@ class Result:
     rfid: float | None
     missing: dict[str, str]
     latents: StatsAccumulator
+    artefacts: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
         """Means over images; None where there is no number, with the reason in `unavailable`."""
@@ -78,6 +80,7 @@ class Result:
             "images": len(self.places),
             **{name: None if name in reasons else value for name, value in numbers.items()},
             "colour_shift": [means[f"shift_{channel}"] for channel in "rgb"],
+            "artefacts": self.artefacts,
             "unavailable": reasons,
         }
 
@@ -91,6 +94,7 @@ class Measurement:
         self.places: list[int] = []
         self.values: list[Tensor] = []
         self.latents = StatsAccumulator()
+        self.artefacts = Artefacts()
 
     def add(self, places: Sequence[int], images: Tensor, recons: Tensor) -> None:
         """images: uint8 (n, 3, H, W); recons: floats of the same shape, nominally in [-1, 1]."""
@@ -105,6 +109,7 @@ class Measurement:
     def merged(self, world: World, resolution: int, missing: Mapping[str, str]) -> Result | None:
         """Of all processes together, on the main one."""
         values = torch.cat(self.values).cpu() if self.values else torch.zeros(0, len(PER_IMAGE), dtype=torch.float64)
+        artefacts = self.artefacts.merged(world)
         parts = world.gather((torch.tensor(self.places, dtype=torch.int64), values, self.latents.state()))
         sums = {}
         if self.frechet is not None:
@@ -119,7 +124,7 @@ class Measurement:
             rfid = self.frechet.distance(sums) if self.frechet is not None else None
         except Unavailable as error:
             missing["rfid"] = str(error)
-        return Result(resolution, places[order], values[order], rfid, missing, latents)
+        return Result(resolution, places[order], values[order], rfid, missing, latents, artefacts)
 
 
 @torch.no_grad()
@@ -145,7 +150,9 @@ def evaluate(
                 latents = autoencoder.encode(to_float(images))
                 if autoencoder.stats is not None:
                     measurement.latents.update(latents)
-                measurement.add(group.places, images, autoencoder.decode(latents))
+                recons = autoencoder.decode(latents)
+                measurement.add(group.places, images, recons)
+                measurement.artefacts.add(autoencoder, group.places, images, recons)
     results = [
         measurement.merged(world, resolution, networks.missing)
         for measurement, resolution in zip(measurements, crops.resolutions)
@@ -160,4 +167,5 @@ def evaluate(
                 f"{int(broken.sum())} of {len(broken)} reconstructions at {result.resolution} px hold values that are "
                 f"not finite (the first: {first}); the checkpoint is broken, or the precision too low: --precision fp32"
             )
+        result.artefacts |= flat_colours(autoencoder, result.resolution, device)
     return results if world.is_main else []

@@ -155,8 +155,10 @@ def test_statistics_that_do_not_fit_are_warned_of_with_numbers(folder, caplog):
 
 
 def test_exact_reproductions_have_no_mean_psnr(folder, monkeypatch):
-    broken = torch.zeros(7, 3, 48, 48)
-    monkeypatch.setattr("autoencoder.model.SVGAutoencoder.decode", lambda self, latents: broken)
+    def grey_picture(self, latents):
+        return latents.new_zeros(len(latents), 3, 16 * latents.shape[2], 16 * latents.shape[3])
+
+    monkeypatch.setattr("autoencoder.model.SVGAutoencoder.decode", grey_picture)
     grey = Image.new("RGB", (48, 48), (128, 128, 128))  # 0 in [-1, 1] rounds to 128
     for index in range(COUNT):
         grey.save(folder / "photos" / f"{index}.png")
@@ -164,6 +166,9 @@ def test_exact_reproductions_have_no_mean_psnr(folder, monkeypatch):
     assert result["psnr"] is None
     assert "7 images are reproduced exactly" in result["unavailable"]["psnr"]
     assert result["ssim"] == pytest.approx(1)
+    assert result["artefacts"]["shift_error"] == 0
+    assert result["artefacts"]["flat_texture"] == 0
+    assert result["artefacts"]["flat_error"] > 50
 
 
 def test_values_that_are_not_finite_are_no_result(folder):
