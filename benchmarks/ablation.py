@@ -22,8 +22,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoencoder.common.commands import Parser, command
@@ -35,14 +35,26 @@ from score import score
 from steps import Steps, divide_cores, scalars, trained_parts
 
 CONFIG = "configs/svg_t2i/quickstart.yaml"
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "velocity": (),
-    "data": ("model_overrides.prediction=data",),
-    "dimension shift": ("flow={snr_type: uniform, shift: true, shift_rule: dimension}",),
-    "aux flow": ("aux={loss: flow, block: 2}",),
-    "aux flow, guided": ("aux={loss: flow, block: 2}", "samples.internal_guidance=1.5"),
-    "aux features": ("aux={loss: features, block: 2}",),
-    "data, aux features": ("model_overrides.prediction=data", "aux={loss: features, block: 2}"),
+VELOCITY, DATA = (f"model_overrides.prediction={what}" for what in ("velocity", "data"))
+ALONE, FLOW, FEATURES = "aux=null", "aux={loss: flow, block: 2}", "aux={loss: features, block: 2}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What differs from the other options: settings of training, and of sampling."""
+
+    training: tuple[str, ...]
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+OPTIONS = {
+    "velocity": Option((VELOCITY, ALONE)),
+    "data": Option((DATA, ALONE)),
+    "dimension shift": Option((VELOCITY, ALONE, "flow={snr_type: uniform, shift: true, shift_rule: dimension}")),
+    "aux flow": Option((VELOCITY, FLOW)),
+    "aux flow, guided": Option((VELOCITY, FLOW), {"internal_guidance": 1.5}),
+    "aux features": Option((VELOCITY, FEATURES)),
+    "data, aux features": Option((DATA, FEATURES)),  # the quickstart's own
 }
 FEW_STEPS = 4
 ENOUGH = 0.9  # right, for "steps to"
@@ -69,8 +81,10 @@ class Ablation(Steps):
         self.wanted = unseen[:: max(1, len(unseen) // budget.prompts)][: budget.prompts]
 
     def train(self, option: str, seed: int) -> Path:
-        """The folder of the run, trained to its end."""
-        name, every = re.sub(r"\W+", "_", option), max(1, self.budget.steps // CHECKPOINTS)
+        """The folder of the run, trained to its end. Options that differ in sampling alone share it."""
+        settings = OPTIONS[option].training
+        first = next(name for name, other in OPTIONS.items() if other.training == settings)
+        name, every = re.sub(r"\W+", "_", first), max(1, self.budget.steps // CHECKPOINTS)
         folder = self.output / f"{name}_{seed}"
         self.train_transformer(
             CONFIG,
@@ -85,17 +99,16 @@ class Ablation(Steps):
             f"validation.path={self.held_out}",
             f"validation.every={every}",
             "validation.num_samples=80",
-            *OPTIONS[option],
+            *settings,
         )
         return folder
 
-    def right(self, checkpoint: Path, steps: int | None = None) -> dict[str, float]:
+    def right(self, checkpoint: Path, **settings: float) -> dict[str, float]:
         """Fractions of pictures with the right colour, place, shape, and all of these."""
         from svg_t2i.pipeline import SVGT2IPipeline
 
         pipeline, each = SVGT2IPipeline.from_pretrained(checkpoint), self.budget.pictures_per_prompt
         pipeline.set_progress_bar_config(disable=True)
-        settings = {} if steps is None else {"num_inference_steps": steps}
         captions = [thing.caption for thing in self.wanted]
         images = pipeline(captions, num_images_per_prompt=each, seed=0, packed=True, **settings).images
         return score(images, [thing for thing in self.wanted for _ in range(each)])
@@ -104,8 +117,9 @@ class Ablation(Steps):
         """One row of results.jsonl."""
         folder = self.train(option, seed)
         checkpoints = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-        over_time = {path.name: self.right(path) for path in checkpoints}
-        few = {path.name: self.right(path, FEW_STEPS) for path in checkpoints}
+        own = OPTIONS[option].sampling
+        over_time = {path.name: self.right(path, **own) for path in checkpoints}
+        few = {path.name: self.right(path, num_inference_steps=FEW_STEPS, **own) for path in checkpoints}
         board = scalars(folder / "tensorboard")
         return {
             "option": option,

@@ -191,6 +191,7 @@ ELSEWHERE = {
     "pip": "the same",
     "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
     "bash scripts/quickstart_lora.sh": "`--short` runs in .ci/run",
+    "python -m benchmarks.ablation": "tests/scripts/test_ablation.py; its runs take minutes each",
     "python -m svg_t2i.train --config configs/svg_t2i/finetune_lora.yaml": "tests/svg_t2i/training/test_adapters.py",
     "python -m svg_t2i.sample --checkpoint results/my_lora": "tests/svg_t2i/training/test_adapters.py",
     "python -m svg_t2i.sample --checkpoint pre-trained --lora": "tests/svg_t2i/test_diffusers.py",

@@ -95,7 +95,9 @@ def _check_bases(folder: Path) -> None:
 
 
 def load_base(folder: str | os.PathLike, digest: str | None = None) -> tuple[SVGDiT, str]:
-    """The model that an adapter is trained on, and its digest: the averaged weights in a folder, fp32, on the CPU.
+    """The model that an adapter or a student is trained on, and its digest: averaged weights, fp32, on the CPU.
+
+    An auxiliary head counts for the digest, and is then left out.
 
     digest: `weights_digest` of its weights, where they have to be certain ones.
 
@@ -106,7 +108,7 @@ def load_base(folder: str | os.PathLike, digest: str | None = None) -> tuple[SVG
     found = weights_digest(dict(base.named_parameters()))
     if digest is not None and found != digest:
         raise UserError(f"{folder} holds other weights than then ({found}, were {digest})")
-    return base, found
+    return without_aux_head(base), found
 
 
 def _part(meta: Mapping[str, Any], ema: bool | float, folder: Path) -> str:

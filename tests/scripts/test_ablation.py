@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from autoencoder.common.config import UserError, build, load_config
+from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.training.settings import TrainConfig
 
 
@@ -42,8 +43,9 @@ def test_the_table_has_mean_and_spread_of_every_option(ablation):
 
 def test_every_option_is_a_change_that_the_quickstart_takes(ablation):
     for option, changes in ablation.OPTIONS.items():
-        config = load_config(TrainConfig, ablation.CONFIG, list(changes))
-        assert (config == load_config(TrainConfig, ablation.CONFIG)) == (option == "velocity")
+        SamplingOptions(**changes.sampling)
+        config = load_config(TrainConfig, ablation.CONFIG, list(changes.training))
+        assert (config == load_config(TrainConfig, ablation.CONFIG)) == (option == "data, aux features")
         sizes = config.model_config(in_channels=192, cap_feat_dim=128)
         assert build(type(sizes), vars(sizes)) == sizes
 

@@ -185,6 +185,22 @@ def test_a_run_with_a_head_resumes_exactly_and_is_used_without_it(train, tmp_pat
     assert load_transformer(tmp_path / "with").config.aux_loss == "flow"
 
 
+def test_an_adapter_needs_no_head(train, toy_parts, tmp_path):
+    base = train("base", *HEAD)
+    adapter = train("adapter", HEAD[0], f"init_from={base}", "lora.rank=2")
+    merged = load_transformer(adapter)
+    assert merged.config.aux_loss is None
+    pipeline = SVGT2IPipeline.from_pretrained(base)  # which has the head
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter)
+    settings = {"seed": 0, "output_type": "latent", "num_inference_steps": 2}
+    ours = SVGT2IPipeline.from_pretrained(adapter)
+    ours.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(
+        ours("noise", **settings).images, pipeline("noise", **settings).images, atol=1e-4, rtol=0
+    )
+
+
 def test_features_are_learnt(train, capsys):
     train("run", "model_overrides.n_layers=2", "aux={loss: features, block: 1}", "train.max_steps=30")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
