@@ -474,6 +474,21 @@ def test_quantised_weights_change_little(saved_pipeline, pipeline, kind, most):
     assert torch.equal(latents(loaded.to("cpu")), quantised)
 
 
+def test_products_in_8_bits_change_little(saved_pipeline, monkeypatch):
+    """fp8_dynamic: torch has these products on a CPU too, slow ones; torchao's demand of a GPU is left out here."""
+    for module in ("torchao.quantization.quant_api", "torchao.float8.inference"):
+        monkeypatch.setattr(f"{module}._check_hardware_support", lambda granularities: None)
+    plain = SVGT2IPipeline.from_pretrained(saved_pipeline, dtype="bf16")
+    loaded = SVGT2IPipeline.from_pretrained(saved_pipeline, dtype="bf16", quantization="fp8_dynamic")
+    assert len(quantized_layers(loaded.transformer)) == 5 * 6
+    for one in (plain, loaded):
+        one.set_progress_bar_config(disable=True)
+    expected, found = latents(plain), latents(loaded)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.15
+    with pytest.raises(UserError, match="quantization = 'fp8_dynamic' is not possible here: PerRow .* bfloat16"):
+        SVGT2IPipeline.from_pretrained(saved_pipeline, quantization="fp8_dynamic")
+
+
 def test_plain_weights_are_not_copied_to_be_identified(pipeline, monkeypatch):
     """`dequantize` of a tensor in bf16 makes one in fp32: at full size, ten gigabytes."""
     before = pipeline.networks.describe()
