@@ -64,6 +64,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="of the autoencoder in the table; default: the config's file name")
     parser.add_argument("--table", type=Path, help="Markdown table to put the rows into as well (default: none)")
     parser.add_argument("--stats", help="latent statistics to compare with (default: the autoencoder's own)")
+    parser.add_argument("--midpoints", action="store_true", help="measure the iFID as well: a second pass")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that has results")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.output / "metrics.json").exists() and not arguments.overwrite:
@@ -86,7 +87,8 @@ def main(argv: list[str]) -> None:
             for metric, reason in networks.missing.items():
                 logger.warning("%s is not available: %s", metric, reason)
         start = time.monotonic()
-        results = evaluate(autoencoder, crops, networks, world, arguments.batch_size, arguments.num_workers)
+        options = arguments.batch_size, arguments.num_workers, arguments.midpoints
+        results = evaluate(autoencoder, crops, networks, world, *options)
         if world.is_main:
             report = describe(arguments, autoencoder, crops, results, time.monotonic() - start)
             write(arguments, report, crops, results)

@@ -26,6 +26,7 @@ from autoencoder.evaluation.metrics import (
     build_lpips,
     to_8bit,
 )
+from autoencoder.evaluation.midpoints import PooledLatents, interpolated_distance
 from autoencoder.images.files import to_float
 from autoencoder.latents.statistics import StatsAccumulator, pooled
 from autoencoder.model import SVGAutoencoder
@@ -66,6 +67,7 @@ class Result:
     missing: dict[str, str]
     latents: StatsAccumulator
     artefacts: dict[str, Any]
+    ifid: float | None = None  # where it was asked for
 
     def summary(self) -> dict[str, Any]:
         """Means over images; None where there is no number, with the reason in `unavailable`."""
@@ -80,6 +82,7 @@ class Result:
             "images": len(self.places),
             **{name: None if name in reasons else value for name, value in numbers.items()},
             "colour_shift": [means[f"shift_{channel}"] for channel in "rgb"],
+            "ifid": self.ifid,
             "artefacts": self.artefacts,
             "unavailable": reasons,
         }
@@ -95,6 +98,7 @@ class Measurement:
         self.values: list[Tensor] = []
         self.latents = StatsAccumulator()
         self.artefacts = Artefacts()
+        self.pooled = PooledLatents()
 
     def add(self, places: Sequence[int], images: Tensor, recons: Tensor) -> None:
         """images: uint8 (n, 3, H, W); recons: floats of the same shape, nominally in [-1, 1]."""
@@ -135,8 +139,11 @@ def evaluate(
     world: World,
     batch_size: int = 16,
     num_workers: int = 0,
+    midpoints: bool = False,
 ) -> list[Result]:
     """A result per resolution of the crops, on the main process; [] on the others.
+
+    midpoints: with the iFID, for which all images are read once more.
 
     Raises:
         UserError: no image was readable, or reconstructions are not finite.
@@ -150,6 +157,8 @@ def evaluate(
                 latents = autoencoder.encode(to_float(images))
                 if autoencoder.stats is not None:
                     measurement.latents.update(latents)
+                if midpoints:
+                    measurement.pooled.add(group.places, latents)
                 recons = autoencoder.decode(latents)
                 measurement.add(group.places, images, recons)
                 measurement.artefacts.add(autoencoder, group.places, images, recons)
@@ -157,6 +166,13 @@ def evaluate(
         measurement.merged(world, resolution, networks.missing)
         for measurement, resolution in zip(measurements, crops.resolutions)
     ]
+    if midpoints and networks.inception is not None:
+        for number, measurement in enumerate(measurements):
+            distance = interpolated_distance(
+                autoencoder, crops, number, measurement.pooled, networks.inception, world, batch_size, num_workers
+            )
+            if results[number] is not None:
+                results[number].ifid = distance
     for result in results if world.is_main else []:
         if not len(result.places):
             raise UserError(f"{crops.source.name}: none of the {len(crops)} images is readable")

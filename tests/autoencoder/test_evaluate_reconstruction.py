@@ -13,11 +13,15 @@ from torch import nn
 
 from autoencoder import evaluate_reconstruction
 from autoencoder.common.config import UserError
+from autoencoder.common.processes import World
 from autoencoder.evaluate_reconstruction import add_rows, main
+from autoencoder.evaluation.metrics import to_8bit
+from autoencoder.evaluation.midpoints import PooledLatents
 from autoencoder.evaluation.reconstruction import Networks
 from autoencoder.images.files import crop_square, to_float, to_pil, to_uint8_tensor
 from autoencoder.latents.statistics import LatentStats
 from autoencoder.model import SVGAutoencoder
+from svg_t2i.evaluation.distances import frechet_distance
 
 pytestmark = pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
 D, COUNT = 48, 7
@@ -152,6 +156,32 @@ def test_statistics_that_do_not_fit_are_warned_of_with_numbers(folder, caplog):
     assert len(warnings) == 2
     assert "images of 48 px: normalised latents have means of" in warnings[0]
     assert report["results"][0]["normalised_latents"]["shift_rms"] == pytest.approx(10, rel=0.3)
+
+
+def test_midpoints_are_those_of_nearest_latents(folder, networks):
+    assert [result["ifid"] for result in evaluated(folder)["results"]] == [None, None]
+    report = evaluated(folder, "--midpoints", "--batch_size", "3")
+    model = SVGAutoencoder.from_config(folder / "ae.yaml", folder / "ae.ckpt").eval()
+    crops = [crop_square(Image.open(folder / "photos" / f"{i}.png"), 48) for i in range(COUNT)]
+    images = torch.stack([to_uint8_tensor(crop) for crop in crops])
+    with torch.no_grad():
+        latents = model.encode(to_float(images))
+        pooled = latents.mean(dim=(2, 3))
+        similar = torch.nn.functional.cosine_similarity(pooled[:, None], pooled[None], dim=2).fill_diagonal_(-1)
+        between = model.decode((latents + latents[similar.argmax(dim=1)]) / 2)
+    features = [TinyFeatures()(one).double() for one in (images, to_8bit(between))]
+    assert report["results"][0]["ifid"] == pytest.approx(frechet_distance(*features), rel=1e-3)
+    assert report["results"][0]["ifid"] != pytest.approx(report["results"][0]["rfid"], rel=1e-3)
+    networks.inception = None
+    assert evaluated(folder, "--midpoints")["results"][0]["ifid"] is None
+
+
+def test_images_of_other_sizes_are_no_neighbours():
+    pooled = PooledLatents()
+    pooled.add([4, 1], torch.tensor([[1.0, 0], [1, 0.1]])[:, :, None, None].expand(2, 2, 3, 2))
+    pooled.add([7], torch.tensor([[1.0, 0]])[:, :, None, None].expand(1, 2, 2, 3))
+    pooled.add([0], torch.tensor([[-1.0, 0]])[:, :, None, None].expand(1, 2, 3, 2))
+    assert pooled.pairs(World()) == [[(0, 1), (1, 4), (4, 1)]]
 
 
 def test_exact_reproductions_have_no_mean_psnr(folder, monkeypatch):

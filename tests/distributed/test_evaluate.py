@@ -53,7 +53,7 @@ shared += ["32"] if sys.argv[2] == "small" else ["--max_images", "6"]
 
 
 def evaluate(name):
-    evaluate_reconstruction.main([*shared, "--output", f"{folder}/{name}"])
+    evaluate_reconstruction.main([*shared, "--midpoints", "--output", f"{folder}/{name}"])
 
 
 def evaluate_one_chunk(name):
@@ -127,6 +127,8 @@ def test_two_processes_find_what_one_does(folder, repo_root):
         assert reports[0] == reports[1]  # fp64 numbers, rFID among them: equal to the last bit
         assert [result["images"] for result in reports[0]["results"]] == [10, 10]
         assert reports[0]["results"][0]["rfid"] > 0
+        assert reports[0]["results"][0]["artefacts"]["shift_error"] > 0
+        assert (reports[0]["results"][0]["ifid"] is None) == folders[0].startswith("one_chunk")
         assert reports[0]["unreadable"] == 1
         for name in ("images.csv", "metrics.csv"):
             assert len({(folder / one / name).read_bytes() for one in folders}) == 1
