@@ -174,6 +174,25 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """Pictures that are right against steps, a line per option through the means, with a bar for the spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for option in OPTIONS:
+        own = [row["right"] for row in rows if row["option"] == option]
+        if not own:
+            continue
+        columns = {int(step): [100 * right[step] for right in own] for step in own[0]}
+        means = [statistics.fmean(column) for column in columns.values()]
+        spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns.values()]
+        axes.errorbar(list(columns), means, yerr=spreads, marker="o", capsize=3, label=option)
+    axes.set(xlabel="step", ylabel="pictures all right (%)", ylim=(-2, 102))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="What each option of training is worth, on the quickstart.", prog="benchmarks.ablation")
     parser.add_argument("--quickstart", type=Path, default=Path("outputs/quickstart"), help="what quickstart.sh made")
@@ -181,6 +200,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), help="which to run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each option")
     parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("--plot", type=Path, help="a picture to draw as well (default: none)")
     parser.add_argument("--table", action="store_true", help="train nothing: print the table of what there is")
     return parser.parse_args(argv)
 
@@ -206,7 +226,10 @@ def main(argv: list[str]) -> None:
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
-    print(table(read_results(results)))
+    rows = read_results(results)
+    print(table(rows))
+    if args.plot is not None:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from autoencoder.common.config import UserError
@@ -113,9 +114,9 @@ def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
         if argv is not None:
             main(list(argv))
             return
-        show_loads()
         try:
-            main(sys.argv[1:])
+            with showing_loads():
+                main(sys.argv[1:])
         except UserError as error:
             _end(f"error: {error}", 2)
         except OSError as error:
@@ -130,12 +131,20 @@ def command(main: Callable[[list[str]], None]) -> Callable[..., None]:
     return run
 
 
-def show_loads() -> None:
-    """Print what loads of weights did (`common.weights.report_load`), a line each, on standard error."""
+@contextmanager
+def showing_loads() -> Iterator[None]:
+    """Inside it, what loads of weights did (`common.weights.report_load`) is printed on standard error, a line each."""
     loads = logging.getLogger("autoencoder.loads")  # importing common.weights would import torch
+    before, lines = (loads.level, loads.propagate), _Lines()
     loads.setLevel(logging.INFO)
-    loads.handlers[:] = [_Lines()]
     loads.propagate = False
+    loads.addHandler(lines)
+    try:
+        yield
+    finally:
+        loads.removeHandler(lines)
+        loads.setLevel(before[0])
+        loads.propagate = before[1]
 
 
 class _Lines(logging.Handler):

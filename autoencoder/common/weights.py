@@ -29,7 +29,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from autoencoder.common.config import UserError
 
 logger = logging.getLogger("autoencoder")
-loads = logging.getLogger("autoencoder.loads")  # what every load did; commands print it
+loads = logging.getLogger("autoencoder.loads")  # what every load did; commands print it (`commands.showing_loads`)
+if loads.level == logging.NOTSET:
+    loads.setLevel(logging.WARNING)  # elsewhere only what a load left out is worth a line
 
 # Of Python, all that settings in a file of weights may be made of
 DATA_MODULES = {"argparse", "collections", "datetime", "functools", "pathlib", "typing"}

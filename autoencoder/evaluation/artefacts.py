@@ -101,7 +101,7 @@ class Artefacts:
     def add(self, autoencoder: SVGAutoencoder, places: Sequence[int], images: Tensor, recons: Tensor) -> None:
         """uint8 images (n, 3, H, W) of these places; recons: floats of the same shape, nominally in [-1, 1]."""
         chosen = [i for i, place in enumerate(places) if place < MOST_IMAGES]
-        if not chosen or min(images.shape[2:]) < 2 * LATENT_PIXELS:
+        if not chosen or min(images.shape[2:]) < 3 * LATENT_PIXELS:
             return
         images, own = images[chosen], [places[i] for i in chosen]
         spectrum = power(to_8bit(recons[chosen]).double() - images.double())

@@ -50,6 +50,10 @@ class DiTConfig:
                 raise UserError(f"DiTConfig.{name} needs 3 entries (caption, row, column), got {getattr(self, name)}")
         if self.prediction not in get_args(Prediction):
             raise UserError(f"DiTConfig.prediction = {self.prediction!r}: choose velocity or data")
+        for name, value in vars(self).items():
+            least = 0 if name == "n_refiner_layers" else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise UserError(f"DiTConfig.{name} must be at least {least}, got {value}")
         if self.aux_loss not in (None, *get_args(AuxLoss)):
             raise UserError(f"DiTConfig.aux_loss = {self.aux_loss!r}: choose {' or '.join(get_args(AuxLoss))}")
         behind = 0 if self.aux_block is None else self.aux_block
@@ -58,10 +62,6 @@ class DiTConfig:
                 f"DiTConfig.aux_block = {self.aux_block}: give it with aux_loss, from 1 to n_layers - 1 = "
                 f"{self.n_layers - 1}, or neither of them"
             )
-        for name, value in vars(self).items():
-            least = 0 if name == "n_refiner_layers" else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise UserError(f"DiTConfig.{name} must be at least {least}, got {value}")
         if self.dim % self.n_heads:
             raise UserError(f"DiTConfig: dim {self.dim} is not divisible by n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:

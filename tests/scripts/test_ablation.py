@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 from autoencoder.common.config import UserError, build, load_config
 from svg_t2i.sampling.options import SamplingOptions
@@ -55,7 +56,8 @@ def test_it_says_what_it_lacks_and_mixes_nothing(ablation, tmp_path, capsys):
     with pytest.raises(UserError, match=r"has no trained model: bash scripts/quickstart\.sh makes one"):
         ablation.main(arguments)
     (tmp_path / "results.jsonl").write_text(json.dumps(row("data", 0, 0.5)) + "\n")
-    ablation.main([*arguments, "--table"])
+    ablation.main([*arguments, "--table", "--plot", str(tmp_path / "plot.png")])
+    assert Image.open(tmp_path / "plot.png").size == (840, 480)
     assert "| data | 1 |" in capsys.readouterr().out
     (tmp_path / "none" / "transformer" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds runs of 600 steps"):

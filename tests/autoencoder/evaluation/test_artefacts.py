@@ -95,5 +95,5 @@ def test_the_first_images_count_whoever_reads_them():
     assert found == apart.merged(world)
     assert len(found["spectrum"]) == BANDS
     small = Artefacts()
-    small.add(autoencoder(), [0], images[:1, :, :16, :16], to_float(images[:1, :, :16, :16]))
+    small.add(autoencoder(), [0], images[:1, :, :32, :], to_float(images[:1, :, :32, :]))
     assert small.merged(world) == {}

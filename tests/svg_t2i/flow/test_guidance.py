@@ -143,7 +143,7 @@ def test_interval_decides_where_both_branches_run(branches, interval, cfg_trunc,
 PUBLISHED = {
     "height": 1024, "width": 1024, "num_inference_steps": 50, "guidance_scale": 4.0, "negative_prompt": "",
     "renorm_cfg": 1.0, "cfg_trunc": 1.0, "guidance_interval": (0.0, 1.0), "solver": "dpm", "time_shift": None,
-    "system_prompt": "base", "step_cache": 0.0,
+    "system_prompt": "base", "step_cache": 0.0, "internal_guidance": 1.0,
 }  # fmt: skip
 
 
