@@ -2,9 +2,9 @@
 
 import argparse
 import copy
-import logging
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
