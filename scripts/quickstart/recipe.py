@@ -74,7 +74,12 @@ ON_DATA = Plan(
         "model.params.hyconfig={z_channels: 192, block_out_channels: [256, 128, 64, 32, 32], num_res_blocks: 0}",
         "training.latent_noise=0.1",
     ),
-    transformer_changes=("data.crops_per_image=1", "optim.schedule=cosine"),
+    transformer_changes=(
+        "data.crops_per_image=1",
+        "optim.schedule=cosine",
+        "model_overrides.prediction=velocity",  # clean latents and their features were compared on shapes alone
+        "aux=null",
+    ),
 )
 SHORT = Plan(copies=1, autoencoder_steps=20, transformer_steps=20, prompts=8, pictures_per_prompt=1)
 
