@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def _load(pipeline: Any, path: Path, number: int) -> str:
     """Put an adapter on; -> its name there. UserError as `load_adapters`."""
     name = f"{path.parent.name}_{path.stem}_{number}".replace(".", "_")
     try:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        with warnings.catch_warnings():  # an auxiliary head, which no adapter has weights for, is no matter
+            warnings.filterwarnings("ignore", message="(?s).*an inconsistency was discovered.*aux_head")
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     except (ValueError, KeyError, RuntimeError, OSError, ImportError, TypeError) as error:
         raise UserError(f"lora = {str(path)!r} is no adapter of this model: {first_line(error)}") from error
     if name not in active_adapters(pipeline.transformer):

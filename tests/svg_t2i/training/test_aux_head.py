@@ -1,5 +1,7 @@
 """The auxiliary head: its two losses, guidance by it, and models with and without it."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from svg_t2i import export
 from svg_t2i.checkpoints.weights import load_transformer, read_transformer
 from svg_t2i.features.frozen import MicroBatch
 from svg_t2i.flow.paths import flow_loss, interpolate, random_keys, random_normal
+from svg_t2i.loading.adapters import load_adapters, parse_adapter
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.train import main
 from svg_t2i.training.settings import TrainConfig
@@ -192,7 +195,9 @@ def test_an_adapter_needs_no_head(train, toy_parts, tmp_path):
     assert merged.config.aux_loss is None
     pipeline = SVGT2IPipeline.from_pretrained(base)  # which has the head
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        load_adapters(pipeline, [parse_adapter(str(adapter))])
     settings = {"seed": 0, "output_type": "latent", "num_inference_steps": 2}
     ours = SVGT2IPipeline.from_pretrained(adapter)
     ours.set_progress_bar_config(disable=True)
