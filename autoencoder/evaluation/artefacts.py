@@ -82,8 +82,10 @@ def shift_errors(autoencoder: SVGAutoencoder, images: Tensor, places: Sequence[i
     height, width = (side - LATENT_PIXELS for side in images.shape[2:])
     shifts = [1 + place % (LATENT_PIXELS - 1) for place in places]
     moved = torch.stack([image[:, s : s + height, s : s + width] for image, s in zip(images, shifts, strict=True)])
-    both = torch.cat([images[:, :, :height, :width], moved])
-    still, moved = to_8bit(autoencoder.decode(autoencoder.encode(to_float(both)))).double().chunk(2)
+    still, moved = (  # one after the other, to need no more memory than the reconstructions
+        to_8bit(autoencoder.decode(autoencoder.encode(to_float(some)))).double()
+        for some in (images[:, :, :height, :width], moved)
+    )
     errors = [
         (one[:, s:, s:] - other[:, : height - s, : width - s]).square().mean().sqrt()
         for one, other, s in zip(still, moved, shifts, strict=True)
