@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError
+from autoencoder.common.processes import World
 from autoencoder.images.files import to_float
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names it in torch.hub's folder
@@ -97,6 +98,10 @@ class FrechetDistance:
     def sums(self) -> dict[str, Tensor]:
         """All that has been added; to be summed over processes and given to `distance`."""
         return dict(self.metric.metric_state)
+
+    def sums_of_all(self, world: World) -> dict[str, Tensor]:
+        """`sums` of all processes together, on the CPU."""
+        return {name: world.reduce_sum(value.detach().cpu().clone()) for name, value in self.sums().items()}
 
     def distance(self, sums: dict[str, Tensor]) -> float:
         """FID of the given sums. Unavailable with fewer than two images."""

@@ -103,6 +103,4 @@ def interpolated_distance(
         ones, others = ones.to(device, non_blocking=True), others.to(device, non_blocking=True)
         latents = [autoencoder.encode(to_float(images)) for images in (ones, others)]
         frechet.update(ones, to_8bit(autoencoder.decode((latents[0] + latents[1]) / 2)))
-    return frechet.distance(
-        {name: world.reduce_sum(value.detach().cpu().clone()) for name, value in frechet.sums().items()}
-    )
+    return frechet.distance(frechet.sums_of_all(world))

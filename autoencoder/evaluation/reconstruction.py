@@ -117,7 +117,7 @@ class Measurement:
         parts = world.gather((torch.tensor(self.places, dtype=torch.int64), values, self.latents.state()))
         sums = {}
         if self.frechet is not None:
-            sums = {name: world.reduce_sum(value.detach().cpu().clone()) for name, value in self.frechet.sums().items()}
+            sums = self.frechet.sums_of_all(world)
         if not world.is_main:
             return None
         places, values = (torch.cat(tensors) for tensors in list(zip(*parts))[:2])
