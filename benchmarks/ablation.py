@@ -9,10 +9,11 @@ there, the same command continues after an interruption, and the table is made o
     python -m benchmarks.ablation --quickstart outputs/quickstart --output outputs/ablation
     python -m benchmarks.ablation --output outputs/ablation --table       # once more, without training
 
-Columns: pictures that are right in colour, shape and place after each quarter of the steps, and after half of them
-with few steps of sampling; the first checkpoint with 90 % right; the loss of the velocity on pictures of unseen
-combinations, at fixed noise and eight times, and its part nearest to noise, where a picture is decided; seconds a step,
-which mean something on an idle machine only. Mean and standard deviation over the seeds.
+Columns: after each quarter of the steps pictures of one thing that are right in colour, shape and place, and pictures
+of two that are right in all attributes and in their relation; the same after half of the steps with few steps of
+sampling; the first checkpoint with 90 % of all right; the loss of the velocity on pictures of unseen combinations, at
+fixed noise and eight times, and its part nearest to noise, where a picture is decided; seconds a step, which mean
+something on an idle machine only. Mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import REPO_ROOT, UserError
 
 sys.path.append(str(REPO_ROOT / "scripts" / "quickstart"))  # the recipe's folder is no package
-from draw import all_things, write_held_out
-from score import score
+from data_set import every, score_both, unseen_pairs, unseen_things, write_held_out
 from steps import Steps, divide_cores, scalars, trained_parts
 
 CONFIG = "configs/svg_t2i/quickstart.yaml"
@@ -66,8 +66,8 @@ class Budget:
     """What every run may spend."""
 
     steps: int
-    prompts: int = 40  # of the unseen things, evenly spread
-    pictures_per_prompt: int = 2
+    prompts: int = 40  # of the unseen things and of the unseen pairs, evenly spread
+    pictures_per_prompt: int = 1
 
 
 class Ablation(Steps):
@@ -77,8 +77,7 @@ class Ablation(Steps):
         super().__init__(*divide_cores())
         self.quickstart, self.output, self.budget = quickstart, output, budget
         self.held_out = write_held_out(output / "held_out")
-        unseen = [thing for thing in all_things() if thing.is_unseen]
-        self.wanted = unseen[:: max(1, len(unseen) // budget.prompts)][: budget.prompts]
+        self.wanted = tuple(every(what, budget.prompts) for what in (unseen_things(), unseen_pairs()))
 
     def train(self, option: str, seed: int) -> Path:
         """The folder of the run, trained to its end. Options that differ in sampling alone share it."""
@@ -103,31 +102,31 @@ class Ablation(Steps):
         )
         return folder
 
-    def right(self, checkpoint: Path, **settings: float) -> dict[str, float]:
-        """Fractions of pictures with the right colour, place, shape, and all of these."""
+    def right(self, checkpoint: Path, **settings: float) -> tuple[float, float]:
+        """Fractions of pictures of one thing, and of two, that are right in everything."""
         from svg_t2i.pipeline import SVGT2IPipeline
 
         pipeline, each = SVGT2IPipeline.from_pretrained(checkpoint), self.budget.pictures_per_prompt
         pipeline.set_progress_bar_config(disable=True)
-        captions = [thing.caption for thing in self.wanted]
+        captions = [what.caption for kind in self.wanted for what in kind]
         images = pipeline(captions, num_images_per_prompt=each, seed=0, packed=True, **settings).images
-        return score(images, [thing for thing in self.wanted for _ in range(each)])
+        scores = score_both(images, *self.wanted)
+        return scores["single"]["all"], scores["pairs"]["all"]
 
     def measure(self, option: str, seed: int) -> dict[str, object]:
         """One row of results.jsonl."""
         folder = self.train(option, seed)
         checkpoints = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
         own = OPTIONS[option].sampling
-        over_time = {path.name: self.right(path, **own) for path in checkpoints}
-        few = {path.name: self.right(path, num_inference_steps=FEW_STEPS, **own) for path in checkpoints}
+        over_time = {int(path.name): self.right(path, **own) for path in checkpoints}
+        half = checkpoints[(len(checkpoints) - 1) // 2]
         board = scalars(folder / "tensorboard")
         return {
             "option": option,
             "seed": seed,
             "steps": self.budget.steps,
-            "right": {int(step): right["all"] for step, right in over_time.items()},
-            "right_few": {int(step): right["all"] for step, right in few.items()},
-            **{name: over_time[checkpoints[-1].name][name] for name in ("colour", "place", "shape")},
+            "right": over_time,  # step → of one thing, of two
+            "right_few": self.right(half, num_inference_steps=FEW_STEPS, **own),
             "validation": board("validation/loss")[1][-1],
             "validation_at_noise": board("validation/loss_at_t/0.00-0.12")[1][-1],
             "seconds": 32 / statistics.median(board("train/images_per_second")[1]),
@@ -139,9 +138,9 @@ def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def steps_to(right: dict[str, float], enough: float = ENOUGH) -> int | None:
-    """The first step at which so many are right; None where none is."""
-    return next((int(step) for step, share in right.items() if share >= enough), None)
+def steps_to(right: dict[str, Sequence[float]], enough: float = ENOUGH) -> int | None:
+    """The first step at which so many of all pictures are right; None where none is."""
+    return next((int(step) for step, shares in right.items() if statistics.fmean(shares) >= enough), None)
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -157,15 +156,16 @@ def table(rows: Sequence[dict]) -> str:
     steps = sorted(map(int, rows[0]["right"]))
     half = steps[(len(steps) - 1) // 2]
     names = ["option", "seeds", *(f"right after {step}" for step in steps), f"after {half}, {FEW_STEPS} steps"]
+    names[2:] = [f"{name}, {kind}" for name in names[2:] for kind in ("one", "two")]
     names += [f"steps to {ENOUGH:.0%}", "validation loss", "nearest to noise", "seconds a step"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for option in OPTIONS:
         own = [row for row in rows if row["option"] == option]
         if not own:
             continue
-        shares = [[row["right"][str(step)] for row in own] for step in steps]
-        shares.append([row["right_few"][str(half)] for row in own])
-        cells = [spread([100 * share for share in column], "{:.0f}") + " %" for column in shares]
+        pairs = [[row["right"][str(step)] for row in own] for step in steps] + [[row["right_few"] for row in own]]
+        columns = [[100 * pair[kind] for pair in column] for column in pairs for kind in (0, 1)]
+        cells = [spread(column, "{:.0f}") + " %" for column in columns]
         reached = [steps_to(row["right"]) for row in own]
         cells.append(", ".join("never" if step is None else str(step) for step in reached))
         for name, form in (("validation", "{:.3f}"), ("validation_at_noise", "{:.4f}"), ("seconds", "{:.3f}")):
@@ -178,18 +178,21 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     """Pictures that are right against steps, a line per option through the means, with a bar for the spread."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for option in OPTIONS:
         own = [row["right"] for row in rows if row["option"] == option]
         if not own:
             continue
-        columns = {int(step): [100 * right[step] for right in own] for step in own[0]}
-        means = [statistics.fmean(column) for column in columns.values()]
-        spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns.values()]
-        axes.errorbar(list(columns), means, yerr=spreads, marker="o", capsize=3, label=option)
-    axes.set(xlabel="step", ylabel="pictures all right (%)", ylim=(-2, 102))
-    axes.legend()
+        for kind, axes in enumerate(panels):
+            columns = {int(step): [100 * right[step][kind] for right in own] for step in own[0]}
+            means = [statistics.fmean(column) for column in columns.values()]
+            spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns.values()]
+            axes.errorbar(list(columns), means, yerr=spreads, marker="o", capsize=3, label=option)
+    for axes, title in zip(panels, ("one thing", "two things in a relation")):
+        axes.set(xlabel="step", title=title, ylim=(-2, 102))
+    panels[0].set_ylabel("pictures all right (%)")
+    panels[0].legend()
     figure.savefig(path, dpi=120)
 
 

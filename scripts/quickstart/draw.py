@@ -1,26 +1,17 @@
-"""Draws the quickstart's data set: coloured shapes on plain ground, with captions.
+"""Draws coloured shapes on plain ground: what the quickstart's pictures show.
 
-Every picture shows one thing that four words describe: "a large red circle at the left". Where the thing sits and how
-big it is vary a little from picture to picture, so that there is something to learn beyond a list of pictures.
+A thing is described by four words: "a large red circle at the left". Where it sits and how big it is vary a little from
+picture to picture, so that there is something to learn beyond a list of pictures.
 
 One colour-shape-place combination in six is never drawn for training. The rule (indices add up to a multiple of six)
-leaves every *pair* of colour, shape and place in the training set, so a model that has learned the words can compose
-them. The folder afterwards:
-
-    train.jsonl     {"path": "images/00000.png", "prompt": "a large red circle at the left"} per picture
-    unseen.jsonl    {"prompt", "colour", "shape", "place", "size"} per combination that training never sees
-    held_out.jsonl  {"path", "prompt"} of a picture of each of these, for the loss on them
-    images/*.png
-
-Usage: python draw.py FOLDER [--copies N] [--seed N]
+leaves every two of colour, shape and place together in the training set, so a model that has learned the words can
+compose them.
 """
 
-import argparse
 import itertools
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -47,6 +38,24 @@ SUPERSAMPLING = 4
 STAR_INNER = 0.45  # radius of the inner corners, as a fraction of that of the points
 PLACE_JITTER = 1.0  # px in x and in y
 SIZE_JITTER = 0.04  # fraction of the half side
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A shape in a colour, at a place: centre is (x, y) and half_side half the side of its bounding square, in px."""
+
+    shape: str
+    colour: str
+    centre: tuple[float, float]
+    half_side: float
+
+    def jittered(self, rng: np.random.Generator | None) -> "Spot":
+        """Moved and grown a little; itself without a generator."""
+        if rng is None:
+            return self
+        dx, dy, growth = rng.uniform(-1, 1, 3)
+        centre = (self.centre[0] + PLACE_JITTER * dx, self.centre[1] + PLACE_JITTER * dy)
+        return Spot(self.shape, self.colour, centre, self.half_side * (1 + SIZE_JITTER * growth))
 
 
 @dataclass(frozen=True)
@@ -107,60 +116,13 @@ def shape_mask(shape: str, centre: tuple[float, float], half_side: float) -> np.
 
 def draw(thing: Thing, rng: np.random.Generator | None = None) -> Image.Image:
     """The picture of a thing, RGB, SIZE x SIZE; without a generator at its exact place and size."""
-    dx, dy, growth = rng.uniform(-1, 1, 3) if rng is not None else (0.0, 0.0, 0.0)
-    x, y = PLACES[thing.place]
-    centre = (x + PLACE_JITTER * dx, y + PLACE_JITTER * dy)
-    return paint(thing.shape, thing.colour, centre, SIZES[thing.size] * (1 + SIZE_JITTER * growth))
+    return paint([Spot(thing.shape, thing.colour, PLACES[thing.place], SIZES[thing.size]).jittered(rng)])
 
 
-def paint(shape: str, colour: str, centre: tuple[float, float], half_side: float) -> Image.Image:
-    """A picture of a shape on plain ground, RGB, SIZE x SIZE; arguments as of `shape_mask`."""
-    mask = shape_mask(shape, centre, half_side)[..., None]
-    pixels = mask * np.array(COLOURS[colour]) + (1 - mask) * np.array(GROUND)
+def paint(spots: Iterable[Spot]) -> Image.Image:
+    """A picture of shapes on plain ground, RGB, SIZE x SIZE; the later ones lie on the earlier."""
+    pixels = np.broadcast_to(np.array(GROUND, dtype=float), (SIZE, SIZE, 3))
+    for spot in spots:
+        mask = shape_mask(spot.shape, spot.centre, spot.half_side)[..., None]  # (SIZE, SIZE, 1)
+        pixels = mask * np.array(COLOURS[spot.colour]) + (1 - mask) * pixels
     return Image.fromarray(np.rint(pixels).astype(np.uint8))
-
-
-def write_data_set(folder: Path, copies: int = 6, seed: int = 0) -> tuple[int, list[Thing]]:
-    """Writes images, train.jsonl and unseen.jsonl; returns how many pictures there are, and the unseen things."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    seen = [thing for thing in all_things() if not thing.is_unseen]
-    unseen = [thing for thing in all_things() if thing.is_unseen]
-    lines = []
-    for index, thing in enumerate(seen * copies):
-        path = f"images/{index:05d}.png"
-        draw(thing, np.random.default_rng([seed, index])).save(folder / path)
-        lines.append({"path": path, "prompt": thing.caption})
-    write_jsonl(folder / "train.jsonl", lines)
-    write_jsonl(folder / "unseen.jsonl", [{"prompt": thing.caption, **vars(thing)} for thing in unseen])
-    write_held_out(folder, seed)
-    return len(lines), unseen
-
-
-def write_held_out(folder: Path, seed: int = 0) -> Path:
-    """Writes a picture of every unseen thing; returns the list of them, held_out.jsonl."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, thing in enumerate(thing for thing in all_things() if thing.is_unseen):
-        path = f"images/unseen_{index:02d}.png"
-        draw(thing, np.random.default_rng([seed, 1, index])).save(folder / path)
-        lines.append({"path": path, "prompt": thing.caption})
-    write_jsonl(folder / "held_out.jsonl", lines)
-    return folder / "held_out.jsonl"
-
-
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="draw the quickstart's data set")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--copies", type=int, default=6, help="pictures per combination (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    pictures, unseen = write_data_set(args.folder, args.copies, args.seed)
-    print(f"{pictures} pictures and {len(unseen)} unseen combinations in {args.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from draw import COLOURS, NEW_SHAPE, PLACES, SIZES, Thing, all_things, draw, paint, write_jsonl
+from data_set import write_jsonl
+from draw import COLOURS, NEW_SHAPE, PLACES, SIZES, Spot, Thing, all_things, draw, paint
 from pictures import write_grid
 from PIL import Image
 from score import HALF_SIDES, Templates, score, shape_templates
@@ -98,7 +99,8 @@ class Lesson(Steps):
     def templates(self) -> Templates:
         """The drawn shapes, and stars as the autoencoder shows them, of all places and sizes and some colours."""
         wanted = list(itertools.product(HALF_SIDES, PLACES.values(), ("red", "green", "cyan")))
-        shown = autoencode(self.quickstart, [paint(NEW_SHAPE, colour, place, half) for half, place, colour in wanted])
+        drawn = [paint([Spot(NEW_SHAPE, colour, place, half)]) for half, place, colour in wanted]
+        shown = autoencode(self.quickstart, drawn)
         return shape_templates().with_pictures(NEW_SHAPE, list(zip(shown, (float(half) for half, _, _ in wanted))))
 
 

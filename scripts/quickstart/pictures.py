@@ -4,7 +4,7 @@
 
     pictures/inputs/*.png         what they start from, drawn like the training data
     pictures/runs/VERB…/          the output folders of the commands
-    pictures/variation.png        and image_to_image, inpaint, interpolate, retrieve: the README's
+    pictures/variation.png        and image_to_image, inpaint, interpolate, retrieve: those of docs/sampling.md
 
 The prompts of `image_to_image` and the query of `retrieve` are things that training never saw.
 """
@@ -153,4 +153,4 @@ def run(folder: Path, name: str, what: str, *words: object) -> list[Image.Image]
 def write(folder: Path, name: str, pictures: Sequence[Image.Image], columns: int, labels: Sequence[str]) -> None:
     path = folder / "pictures" / f"{name}.png"
     write_grid(path, pictures, columns, labels)
-    save_png(Image.open(path).quantize(256, kmeans=4), path)  # half the bytes, for the README
+    save_png(Image.open(path).quantize(256, kmeans=4), path)  # half the bytes, for the docs

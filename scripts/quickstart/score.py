@@ -13,6 +13,7 @@ Usage: python score.py SAMPLES    the folder of data.json, whose captions say wh
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from PIL import Image
 MIN_AREA = 60  # px; the smallest thing drawn (a small cross) covers about 290
 PLACE_TOLERANCE = 7.0  # px between the middle and the canonical place, half the distance between two places
 MIN_OVERLAP = 0.6  # intersection over union below which no shape is recognised
-HALF_SIDES = np.arange(9.0, 19.0, 1.0)
+HALF_SIDES = tuple(np.arange(9.0, 19.0))  # px, of the shapes that a thing is compared with
 OFFSETS = range(-4, 5)  # px between the shape's centre and the thing's bounding middle
 
 
@@ -55,25 +56,33 @@ class Templates:
 
     def with_pictures(self, shape: str, pictures: Sequence[tuple[Image.Image, float]]) -> "Templates":
         """These and some of `shape`, from pictures of a thing of known half side."""
-        found = [thing_mask(picture)[1] for picture, _ in pictures]
+        found = [nearest_colours(picture) > 0 for picture, _ in pictures]
         centred = [move(mask, *(round(SIZE / 2 - v) for v in reversed(middle(mask)))).ravel() for mask in found]
         labels = tuple((shape, half_side) for _, half_side in pictures)
         return Templates(np.concatenate([self.masks, np.stack(centred)]), self.labels + labels)
 
 
-def thing_mask(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest palette entry of each pixel, 0 for the ground, and where the thing is; (SIZE, SIZE) each."""
+def nearest_colours(image: Image.Image, within: float = math.inf) -> np.ndarray:
+    """The nearest palette entry of each pixel, (SIZE, SIZE): 0 for the ground, then the colours in their order.
+
+    Args:
+        within: RGB distance from which a pixel has none of the colours (0), as where two of them meet.
+
+    Raises:
+        ValueError: the picture is not SIZE x SIZE.
+    """
     if image.size != (SIZE, SIZE):
         raise ValueError(f"the picture is {image.size[0]}x{image.size[1]}, the scorer reads {SIZE}x{SIZE}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     palette = np.array([GROUND, *COLOURS.values()], dtype=np.float32)  # (1 + colours, 3)
-    nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(axis=-1)  # (SIZE, SIZE), 0 = ground
-    return nearest, nearest > 0
+    distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)  # (SIZE, SIZE, 1 + colours)
+    return np.where(distances.min(axis=-1) <= within, distances.argmin(axis=-1), 0)
 
 
 def read_picture(image: Image.Image, templates: Templates | None = None) -> Reading:
     """Reads an RGB picture of SIZE x SIZE pixels (ValueError otherwise). templates: of the drawn shapes by default."""
-    nearest, mask = thing_mask(image)
+    nearest = nearest_colours(image)
+    mask = nearest > 0
     if mask.sum() < MIN_AREA:
         return NOTHING
     votes = np.bincount(nearest[mask], minlength=1 + len(COLOURS))
@@ -111,10 +120,10 @@ def best_shape(mask: np.ndarray, templates: Templates) -> tuple[str | None, floa
     return found
 
 
-@lru_cache(maxsize=1)
-def shape_templates() -> Templates:
-    """Every drawn shape of every half side."""
-    labels = tuple((shape, float(half_side)) for shape in SHAPES for half_side in HALF_SIDES)
+@lru_cache(maxsize=2)
+def shape_templates(half_sides: tuple[float, ...] = HALF_SIDES) -> Templates:
+    """Every drawn shape of every half side, in px."""
+    labels = tuple((shape, float(half_side)) for shape in SHAPES for half_side in half_sides)
     masks = [shape_mask(shape, (SIZE / 2, SIZE / 2), half_side) > 0.5 for shape, half_side in labels]
     return Templates(np.stack(masks).reshape(len(labels), -1).astype(np.float32), labels)
 

@@ -115,5 +115,5 @@ def autoencode(output: Path, pictures: Sequence[Image.Image]) -> list[Image.Imag
         return [to_pil(image) for image in autoencoder.decode(autoencoder.encode(images))]
 
 
-def percentages(fractions: dict[str, float]) -> str:
-    return ", ".join(f"{name} {fractions[name]:.0%}" for name in ("colour", "place", "shape"))
+def percentages(fractions: dict[str, float], names: Sequence[str] = ("colour", "place", "shape")) -> str:
+    return ", ".join(f"{name} {fractions[name]:.0%}" for name in names)

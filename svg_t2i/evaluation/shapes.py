@@ -119,14 +119,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator | None = None) -> Image.Im
         spots = [(scene.things[0], CORNERS[i]) for i in order]
     else:
         spots = [(thing, draw.PLACES[thing.place]) for thing in scene.things]
-    pixels = np.broadcast_to(np.array(draw.GROUND, dtype=float), (draw.SIZE, draw.SIZE, 3))
-    for thing, (x, y) in spots:
-        dx, dy, growth = rng.uniform(-1, 1, 3) if rng is not None else (0.0, 0.0, 0.0)
-        centre = (x + draw.PLACE_JITTER * dx, y + draw.PLACE_JITTER * dy)
-        half_side = draw.SIZES[thing.size] * (1 + draw.SIZE_JITTER * growth)
-        mask = draw.shape_mask(thing.shape, centre, half_side)[..., None]  # (64, 64, 1)
-        pixels = mask * np.array(draw.COLOURS[thing.colour]) + (1 - mask) * pixels
-    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+    things = [draw.Spot(thing.shape, thing.colour, centre, draw.SIZES[thing.size]) for thing, centre in spots]
+    return draw.paint([thing.jittered(rng) for thing in things])
 
 
 def write_data_set(folder: Path, copies: int = 2, seed: int = 0) -> int:

@@ -20,26 +20,27 @@ def ablation(monkeypatch):
 
 
 def row(option, seed, halfway, seconds=0.25):
-    right = {"150": 0.0, "300": halfway, "450": 0.95, "600": 1.0}
+    right = {"150": [0.0, 0.0], "300": [halfway, halfway / 2], "450": [0.97, 0.85], "600": [1.0, 0.9]}
     return {
-        "option": option, "seed": seed, "steps": 600, "right": right, "right_few": right, "colour": 1.0, "place": 1.0,
-        "shape": 1.0, "validation": 0.5 + seed, "validation_at_noise": 0.125, "seconds": seconds,
+        "option": option, "seed": seed, "steps": 600, "right": right, "right_few": [halfway, 0.25],
+        "validation": 0.5 + seed, "validation_at_noise": 0.125, "seconds": seconds,
     }  # fmt: skip
 
 
 def test_the_table_has_mean_and_spread_of_every_option(ablation):
     rows = [row("data", 0, 0.8), row("velocity", 0, 0.5), row("velocity", 1, 0.92)]
     lines = ablation.table(rows).splitlines()
-    assert lines[0].startswith("| option | seeds | right after 150 | right after 300 |")
+    assert lines[0].startswith("| option | seeds | right after 150, one | right after 150, two | right after 300,")
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["velocity", "data"]  # in the order of OPTIONS
     velocity, data = ([cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:])
     assert velocity == [
-        "2", "0 ± 0 %", "71 ± 30 %", "95 ± 0 %", "100 ± 0 %", "71 ± 30 %", "450, 300", "1.000 ± 0.707",
-        "0.1250 ± 0.0000", "0.250 ± 0.000",
+        "2", "0 ± 0 %", "0 ± 0 %", "71 ± 30 %", "36 ± 15 %", "97 ± 0 %", "85 ± 0 %", "100 ± 0 %", "90 ± 0 %",
+        "71 ± 30 %", "25 ± 0 %", "450, 450", "1.000 ± 0.707", "0.1250 ± 0.0000", "0.250 ± 0.000",
     ]  # fmt: skip
-    assert data[2] == "80 %"
+    assert data[3:5] == ["80 %", "40 %"]
     assert ablation.table([]) == "no results yet"
+    assert ablation.steps_to({"4": [0.2, 0.4]}) is None
 
 
 def test_every_option_is_a_change_that_the_quickstart_takes(ablation):
@@ -57,7 +58,7 @@ def test_it_says_what_it_lacks_and_mixes_nothing(ablation, tmp_path, capsys):
         ablation.main(arguments)
     (tmp_path / "results.jsonl").write_text(json.dumps(row("data", 0, 0.5)) + "\n")
     ablation.main([*arguments, "--table", "--plot", str(tmp_path / "plot.png")])
-    assert Image.open(tmp_path / "plot.png").size == (840, 480)
+    assert Image.open(tmp_path / "plot.png").size == (1200, 480)
     assert "| data | 1 |" in capsys.readouterr().out
     (tmp_path / "none" / "transformer" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds runs of 600 steps"):

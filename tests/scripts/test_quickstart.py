@@ -23,6 +23,8 @@ from svg_t2i.sampling.options import PRESETS
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
 EXAMPLE = FOLDER.parents[1] / "configs" / "example.jsonl"
 PROPERTIES = ("colour", "shape", "place", "size")
+PERFECT = {"attributes": 1.0, "relation": 1.0, "all": 1.0}
+PAIR = ("colour", "shape", "relation", "other_colour", "other_shape")
 
 
 @pytest.fixture
@@ -36,19 +38,34 @@ def score(monkeypatch, draw):
     return pytest.importorskip("score")
 
 
+@pytest.fixture
+def pairs(score):
+    return pytest.importorskip("pairs")
+
+
+@pytest.fixture
+def data_set(pairs):
+    return pytest.importorskip("data_set")
+
+
+def handled(picture, rng):
+    """Blurred, and with noise of 10 grey levels, as a decoder might leave it."""
+    levels = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.7)), dtype=float)
+    return Image.fromarray((levels + rng.normal(0, 10, levels.shape)).clip(0, 255).astype(np.uint8))
+
+
 def test_clean_pictures_score_full_marks(draw, score):
     things = draw.all_things()
     assert score.score([draw.draw(thing) for thing in things], things) == dict.fromkeys((*PROPERTIES, "all"), 1.0)
 
 
 def test_jittered_noisy_pictures_score_full_marks(draw, score):
-    """A decoder's small errors are forgiven: jitter, blur and noise of 10 grey levels."""
+    """A decoder's small errors are forgiven."""
     things = random.Random(0).sample(draw.all_things(), 80)
     pictures = []
     for index, thing in enumerate(things):
         rng = np.random.default_rng(index)
-        picture = np.asarray(draw.draw(thing, rng).filter(ImageFilter.GaussianBlur(0.7)), dtype=float)
-        pictures.append(Image.fromarray((picture + rng.normal(0, 10, picture.shape)).clip(0, 255).astype(np.uint8)))
+        pictures.append(handled(draw.draw(thing, rng), rng))
     assert score.score(pictures, things) == dict.fromkeys((*PROPERTIES, "all"), 1.0)
 
 
@@ -75,7 +92,8 @@ def test_stars_are_told_from_what_was_known(draw, score):
     def shown(picture):
         return picture.filter(ImageFilter.GaussianBlur(1.5))
 
-    pictures = [(shown(draw.paint(draw.NEW_SHAPE, "red", (32, 32), half)), float(half)) for half in score.HALF_SIDES]
+    spots = [draw.Spot(draw.NEW_SHAPE, "red", (32, 32), half) for half in score.HALF_SIDES]
+    pictures = [(shown(draw.paint([spot])), float(spot.half_side)) for spot in spots]
     templates = score.shape_templates().with_pictures(draw.NEW_SHAPE, pictures)
     learnt, asked = lesson.pairs()
     assert (len(learnt), len(asked)) == (10, 20)
@@ -138,37 +156,52 @@ def test_wrong_sizes_and_counts_are_errors(draw, score):
         draw.shape_mask("hexagon", (32, 32), 10)
 
 
-def test_unseen_things_never_meet_in_training_but_their_pairs_do(draw, tmp_path):
-    pictures, unseen = draw.write_data_set(tmp_path, copies=1)
-    captions = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    seen = {thing for thing in draw.all_things() if thing.caption in captions}
-    assert len(captions) == pictures == len(seen) == 200
-    assert len(unseen) == 40
+def test_unseen_combinations_never_meet_in_training_but_any_two_words_do(data_set, tmp_path):
+    count = data_set.write_data_set(tmp_path, copies=1)
+    captions = {json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()}
+    unseen = [*data_set.unseen_things(), *data_set.unseen_pairs()]
+    assert len(captions) == (240 - 40) + (1200 - 200)
+    assert count == len(captions) + (240 - 40)  # pairs inside each other are drawn twice
     assert [json.loads(line)["prompt"] for line in (tmp_path / "unseen.jsonl").read_text().splitlines()] == [
-        thing.caption for thing in unseen
+        what.caption for what in unseen
     ]
+    pairs = data_set.all_pairs()
+    assert {what.caption for what in (*data_set.all_things(), *pairs) if not what.is_unseen} == captions
+    assert {pair.relation for pair in data_set.unseen_pairs()} == {"left of", "above", "inside"}
 
-    def words(things, names):
-        return {tuple(getattr(thing, name) for name in names) for thing in things}
+    def words(what, names):
+        return {tuple(getattr(each, name) for name in names) for each in what}
 
-    assert not words(seen, ("colour", "shape", "place")) & words(unseen, ("colour", "shape", "place"))
-    for pair in itertools.combinations(PROPERTIES, 2):
-        assert words(unseen, pair) <= words(seen, pair)
+    groups = (
+        (data_set.all_things(), PROPERTIES, ("colour", "shape", "place")),
+        (pairs, PAIR, PAIR),
+    )
+    for group, names, rule in groups:
+        seen = [what for what in group if not what.is_unseen]
+        kept = [what for what in group if what.is_unseen]
+        assert len(kept) * 6 == len(group)
+        assert not words(seen, rule) & words(kept, rule)
+        for two in itertools.combinations(names, 2):
+            assert words(kept, two) <= words(seen, two)
 
 
-def test_data_set_is_deterministic_and_a_manifest(draw, score, tmp_path):
+def test_data_set_is_deterministic_and_a_manifest(data_set, pairs, draw, score, tmp_path):
     for name in ("a", "b"):
-        draw.write_data_set(tmp_path / name, copies=1, seed=3)
-    draw.write_data_set(tmp_path / "c", copies=1, seed=4)
+        data_set.write_data_set(tmp_path / name, copies=1, seed=3)
+    data_set.write_data_set(tmp_path / "c", copies=1, seed=4)
     first, again, other = (sorted((tmp_path / name / "images").iterdir()) for name in "abc")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
-    assert sum(p.read_bytes() != q.read_bytes() for p, q in zip(first, other, strict=True)) > 150
+    assert sum(p.read_bytes() != q.read_bytes() for p, q in zip(first, other, strict=True)) > 1000
 
     things = {thing.caption: thing for thing in draw.all_things()}
+    couples = {pair.caption: pair for pair in pairs.all_pairs()}
     manifest = Manifest.open(tmp_path / "a" / "train.jsonl")
-    for index in range(0, len(manifest), 10):
+    for index in range(0, len(manifest), 20):
         image, sample, _ = manifest.load(index)
-        assert all(score.read_picture(image).matches(things[sample.captions[0]]).values())
+        (caption,) = sample.captions
+        pair = couples.get(caption)
+        right = pairs.judge(image, pair) if pair else score.read_picture(image).matches(things[caption])
+        assert all(right.values()), caption
 
 
 def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
@@ -241,11 +274,11 @@ def test_unusable_images_are_counted_and_listed(score, odd_images, monkeypatch, 
         recipe.main([*arguments, str(tmp_path / "strict"), "--max_errors", "0"])
 
 
-def test_pictures_of_every_verb_that_starts_from_images(draw, saved_pipeline, monkeypatch, tmp_path):
+def test_pictures_of_every_verb_that_starts_from_images(data_set, saved_pipeline, monkeypatch, tmp_path):
     recipe = pytest.importorskip("recipe")
     with pytest.raises(UserError, match="holds no finished quickstart"):
         recipe.main(["--pictures", "--output", str(tmp_path)])
-    draw.write_data_set(tmp_path / "data", copies=1)
+    data_set.write_data_set(tmp_path / "data", copies=1)
     for path in sorted((tmp_path / "data" / "images").iterdir())[7:]:
         path.unlink()
     (tmp_path / "transformer").symlink_to(saved_pipeline)
@@ -268,12 +301,70 @@ def test_help_needs_no_installation(tmp_path):
     assert not done.stderr
 
 
-def test_held_out_pictures_are_of_unseen_things(draw, score, tmp_path):
-    lines = [json.loads(line) for line in draw.write_held_out(tmp_path).read_text().splitlines()]
-    unseen = [thing for thing in draw.all_things() if thing.is_unseen]
-    assert [line["prompt"] for line in lines] == [thing.caption for thing in unseen]
+def test_held_out_pictures_are_of_unseen_combinations(data_set, pairs, score, tmp_path):
+    lines = [json.loads(line) for line in data_set.write_held_out(tmp_path).read_text().splitlines()]
+    things, couples = data_set.unseen_things(), data_set.unseen_pairs()
+    assert [line["prompt"] for line in lines] == [what.caption for what in (*things, *couples)]
+    assert not (tmp_path / "images").exists()  # whoever takes the folder of training images gets those alone
     pictures = [Image.open(tmp_path / line["path"]) for line in lines]
-    assert score.score(pictures, unseen)["all"] == 1.0
+    assert score.score(pictures[: len(things)], things)["all"] == 1.0
+    assert pairs.score_pairs(pictures[len(things) :], couples) == PERFECT
+
+
+def test_drawn_pairs_score_full_marks(pairs):
+    """Exact ones, and jittered ones that a decoder might have left."""
+    couples = random.Random(0).sample(pairs.all_pairs(), 120)
+    assert pairs.score_pairs([pairs.draw_pair(pair) for pair in couples], couples) == PERFECT
+    pictures = []
+    for index, pair in enumerate(couples):
+        rng = np.random.default_rng(index)
+        pictures.append(handled(pairs.draw_pair(pair, rng), rng))
+    assert pairs.score_pairs(pictures, couples) == PERFECT
+
+
+@pytest.mark.parametrize("relation", ["left of", "above", "inside"])
+def test_a_wrong_word_of_a_pair_costs_what_it_is_about(pairs, draw, relation):
+    pair = pairs.Pair("red", "cross", relation, "blue", "square")
+    assert pair.caption == f"a red cross {relation} a blue square"
+
+    def judged(**changes):
+        right = pairs.judge(pairs.draw_pair(replace(pair, **changes)), pair)
+        return right["attributes"], right["relation"]
+
+    assert judged() == (True, True)
+    assert judged(shape="circle") == judged(other_shape="circle") == (False, True)
+    assert judged(colour="green") == judged(other_colour="green") == (False, False)
+    assert judged(colour="blue", shape="square", other_colour="red", other_shape="cross")[1] is False
+    assert judged(colour="blue", other_colour="red") == (False, False)  # colours are bound to shapes and places
+    for other in {"left of", "above", "inside"} - {relation}:
+        assert judged(relation=other)[1] is False
+    alone = draw.Spot("square", "blue", (32, 32), 12.0)
+    assert pairs.judge(draw.paint([alone]), pair) == {"attributes": False, "relation": False}
+    first, second = pairs.LAYOUTS[relation]
+    third = draw.Spot("circle", "yellow", (10, 10), 8.0)
+    spots = [draw.Spot("square", "blue", *second), draw.Spot("cross", "red", *first), third]
+    assert pairs.judge(draw.paint(spots), pair) == {"attributes": False, "relation": True}
+
+
+def test_pairs_by_chance_score_low(pairs):
+    couples = random.Random(1).sample(pairs.all_pairs(), 150)
+    others = random.Random(2).sample(couples, len(couples))
+    fractions = pairs.score_pairs([pairs.draw_pair(other) for other in others], couples)
+    assert max(fractions.values()) < 0.05
+    with pytest.raises(ValueError, match="0 pictures for 150 pairs"):
+        pairs.score_pairs([], couples)
+
+
+def test_the_two_kinds_are_scored_apart(data_set, pairs, score):
+    things, couples = data_set.every(data_set.unseen_things(), 4), data_set.every(data_set.unseen_pairs(), 5)
+    assert (len(things), len(couples)) == (4, 5)
+    assert data_set.every(things, 9) == things
+    pictures = [data_set.picture_of(what) for what in (*things, *couples) for _ in range(2)]
+    scores = data_set.score_both(pictures, things, couples)
+    assert scores["single"]["all"] == 1.0
+    assert scores["pairs"] == PERFECT
+    pictures[-1] = pictures[0]
+    assert data_set.score_both(pictures, things, couples)["pairs"]["all"] == pytest.approx(0.9)
 
 
 def test_the_losses_are_plotted(draw, tmp_path):
