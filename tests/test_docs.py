@@ -3,13 +3,15 @@
 Of the rest `ELSEWHERE` says which test runs the same script or sub-command, or what they need.
 """
 
-import importlib
+import importlib.util
 import json
 import logging
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -132,13 +134,53 @@ def test_files_that_are_named_exist(document):
         assert any((folder / name).exists() for folder in folders), f"{document.name} names {name}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md"])
-def test_trees_list_every_room(document):
-    tree = re.findall(r"```\n(autoencoder/.*?)```", (REPO_ROOT / document).read_text(), flags=re.DOTALL)[0]
+def test_the_tree_lists_every_room():
+    text = (REPO_ROOT / "docs" / "architecture.md").read_text()
+    (tree,) = re.findall(r"```\n(autoencoder/.*?)```", text, flags=re.DOTALL)
     for package in ("autoencoder", "svg_t2i"):
         rooms = {path.parent.name for path in (REPO_ROOT / package).glob("*/__init__.py")}
         part = tree.split(f"{package}/ ")[1].split("\nsvg_t2i/")[0].split("\nconfigs/")[0]
         assert set(re.findall(r"^  (\w+)/ ", part, flags=re.MULTILINE)) == rooms
+
+
+def test_the_readme_fits_a_reader():
+    assert len((REPO_ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "python-api.md"])
+def test_the_reference_is_that_of_the_code(page):
+    """`python docs/make_reference.py` writes it anew."""
+    spec = importlib.util.spec_from_file_location("make_reference", REPO_ROOT / "docs" / "make_reference.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_reference"] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    assert (REPO_ROOT / "docs" / page).read_text() == module.PAGES[page]()
+
+
+def test_the_reference_has_every_setting():
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", (REPO_ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE))
+    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage1_256.yaml")
+    for section in fields(config):
+        value = getattr(config, section.name)
+        if is_dataclass(value):
+            assert {f"{section.name}.{field.name}" for field in fields(value) if field.name != "sources"} <= {
+                *listed,
+                "data.caption_mix",
+            }
+
+
+def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
+    """Links and anchors included."""
+    pytest.importorskip("material", reason="the site needs mkdocs-material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", ".ci/mkdocs.yml"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [*command, "--site-dir", tmp_path], cwd=REPO_ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for document in (REPO_ROOT / "docs").glob("*.md"):
+        name = "index.html" if document.stem == "index" else f"{document.stem}/index.html"
+        assert (tmp_path / name).is_file()
 
 
 STAGES = ("stage1_256", "stage2_512", "stage3_1024", "stage4_sft")
@@ -188,6 +230,7 @@ ELSEWHERE = {
         "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
     ),
     "conda": "the environment of the tests is such a one",
+    "hf download": "a download",
     "pip": "the same",
     "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
     "bash scripts/quickstart_lora.sh": "`--short` runs in .ci/run",
