@@ -23,6 +23,7 @@ from autoencoder.common.weights import read_state_dict, report_load, weights_dig
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.adapters import FILE as ADAPTER_FILE
 from svg_t2i.checkpoints.adapters import LoraSettings, merge_adapter
+from svg_t2i.checkpoints.card import CARD, model_card
 from svg_t2i.checkpoints.index import SafeReader
 from svg_t2i.checkpoints.run import (
     META,
@@ -313,23 +314,45 @@ def init_from(model: SVGDiT, folder: str | os.PathLike, ema: bool = False) -> Tr
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def export(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True, aux_head: bool = True) -> Path:
+def export(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    ema: bool | float = True,
+    aux_head: bool = True,
+    licence: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a folder that diffusers' models have (`save_transformer`) from anything `read_transformer` reads.
 
-    aux_head: with the auxiliary head, where there is one.
+    Args:
+        aux_head: with the auxiliary head, where there is one.
+        licence, metrics: for its model card (`card.model_card`).
 
     Raises:
         UserError: as `load_transformer`, or if `out` is not empty.
     """
     out = _empty(out)
-    fingerprints = read_meta(folder).get("fingerprints", {})
+    meta = read_meta(folder)
+    fingerprints = meta.get("fingerprints", {})
     model = load_transformer(folder, ema)
-    return save_transformer(
-        model if aux_head else without_aux_head(model),
+    model = model if aux_head else without_aux_head(model)
+    save_transformer(
+        model,
         out,
         autoencoder_fingerprint=fingerprints.get("autoencoder"),
         text_fingerprint=fingerprints.get("text_encoder"),
     )
+    text = model_card(
+        meta,
+        model.config,
+        sum(weight.numel() for weight in model.parameters()),
+        name=out.resolve().name,
+        weights="raw" if not ema else "averaged" if ema is True else f"averaged, decay {ema}",
+        licence=licence,
+        metrics=metrics,
+    )
+    (out / CARD).write_text(text, encoding="utf-8")
+    return out
 
 
 def export_as_published(folder: str | os.PathLike, out: str | os.PathLike, ema: bool | float = True) -> Path:
