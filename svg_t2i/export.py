@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--published", action="store_true", help="the release's file names: raw and averaged weights")
     parser.add_argument("--no_aux_head", action="store_true", help="without the auxiliary head of a run with aux.loss")
     parser.add_argument("--license", help="of these weights, for the model card: apache-2.0, … (default: not stated)")
-    parser.add_argument("--metrics", type=Path, help="metrics.json of svg_t2i.benchmark, for the model card (default: none)")
+    parser.add_argument("--metrics", type=Path, help="metrics.json of svg_t2i.benchmark, for the card (default: none)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--raw", action="store_true", help="raw weights instead of averaged ones")
     weights.add_argument("--ema_decay", type=float, help="the average with this decay (default: the run's first)")

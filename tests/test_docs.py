@@ -375,6 +375,25 @@ def test_python_in_the_readme_runs(place, monkeypatch):
     assert [image.size for image in names["images"]] == [(64, 64)] * 2
 
 
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_the_notebook_runs(place):
+    """On what the quickstart left, with fewer steps of sampling: each cell, and a picture below each that shows one."""
+    nbformat, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbclient"))
+    notebook = nbformat.read(REPO_ROOT / "examples" / "svg_t2i_tour.ipynb", as_version=4)
+    shows = [cell for cell in notebook.cells if cell.cell_type == "code" and "\nshow(" in f"\n{cell.source}"]
+    assert len(shows) == 9
+    assert all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in shows)  # as committed
+    start = notebook.cells[1]
+    environment = {"QUICKSTART": str(place / "outputs" / "quickstart"), "OMP_NUM_THREADS": "1"}
+    start.source = f"import os\nos.environ |= {environment}\n{start.source}\nfrom dataclasses import replace\n"
+    start.source += "pipeline.options = replace(pipeline.options, num_inference_steps=5)"
+    for cell in shows:
+        cell.outputs = []
+    folder = {"metadata": {"path": str(REPO_ROOT / "examples")}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=folder).execute()
+    assert all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in shows)
+
+
 def test_python_about_diffusers_runs(place, monkeypatch):
     monkeypatch.chdir(place)
     (code,) = re.findall(r"```python\n(.*?)```", (REPO_ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL)
