@@ -367,6 +367,36 @@ def test_the_quickstart_runs_on_own_images(layout, place, recipe, monkeypatch, t
         assert grid.width > 3 * 64 * 2
 
 
+@pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
+def test_the_quickstart_of_a_gpu_runs_at_its_own_size(place, recipe, monkeypatch, tmp_path):
+    """Here on the CPU, at 128 px, and with few of everything."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan = replace(recipe.ON_GPU, side=128, autoencoder_batch=2, transformer_batch=4)
+    here = {
+        name: tuple(change for change in getattr(plan, name) if "num_workers" not in change)
+        for name in ("autoencoder_changes", "transformer_changes")
+    }
+    here["transformer_changes"] += ("validation.num_samples=2",)
+    monkeypatch.setattr(recipe, "ON_GPU", replace(plan, **here))
+    monkeypatch.setattr(recipe, "SHORT", recipe.SHORT | {"autoencoder_steps": 1, "transformer_steps": 1, "prompts": 1})
+    write = recipe.write_data_set
+
+    def write_few(folder, copies, side):
+        write(folder, copies, side=side)
+        lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+        (folder / "train.jsonl").write_text("".join(lines[:16]))
+        return 16
+
+    monkeypatch.setattr(recipe, "write_data_set", write_few)
+    recipe.main(["--gpu", "--short", "--output", str(tmp_path / "gpu")])
+    report = json.loads((tmp_path / "gpu" / "report.json").read_text())
+    assert report["pictures"] == 2
+    assert set(report["pairs"]) == {"attributes", "relation", "all"}
+    for folder in ("data/images", "data/held_out", "samples/images"):
+        assert {Image.open(path).size for path in list((tmp_path / "gpu" / folder).iterdir())[:4]} == {(128, 128)}
+
+
 def test_python_in_the_readme_runs(place, monkeypatch):
     monkeypatch.chdir(place)
     (code,) = re.findall(r"```python\n(.*?)```", (REPO_ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from draw import Thing, all_things, draw
+from draw import SIZE, Thing, all_things, draw
 from pairs import Pair, all_pairs, draw_pair, score_pairs
 from PIL import Image
 from score import score
@@ -26,9 +26,9 @@ T = TypeVar("T")
 UNSEEN_PAIRS = 40  # that are asked for, of 200, so that neither kind of picture outweighs the other
 
 
-def picture_of(what: Thing | Pair, rng: np.random.Generator | None = None) -> Image.Image:
+def picture_of(what: Thing | Pair, rng: np.random.Generator | None = None, side: int = SIZE) -> Image.Image:
     """The picture of a thing or of a pair."""
-    return draw_pair(what, rng) if isinstance(what, Pair) else draw(what, rng)
+    return draw_pair(what, rng, side) if isinstance(what, Pair) else draw(what, rng, side)
 
 
 def unseen_things() -> list[Thing]:
@@ -48,45 +48,49 @@ def every(what: Sequence[T], number: int) -> Sequence[T]:
 
 
 def score_both(pictures: Sequence[Image.Image], things: Sequence[Thing], pairs: Sequence[Pair]) -> dict[str, dict]:
-    """The scores of pictures of the things and then of the pairs, equally many of each."""
+    """The scores of pictures of the things, then of the pairs, equally many of each; larger ones are made smaller."""
+    pictures = [picture.reduce(picture.width // SIZE) for picture in pictures]
     each = len(pictures) // (len(things) + len(pairs))
     split = each * len(things)
     repeated = [[what for what in group for _ in range(each)] for group in (things, pairs)]
     return {"single": score(pictures[:split], repeated[0]), "pairs": score_pairs(pictures[split:], repeated[1])}
 
 
-def write_data_set(folder: Path, copies: int = 6, seed: int = 0) -> int:
+def write_data_set(folder: Path, copies: int = 6, seed: int = 0, side: int = SIZE) -> int:
     """Writes images, train.jsonl, unseen.jsonl and held_out.jsonl; returns how many pictures there are to train on.
 
     Args:
         copies: pictures of each thing. Of pairs there are five times as many: each is drawn copies / 6 times, at least
             once, and twice as often one inside the other, where half as many shapes are possible.
+        side: of the pictures, in px; a multiple of SIZE.
     """
     things = [thing for thing in all_things() if not thing.is_unseen]
     pairs = [pair for pair in all_pairs() if not pair.is_unseen]
     pairs += [pair for pair in pairs if pair.relation == "inside"]
-    lines = write_pictures(folder, "images", things * copies + pairs * max(1, copies // 6), [seed])
+    lines = write_pictures(folder, "images", things * copies + pairs * max(1, copies // 6), [seed], side)
     write_jsonl(folder / "train.jsonl", lines)
     unseen = [*unseen_things(), *unseen_pairs()]
     write_jsonl(folder / "unseen.jsonl", [{"prompt": what.caption, **vars(what)} for what in unseen])
-    write_held_out(folder, seed)
+    write_held_out(folder, seed, side)
     return len(lines)
 
 
-def write_held_out(folder: Path, seed: int = 0) -> Path:
+def write_held_out(folder: Path, seed: int = 0, side: int = SIZE) -> Path:
     """Writes a picture of everything that is asked for; returns the list of them, held_out.jsonl."""
-    lines = write_pictures(folder, "held_out", [*unseen_things(), *unseen_pairs()], [seed, 1])
+    lines = write_pictures(folder, "held_out", [*unseen_things(), *unseen_pairs()], [seed, 1], side)
     write_jsonl(folder / "held_out.jsonl", lines)
     return folder / "held_out.jsonl"
 
 
-def write_pictures(folder: Path, name: str, what: Sequence[Thing | Pair], seeds: list[int]) -> list[dict[str, str]]:
+def write_pictures(
+    folder: Path, name: str, what: Sequence[Thing | Pair], seeds: list[int], side: int
+) -> list[dict[str, str]]:
     """Writes a picture of each into folder/name; returns their lines for a manifest in the folder."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     lines = []
     for index, shown in enumerate(what):
         path = f"{name}/{index:05d}.png"
-        picture_of(shown, np.random.default_rng([*seeds, index])).save(folder / path)
+        picture_of(shown, np.random.default_rng([*seeds, index]), side).save(folder / path)
         lines.append({"path": path, "prompt": shown.caption})
     return lines
 

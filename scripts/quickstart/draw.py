@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 64  # pixels per side: a 4x4 grid of latents
+SIZE = 64  # pixels per side, of pictures unless another is named: a 4x4 grid of latents
 GROUND = (236, 236, 236)
 
 # Corners of the RGB cube, slightly softened. The encoder's LayerNorm divides the length of a plain patch's feature away
@@ -83,17 +83,18 @@ def all_things() -> list[Thing]:
     return [Thing(*words) for words in itertools.product(COLOURS, SHAPES, PLACES, SIZES)]
 
 
-def shape_mask(shape: str, centre: tuple[float, float], half_side: float) -> np.ndarray:
-    """Coverage of each pixel by the shape, (SIZE, SIZE) float32 in [0, 1].
+def shape_mask(shape: str, centre: tuple[float, float], half_side: float, side: int = SIZE) -> np.ndarray:
+    """Coverage of each pixel by the shape, (side, side) float32 in [0, 1].
 
     Args:
         shape: one of SHAPES, or NEW_SHAPE. The triangle stands on its base; the cross is a plus sign; the star has five
             points.
-        centre: (x, y) of the middle of the bounding square, in pixels from the top left corner.
-        half_side: half the side of the bounding square, in pixels.
+        centre: (x, y) of the middle of the bounding square, from the top left corner; half_side: half its side. Both in
+            pixels of a picture of SIZE, whatever the side.
+        side: of the picture, in pixels.
     """
-    x, y, r = (v * SUPERSAMPLING for v in (*centre, half_side))
-    canvas = Image.new("L", (SIZE * SUPERSAMPLING,) * 2, 0)
+    x, y, r = (v * SUPERSAMPLING * side / SIZE for v in (*centre, half_side))
+    canvas = Image.new("L", (side * SUPERSAMPLING,) * 2, 0)
     pen = ImageDraw.Draw(canvas)
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
@@ -114,15 +115,15 @@ def shape_mask(shape: str, centre: tuple[float, float], half_side: float) -> np.
     return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
 
 
-def draw(thing: Thing, rng: np.random.Generator | None = None) -> Image.Image:
-    """The picture of a thing, RGB, SIZE x SIZE; without a generator at its exact place and size."""
-    return paint([Spot(thing.shape, thing.colour, PLACES[thing.place], SIZES[thing.size]).jittered(rng)])
+def draw(thing: Thing, rng: np.random.Generator | None = None, side: int = SIZE) -> Image.Image:
+    """The picture of a thing, RGB, side x side; without a generator at its exact place and size."""
+    return paint([Spot(thing.shape, thing.colour, PLACES[thing.place], SIZES[thing.size]).jittered(rng)], side)
 
 
-def paint(spots: Iterable[Spot]) -> Image.Image:
-    """A picture of shapes on plain ground, RGB, SIZE x SIZE; the later ones lie on the earlier."""
-    pixels = np.broadcast_to(np.array(GROUND, dtype=float), (SIZE, SIZE, 3))
+def paint(spots: Iterable[Spot], side: int = SIZE) -> Image.Image:
+    """A picture of shapes on plain ground, RGB, side x side; the later ones lie on the earlier."""
+    pixels = np.broadcast_to(np.array(GROUND, dtype=float), (side, side, 3))
     for spot in spots:
-        mask = shape_mask(spot.shape, spot.centre, spot.half_side)[..., None]  # (SIZE, SIZE, 1)
+        mask = shape_mask(spot.shape, spot.centre, spot.half_side, side)[..., None]  # (side, side, 1)
         pixels = mask * np.array(COLOURS[spot.colour]) + (1 - mask) * pixels
     return Image.fromarray(np.rint(pixels).astype(np.uint8))

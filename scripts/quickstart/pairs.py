@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from draw import COLOURS, PLACES, SHAPES, SIZES, Spot, paint
+from draw import COLOURS, PLACES, SHAPES, SIZE, SIZES, Spot, paint
 from PIL import Image
 from score import MIN_AREA, best_shape, middle, nearest_colours, shape_templates
 
@@ -63,11 +63,11 @@ def all_pairs() -> list[Pair]:
     ]
 
 
-def draw_pair(pair: Pair, rng: np.random.Generator | None = None) -> Image.Image:
-    """The picture of a pair, RGB, SIZE x SIZE; without a generator at exact places and sizes."""
+def draw_pair(pair: Pair, rng: np.random.Generator | None = None, side: int = SIZE) -> Image.Image:
+    """The picture of a pair, RGB, side x side; without a generator at exact places and sizes."""
     first, second = LAYOUTS[pair.relation]
     spots = Spot(pair.other_shape, pair.other_colour, *second), Spot(pair.shape, pair.colour, *first)
-    return paint([spot.jittered(rng) for spot in spots])
+    return paint([spot.jittered(rng) for spot in spots], side)
 
 
 def judge(picture: Image.Image, pair: Pair) -> dict[str, bool]:

@@ -21,11 +21,13 @@ scripts/quickstart.sh. The output folder afterwards:
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from data_set import every, picture_of, score_both, unseen_pairs, unseen_things, write_data_set, write_jsonl
 from draw import NEW_SHAPE, SIZE, all_things
 from pairs import all_pairs
@@ -34,6 +36,7 @@ from PIL import Image
 from steps import AUTOENCODER, Steps, autoencode, divide_cores, percentages, read_samples, require_empty, trained_parts
 
 from autoencoder.common.commands import Parser, command
+from autoencoder.common.config import UserError
 from autoencoder.images.files import (
     aspect_buckets,
     crop_square,
@@ -59,6 +62,9 @@ class Plan:
     transformer_steps: int
     prompts: int  # how many of the unseen things and of the unseen pairs, or of the user's captions
     pictures_per_prompt: int
+    side: int = SIZE  # of the pictures that these batches are for, in px; larger ones get smaller batches
+    autoencoder_batch: int = 8
+    transformer_batch: int = 32
     autoencoder_changes: tuple[str, ...] = ()  # of the config
     transformer_changes: tuple[str, ...] = ()
 
@@ -83,7 +89,31 @@ ON_DATA = Plan(
         "aux=null",
     ),
 )
-SHORT = Plan(copies=1, autoencoder_steps=20, transformer_steps=20, prompts=8, pictures_per_prompt=1)
+# 256 latents instead of 16: sixteen times as many tell more of a picture together, so that more noise is needed to hide
+# it, by the root of that number.
+ON_GPU = Plan(
+    copies=6,
+    autoencoder_steps=1000,
+    transformer_steps=1200,
+    prompts=40,
+    pictures_per_prompt=2,
+    side=256,
+    autoencoder_batch=32,
+    transformer_batch=64,
+    autoencoder_changes=("training.trainer.precision=bf16-mixed", "data.params.num_workers=8"),
+    transformer_changes=(
+        "model_overrides.dim=512",
+        "model_overrides.n_layers=8",
+        "model_overrides.n_heads=16",
+        "model_overrides.n_kv_heads=8",
+        "train.precision=bf16",
+        "data.num_workers=8",
+        "optim.lr=1e-3",
+        f"flow.mu={-2.0 - math.log(4):.2f}",
+        "samples.time_shift=32",
+    ),
+)
+SHORT = {"copies": 1, "autoencoder_steps": 20, "transformer_steps": 20, "prompts": 8, "pictures_per_prompt": 1}
 
 
 class Recipe(Steps):
@@ -97,14 +127,14 @@ class Recipe(Steps):
         self.autoencoder = output / AUTOENCODER / "config.yaml"
         self.stats = output / "latent_stats.safetensors"
         # Divides the batch sizes, so that a step costs the same at any resolution.
-        self.batch_shrink = max(1, round((resolution / SIZE) ** 2))
+        self.batch_shrink = max(1, round((resolution / plan.side) ** 2))
 
     def train_autoencoder(self) -> None:
         self.run(
             *("autoencoder.train", "--config", AUTOENCODER_CONFIG, "--devices", self.processes),
             f"data.params.json_path={self.manifest}",
             f"data.params.train_resol={self.resolution}",
-            f"data.params.batch_size={max(1, 8 // self.batch_shrink // self.processes)}",
+            f"data.params.batch_size={max(1, self.plan.autoencoder_batch // self.batch_shrink // self.processes)}",
             f"training.logdir={self.output / 'autoencoder'}",
             f"training.trainer.max_steps={self.plan.autoencoder_steps}",
             *self.plan.autoencoder_changes,
@@ -123,7 +153,7 @@ class Recipe(Steps):
 
     def train_dit(self) -> None:
         """The DiT, on the autoencoder's latents and the captions, into `output`/transformer."""
-        batch = max(4, 32 // self.batch_shrink)
+        batch = max(4, self.plan.transformer_batch // self.batch_shrink)
         self.train_transformer(
             TRANSFORMER_CONFIG,
             f"results_dir={self.output / 'transformer'}",
@@ -151,7 +181,7 @@ class Recipe(Steps):
         self.run(
             *("svg_t2i.sample", "--checkpoint", self.output / "transformer", "--prompts", prompt_file),
             *("--output", self.output / "samples", "--resolution", f"{self.resolution}x{self.resolution}"),
-            *("--preset", "quickstart", "--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
+            *("--num_images_per_prompt", self.plan.pictures_per_prompt, "--batch_size", 40),
         )
         return read_samples(self.output / "samples")
 
@@ -177,7 +207,7 @@ class Recipe(Steps):
 def run_on_shapes(recipe: Recipe) -> None:
     """Draws things and pairs of things, trains on them, and scores pictures of combinations that training never saw."""
     with recipe.phase("data"):
-        pictures = write_data_set(recipe.manifest.parent, recipe.plan.copies)
+        pictures = write_data_set(recipe.manifest.parent, recipe.plan.copies, side=recipe.resolution)
         things, pairs = (every(what, recipe.plan.prompts) for what in (unseen_things(), unseen_pairs()))
         print(f"{pictures} pictures; of {len(things)} things and {len(pairs)} pairs, the words never meet in training")
     words = [what.caption for what in (*all_things(), *all_pairs())]
@@ -187,10 +217,11 @@ def run_on_shapes(recipe: Recipe) -> None:
         samples = recipe.sample(captions)
     with recipe.phase("score"):
         per_prompt = recipe.plan.pictures_per_prompt
-        write_grid(recipe.output / "samples.png", samples[::per_prompt], columns=8, labels=captions)
+        first, zoom = samples[::per_prompt], max(1, 2 * SIZE // recipe.resolution)
+        write_grid(recipe.output / "samples.png", first, columns=8, labels=captions, zoom=zoom)
         result = score_both(samples, things, pairs)
         plot_losses(recipe.output / "transformer" / "tensorboard", recipe.output / "loss.png")
-        shown = recipe.reconstruct([picture_of(what) for what in (*things, *pairs)])
+        shown = recipe.reconstruct([picture_of(what, side=recipe.resolution) for what in (*things, *pairs)])
         reconstruction = score_both(shown, things, pairs)
     recipe.write_report({**result, "pictures": len(samples), "reconstruction": reconstruction}, recipe.output)
     print(f"\nOf {len(samples)} pictures of combinations that training never saw,")
@@ -198,7 +229,7 @@ def run_on_shapes(recipe: Recipe) -> None:
         print(f"  {kind + ':':>7} {percentages(result[kind], names)}")
     for kind, names in PROPERTIES.items():
         print(f"  ({kind}, drawn, and through the autoencoder alone: {percentages(reconstruction[kind], names)})")
-    if recipe.plan is SHORT:
+    if recipe.plan.transformer_steps == SHORT["transformer_steps"]:
         print("So few steps teach nothing; --short shows that everything runs. Leave it out to learn the shapes.")
 
 
@@ -277,6 +308,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     description = "Autoencoder, DiT and pictures at toy size, with no download."
     parser = Parser(description=description, prog="bash scripts/quickstart.sh")
     parser.add_argument("--short", action="store_true", help="a few steps of everything: it runs, and learns nothing")
+    parser.add_argument("--gpu", action="store_true", help="at 256 px with a larger model, on one GPU")
     parser.add_argument("--data", help="your images and captions: folder, manifest, table, tar shards, hf://datasets/…")
     parser.add_argument("--resolution", type=int, default=128, help="with --data: side of the squares")
     parser.add_argument("--image_column", help="of a manifest or table (default: by the usual names)")
@@ -296,6 +328,10 @@ def main(argv: list[str]) -> None:
         draw_pictures(output)
         return
     require_empty(output)
+    if args.gpu and own_data:
+        raise UserError("--gpu and --data exclude each other; a GPU is used with --data as well, where there is one")
+    if args.gpu and not args.short and not torch.cuda.is_available():
+        raise UserError("--gpu found no GPU that torch can use; bash scripts/quickstart.sh is made for the CPU")
     if own_data:  # complain before anything is written
         reading = Reading(
             image_column=args.image_column, caption_column=args.caption_column, failures=Failures(args.max_errors)
@@ -304,10 +340,11 @@ def main(argv: list[str]) -> None:
         aspect_buckets(args.resolution, max_aspect=1)
     output.mkdir(parents=True, exist_ok=True)
     processes, threads = divide_cores()
+    plan = ON_GPU if args.gpu else ON_DATA if own_data else FULL
     recipe = Recipe(
         output=output,
-        resolution=args.resolution if own_data else SIZE,
-        plan=SHORT if args.short else ON_DATA if own_data else FULL,
+        resolution=args.resolution if own_data else plan.side,
+        plan=replace(plan, **SHORT) if args.short else plan,
         processes=processes,
         threads=threads,
     )

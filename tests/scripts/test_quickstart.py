@@ -220,6 +220,8 @@ def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
     ("arguments", "message"),
     [
         (["--output", "full"], "full is not empty"),
+        (["--gpu", "--data", str(EXAMPLE)], "--gpu and --data exclude each other"),
+        (["--gpu"], "found no GPU that torch can use; bash scripts/quickstart.sh is made for the CPU"),
         (["--data", "none.jsonl"], "none.jsonl cannot be read: No such file"),
         (["--data", str(EXAMPLE), "--resolution", "100"], "100 is not a positive multiple of 16"),
     ],
@@ -227,6 +229,7 @@ def test_samples_folder_is_scored_by_its_captions(draw, score, tmp_path):
 def test_recipe_refuses_bad_input_and_touches_nothing(score, monkeypatch, tmp_path, arguments, message):
     recipe = pytest.importorskip("recipe")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept.txt").write_text("mine")
     with pytest.raises(UserError, match=message):
@@ -353,6 +356,17 @@ def test_pairs_by_chance_score_low(pairs):
     assert max(fractions.values()) < 0.05
     with pytest.raises(ValueError, match="0 pictures for 150 pairs"):
         pairs.score_pairs([], couples)
+
+
+def test_larger_pictures_show_the_same(data_set, pairs):
+    things, couples = data_set.every(data_set.unseen_things(), 8), data_set.every(data_set.unseen_pairs(), 8)
+    large = [data_set.picture_of(what, side=256) for what in (*things, *couples)]
+    assert {picture.size for picture in large} == {(256, 256)}
+    scores = data_set.score_both(large, things, couples)
+    assert (scores["single"]["all"], scores["pairs"]) == (1.0, PERFECT)
+    for picture, what in zip(large, (*things, *couples)):
+        difference = np.abs(np.asarray(picture.reduce(4), float) - np.asarray(data_set.picture_of(what), float))
+        assert difference.mean() < 1.0  # of 255: at the edges alone
 
 
 def test_the_two_kinds_are_scored_apart(data_set, pairs, score):
