@@ -42,7 +42,7 @@ from autoencoder.evaluation.crops import (
     warn_of_batch_statistics,
 )
 from autoencoder.evaluation.metrics import PER_IMAGE
-from autoencoder.evaluation.reconstruction import Networks, Result, evaluate
+from autoencoder.evaluation.reconstruction import Networks, Result, evaluate, group_means
 from autoencoder.latents.drift import drift
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME
@@ -99,8 +99,9 @@ def describe(
 ) -> dict[str, Any]:
     """The content of metrics.json."""
     summaries = []
+    tags = [crops.tags(place) for place in results[0].places.tolist()]
     for result in results:
-        summary = result.summary()
+        summary = result.summary() | {"groups": group_means(result, tags)}
         if autoencoder.stats is not None:
             found = drift(autoencoder.stats, result.latents.result())
             summary["normalised_latents"] = found.numbers()

@@ -61,6 +61,9 @@ class Crops(Dataset):
     def path(self, place: int) -> Path:
         return self.source[int(self.indices[place])].path
 
+    def tags(self, place: int) -> tuple[str, ...]:
+        return self.source[int(self.indices[place])].tags
+
     def __getitem__(self, place: int) -> tuple[int, list[Tensor] | str]:
         """(place, its crops (3, H, W) uint8 or the reason why there are none).
 

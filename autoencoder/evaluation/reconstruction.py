@@ -6,6 +6,7 @@ averaged then. What rFID needs are sums that do not depend on their order (see `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,20 @@ class Result:
             "artefacts": self.artefacts,
             "unavailable": reasons,
         }
+
+
+def group_means(result: Result, tags: Sequence[tuple[str, ...]]) -> dict[str, dict[str, float | int | None]]:
+    """Tag → number of images that have it, and the means of their PSNR, SSIM and LPIPS; None where there is none.
+
+    tags: of each image of the result. An image with several counts for each of them.
+    """
+    found = {}
+    for tag in sorted({word for words in tags for word in words}):
+        values = result.values[[tag in words for words in tags]]  # (images with the tag, 6)
+        means = dict(zip(PER_IMAGE, values.mean(dim=0).tolist()))
+        numbers = {name: means[name] if math.isfinite(means[name]) else None for name in ("psnr", "ssim", "lpips")}
+        found[tag] = {"images": len(values), **numbers}
+    return found
 
 
 class Measurement:

@@ -82,7 +82,7 @@ def parse_fields(fields: Mapping[str, Any], folder: Path, reading: Reading, labe
         path = folder / name
     else:
         path = (folder / label).with_name(os.path.basename(name) or os.path.basename(label))
-    return Entry(Sample(path, captions, kind, size_of(fields)), content)
+    return Entry(Sample(path, captions, kind, size_of(fields), tags_of(fields)), content)
 
 
 def size_of(fields: Mapping[str, Any]) -> Size | None:
@@ -90,6 +90,13 @@ def size_of(fields: Mapping[str, Any]) -> Size | None:
     width, height = fields.get("width"), fields.get("height")
     known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
     return (width, height) if known else None
+
+
+def tags_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The field tags, a list of words or a text with commas between them."""
+    value = fields.get("tags")
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else ()
+    return tuple(dict.fromkeys(word.strip() for word in words if isinstance(word, str) and word.strip()))
 
 
 # --- columns ----------------------------------------------------------------------------------------------------

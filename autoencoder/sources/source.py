@@ -42,6 +42,7 @@ class Sample:
     captions: tuple[str, ...]
     caption_kind: CaptionKind
     size: Size | None = None  # (width, height) in pixels, if the source tells without opening the image
+    tags: tuple[str, ...] = ()  # what kind of image it is, if the source says: "faces", "text"
 
 
 class Loaded(NamedTuple):

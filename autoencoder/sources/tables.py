@@ -46,7 +46,7 @@ from autoencoder.sources.spans import index_path, one_at_a_time, remove_outdated
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the copies
+FORMAT = 2  # of the copies
 DELIMITERS = (",", "\t", ";", "|")
 FIELD_CHARACTERS = 1 << 27  # a longer field of a CSV file is one whose quotes do not end
 IMAGE_ROWS, PLAIN_ROWS = 16, 8192  # read at a time from Parquet, with and without images
@@ -156,7 +156,7 @@ def _plain(value: Any, images: BinaryIO) -> Any:
 
 
 def _chosen(path: Path, columns: Sequence[str], reading: Reading) -> list[str]:
-    """The columns to copy: those that may be image, captions and size.
+    """The columns to copy: those that may be image, captions, size and tags.
 
     Raises:
         UserError: none is the image or, where it is required, the caption.
@@ -169,7 +169,7 @@ def _chosen(path: Path, columns: Sequence[str], reading: Reading) -> list[str]:
     if caption is None and reading.require_captions:
         raise UserError(f"{path}: {missing_caption(columns, image, reading)}")
     usual = usual_columns(columns, IMAGE_COLUMNS) + usual_columns(columns, CAPTION_COLUMNS)
-    wanted = {image, caption, "width", "height", "super_high_quality_caption", *usual}
+    wanted = {image, caption, "width", "height", "tags", "super_high_quality_caption", *usual}
     return [name for name in dict.fromkeys(columns) if name in wanted]
 
 

@@ -36,7 +36,7 @@ import numpy as np
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
 from autoencoder.sources.captions import clean_text, parse_captions
-from autoencoder.sources.entries import size_of
+from autoencoder.sources.entries import size_of, tags_of
 from autoencoder.sources.source import (
     CaptionKind,
     ImageSource,
@@ -159,7 +159,7 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
         text = next((clean_text(text.decode()).strip() for text in texts if text is not None), None)
         fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
     captions = parse_captions(fields, field, name, require_captions)
-    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields))
+    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields), tags_of(fields))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------

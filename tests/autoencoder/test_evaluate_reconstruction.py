@@ -1,7 +1,9 @@
 """The evaluation entry: its numbers against scikit-image, its files, what it counts, its refusals and warnings."""
 
 import csv
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -95,6 +97,38 @@ def test_the_numbers_are_those_of_the_images(folder):
     assert [float(row["psnr"]) for row in rows[:COUNT]] == pytest.approx(expected, abs=1e-3)
     assert rows[0]["path"].endswith("photos/0.png")
     assert len(rows) == 2 * COUNT
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tar"])
+def test_every_tag_has_the_means_of_its_images(folder, kind):
+    tags = [["faces"], ["faces", "text"], "text , flat", None, [], "", ["flat"]]
+    paths = [folder / "photos" / f"{index}.png" for index in range(COUNT)]
+    data = folder / f"data.{kind}"
+    if kind == "jsonl":
+        data.write_text("".join(json.dumps({"path": str(p), "tags": t}) + "\n" for p, t in zip(paths, tags)))
+    elif kind == "csv":
+        with data.open("w", newline="") as file:
+            texts = [", ".join(t) if isinstance(t, list) else t or "" for t in tags]
+            csv.writer(file).writerows([("path", "tags"), *zip(map(str, paths), texts)])
+    else:
+        with tarfile.open(data, "w") as shard:
+            for path, t in zip(paths, tags):
+                shard.add(path, path.name)
+                content = json.dumps({"tags": t}).encode()
+                member = tarfile.TarInfo(f"{path.stem}.json")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    report = evaluated(folder, "--data", str(data))
+    rows = list(csv.DictReader((folder / "out" / "images.csv").open()))
+    for number, result in enumerate(report["results"]):
+        own = rows[number * COUNT : (number + 1) * COUNT]
+        expected = {"faces": (0, 1), "flat": (2, 6), "text": (1, 2)}
+        assert set(result["groups"]) == set(expected)
+        for tag, places in expected.items():
+            group = result["groups"][tag]
+            assert group["images"] == len(places)
+            for metric in ("psnr", "ssim", "lpips"):
+                assert group[metric] == pytest.approx(np.mean([float(own[place][metric]) for place in places]))
 
 
 def test_nothing_depends_on_the_batch_size(folder):
