@@ -43,16 +43,16 @@ class DataConfig:
 
     path: str | None = None  # as in DataSource; or `sources` instead
     sources: tuple[DataSource, ...] = ()
-    resolution: int = 256
-    max_aspect: float = 4.0
+    resolution: int = 256  # px: images have about the area of this square; a multiple of 16
+    max_aspect: float = 4.0  # of the longest shape that images are cropped to
     single_shape: bool = False  # squares only, whatever max_aspect
-    caption_dropout_prob: float = 0.1
+    caption_dropout_prob: float = 0.1  # share of samples that train without their caption, for guidance
     caption_mix: CaptionMix | None = None  # None, as published: all captions of a sample alike
     system_prompt: str | None = None  # None: the one of the manifest's convention
     crops_per_image: int | None = None  # fixed crops of each image, 1 is its centre; None: a new one at every visit
     feature_cache: str | None = None  # folder that svg_t2i.cache_features fills and training reads
     micro_batch_tokens: int | None = None  # fill micro-batches up to this, instead of train.micro_batch_size samples
-    num_workers: int = 4
+    num_workers: int = 4  # processes that read data, of each rank
     prefetch: int = 2  # micro-batches that each worker prepares ahead
     jpeg_draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8: several times faster, almost the same pixels
     max_errors: float = MAX_ERRORS  # unusable samples that are replaced: a share of all (16 at least), or a number

@@ -28,17 +28,17 @@ from svg_t2i.transformer.config import MODELS, AuxLoss, DiTConfig
 class LoopConfig:
     """Length, batch and bookkeeping of a run."""
 
-    max_steps: int
-    global_batch_size: int
-    micro_batch_size: int
-    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
-    seed: int = 0
-    log_every: int = 10
-    ckpt_every: int = 1000
+    max_steps: int  # updates, after which the run ends
+    global_batch_size: int  # samples of a step, on all ranks together
+    micro_batch_size: int  # most samples of a rank at a time; the rest of its share is accumulated
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"  # of the forward pass; weights and moments are fp32
+    seed: int = 0  # of weights, order, crops, captions, noise
+    log_every: int = 10  # steps
+    ckpt_every: int = 1000  # steps
     keep_last: int = 5  # newest checkpoints that are kept …
     keep_every: int | None = None  # … besides those of every so many steps
     async_checkpoints: bool = True  # write them in the background, from a copy in host memory
-    grad_clip: float = 2.0
+    grad_clip: float = 2.0  # largest norm of all gradients together
     ema_decay: float | tuple[float, ...] = 0.9999  # several: samples come from the first
     ema_warmup: bool = False  # decay of update n at most (1 + n) / (10 + n): early averages forget the random start
     max_nonfinite: int = 100  # updates skipped for their non-finite gradient before the run gives up
@@ -72,14 +72,14 @@ class OptimConfig:
     final_lr over the last `decay_steps` (warm-up, stable, decay: arXiv:2404.06395).
     """
 
-    lr: float = 2e-4
+    lr: float = 2e-4  # of AdamW
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-15
     weight_decay: float = 0.0
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # in which the rate rises from 0
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    decay_steps: int = 0
-    final_lr: float = 0.0
+    decay_steps: int = 0  # of wsd
+    final_lr: float = 0.0  # of cosine and wsd
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "positive")
@@ -99,11 +99,11 @@ class FlowConfig:
     Tokens are those of a square image of the nominal resolution.
     """
 
-    snr_type: str = "uniform"
-    mu: float = 0.0
-    shift: bool = True
+    snr_type: str = "uniform"  # or lognorm, or uniform_LOW_HIGH
+    mu: float = 0.0  # of lognorm: below 0 more of the training is near noise
+    shift: bool = True  # move times toward noise
     shift_rule: Literal["flux", "dimension", "constant"] = "flux"
-    shift_factor: float | None = None
+    shift_factor: float | None = None  # of the constant rule
 
     def __post_init__(self) -> None:
         timestep_range(self.snr_type)
@@ -141,7 +141,7 @@ class ParallelConfig:
 class MonitorConfig:
     """What is recorded besides the console line."""
 
-    tensorboard: bool = True
+    tensorboard: bool = True  # write curves into results_dir/tensorboard
     wandb_project: str | None = None  # needs wandb: pip install -e .[wandb]
     loss_bins: int = 20  # of the timestep range
     peak_tflops: float | None = None  # of one device, dense, for the utilisation; null: known for common GPUs
@@ -196,8 +196,8 @@ class AuxConfig:
     """
 
     loss: AuxLoss
-    block: int
-    weight: float = 0.5
+    block: int  # the head is behind this one, counted from 1
+    weight: float = 0.5  # of its loss beside the main one
 
     def __post_init__(self) -> None:
         require(self.block >= 1, "block", self.block, "at least 1")
@@ -236,8 +236,8 @@ class PriorConfig:
 class TrainConfig:
     """All settings of a run. Defaults are the release's, but for the EMA decay (see the published stage configs)."""
 
-    model: str
-    results_dir: str
+    model: str  # a name of `transformer.config.MODELS`
+    results_dir: str  # checkpoints, curves, pictures
     data: DataConfig
     train: LoopConfig
     autoencoder: AutoencoderSource

@@ -166,8 +166,10 @@ def test_broken_lines_of_a_manifest_are_listed(folder, tmp_path, capsys):
     assert "data.jsonl:3" in found["examples"][0], kind
 
 
-def test_commands_of_the_readme_are_understood(repo_root):
-    commands = re.findall(r"`python -m svg_t2i\.inspect_data ([^`]+)`", (repo_root / "README.md").read_text())
+def test_commands_of_the_guide_are_understood(repo_root):
+    commands = re.findall(
+        r"`python -m svg_t2i\.inspect_data ([^`]+)`", (repo_root / "docs" / "your-data.md").read_text()
+    )
     assert len(commands) >= 7  # one for each layout
     for words in commands:
         assert inspect_data.parse_arguments(shlex.split(words)).path, words
