@@ -1,7 +1,8 @@
 # Sourced by run_train_*.sh, which set: config results_dir data_path init_from settings, and nnodes nproc_per_node node_rank
 # master_addr master_port. Starts one svg_t2i.train a process; the script's own arguments come last and win.
 # SIGTERM or SIGUSR1 to the script reach the run, which finishes its step, saves and ends within PET_SHUTDOWN_TIMEOUT
-# seconds, or torchrun kills it. (PET_* are torchrun's options; a version that does not know one yet ignores it.)
+# seconds, or torchrun kills it. The exit code is the run's (docs/reliability.md). (PET_* are torchrun's options; a
+# version that does not know one yet ignores it.)
 case " $node_rank $* " in *" -h "* | *" --help "*)
     sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
     exit
@@ -31,6 +32,6 @@ launch_train() {
     (( nnodes == 1 )) && [[ -z $master_port ]] ||
         rendezvous=(--nnodes "$nnodes" --node_rank "$node_rank"
                     --master_addr "$master_addr" --master_port "${master_port:-29500}")
-    exec python -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$nproc_per_node" -m svg_t2i.train \
+    exec python -m autoencoder.common.launch "${rendezvous[@]}" --nproc_per_node "$nproc_per_node" -m svg_t2i.train \
         --config "$config" "${overrides[@]}" "${settings[@]}" "$@"
 }

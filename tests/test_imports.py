@@ -58,7 +58,8 @@ ONLY_IN = {
     "gradio": {"svg_t2i.web.page", "svg_t2i.web.parts", "svg_t2i.web.tabs", "svg_t2i.web.history"},
     "huggingface_hub": {"svg_t2i.loading.sources", "svg_t2i.checkpoints.weights"},
     "torch.distributed": {
-        "autoencoder.common.processes", "autoencoder.training", "svg_t2i.checkpoints", "svg_t2i.training",
+        "autoencoder.common.processes", "autoencoder.common.launch", "autoencoder.training", "svg_t2i.checkpoints",
+        "svg_t2i.training",
     },
 }  # fmt: skip
 # The method itself: torch, the standard library and each other, nothing else. No files, no settings, no processes.

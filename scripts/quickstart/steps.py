@@ -52,7 +52,7 @@ class Steps:
 
     def train_transformer(self, config: str, *changes: str) -> None:
         """`svg_t2i.train` with all processes."""
-        launcher = ("torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}")
+        launcher = ("autoencoder.common.launch", "--standalone", f"--nproc_per_node={self.processes}")
         self.run(*launcher, "-m", "svg_t2i.train", "--config", config, *changes, processes=self.processes)
 
     def write_report(self, results: dict[str, object], folder: Path) -> None:

@@ -97,6 +97,21 @@ def test_the_end_of_torchrun_is_a_request(toy_parts, tmp_path, started):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
 
+def test_a_script_that_is_asked_to_end_exits_with_the_code_of_its_run(toy_parts, tmp_path, started, repo_root):
+    """As Slurm does it: the signal goes to the script, which is torchrun by then."""
+    script = repo_root / "scripts" / "run_train_8gpus.sh"
+    settings = [f"CONFIG={toy_parts / 'train.yaml'}", f"RESULTS_DIR={tmp_path / 'run'}", "NPROC_PER_NODE=2"]
+    path = f"PATH={os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    more = ["train.max_steps=100000", "train.ckpt_every=100000"]
+    command = started(Command(["env", path, *settings, "bash", str(script), *more], tmp_path / "log.txt"))
+    command.wait_for(lambda: "step 2/" in command.output)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    assert "as asked; the same command goes on" in command.output
+    assert "Traceback" not in command.output
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+
+
 class TooLarge:
     """Cannot be handed over."""
 
