@@ -1,206 +1,23 @@
-"""Commands in the README and docs/ name what exists, and those that need no download run, at toy size.
+"""Commands in the README and docs/ that need no download run, at toy size, and so does the Python there.
 
-Of the rest `ELSEWHERE` says which test runs the same script or sub-command, or what they need.
+Of the others `ELSEWHERE` says which test runs the same script or sub-command, or what they need.
 """
 
-import importlib.util
+import importlib
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tarfile
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
 from PIL import Image
 
-from autoencoder.common.config import load_config
 from autoencoder.sources.opening import open_source
-from svg_t2i.planning.gpus import find_gpu
-from svg_t2i.planning.training import plan_training
-from svg_t2i.training.settings import TrainConfig
-from svg_t2i.transformer.config import DiTConfig
-from tests.test_commands import parsers
-
-REPO_ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [REPO_ROOT / "README.md", REPO_ROOT / "CONTRIBUTING.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
-FOREIGN = ("conda", "python3 -m venv", "ruff", "pip", "hf", "python geneval", "(cd ELLA", "source", "pytest")
-
-
-def commands(text: str) -> list[tuple[str, str]]:
-    """(folder the command runs in, command) of all bash blocks, which start and end at the repository's root."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        folder, variables = ".", {}
-        for line in block.replace("\\\n", " ").splitlines():
-            command = line.split("#")[0].strip()
-            for name, value in variables.items():
-                command = command.replace(f"${name}", value)
-            if command.startswith("cd "):
-                folder = os.path.normpath(Path(folder, command[3:]))
-            elif assignment := re.fullmatch(r"(\w+)=(\S+)", command):
-                variables[assignment[1]] = assignment[2]
-            elif command:
-                found.append((folder, command))
-        assert folder == ".", f"a block ends in {folder}: the next one starts from the root\n{block}"
-    return found
-
-
-def check(folder: str, command: str) -> None:
-    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    start = REPO_ROOT / folder
-    if words[0] == "bash":
-        script = start / words[1]
-        assert script.is_file(), f"{command}: no {words[1]} in {folder}"
-        text = script.read_text()
-        module = re.search(r"-m (autoencoder|svg_t2i)\.(\w+)", text)
-        module = ".".join(module.groups()) if module else None
-        rest = words[2:]
-    elif "-m" in words:
-        module, text = words[words.index("-m") + 1], ""
-        rest = words[words.index("-m") + 2 :]
-    else:
-        pytest.fail(f"{command}: neither a script nor a module of ours")
-    known = set(re.findall(r"--\w+", text))  # a script names its own at its top
-    if module:
-        known |= {name for parser in parsers(module).values() for name in parser._option_string_actions}
-    for option in (word for word in rest if word.startswith("--")):
-        assert option in known, f"{command}: there is no {option}"
-    for word in rest:
-        if word.startswith("configs/") and "*" not in word:
-            assert any((base / (word + end)).exists() for base in (start, REPO_ROOT) for end in ("", ".yaml")), (
-                f"{command}: {word} does not exist"
-            )
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_exist(document):
-    for folder, command in commands(document.read_text()):
-        if not command.startswith(FOREIGN):
-            check(folder, command)
-
-
-def test_the_readme_names_the_published_commands():
-    listed = commands((REPO_ROOT / "README.md").read_text())
-    published = [
-        ("autoencoder", "bash run_train.sh 1 configs/pure/svg_autoencoder_P_dd_M_IN_stage1_bs64_256_gpu1_forTest"),
-        ("svg_t2i", "bash scripts/run_train_1gpus_forTest.sh 0"),
-        ("svg_t2i", "bash scripts/run_train_8gpus.sh"),
-        ("svg_t2i", "bash scripts/sample.sh"),
-    ]
-    assert [entry for entry in published if entry not in listed] == []
-
-
-FLAGS = """data_path results_dir model max_steps global_bsz micro_bsz resol max_cap_len global_seed num_workers
-log_every ckpt_every data_parallel checkpointing precision grad_precision lr no_auto_resume resume init_from grad_clip
-wd qk_norm caption_dropout_prob snr_type mu no_shift single_shape autoencoder_path gemma2b"""
-
-
-def test_every_published_flag_is_listed_with_keys_that_exist():
-    lines = (REPO_ROOT / "docs" / "flags.md").read_text().splitlines()
-    rows = [re.split(r"(?<!\\)\|", line)[1:4] for line in lines if line.startswith("|")]
-    listed = {match[1]: row for row in rows if (match := re.match(r" `--(\w+)", row[0]))}
-    assert sorted(listed) == sorted(FLAGS.split())
-    for flag, (_, keys, notes) in listed.items():
-        assert re.search(r"`[a-z]", keys) or (keys.strip() == "–" and len(notes) > 40), flag  # no key: a reason
-    for _, *cells in rows:
-        for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:: \w+)?`", cells[0]):
-            settings = TrainConfig
-            for name in key.split("."):
-                assert is_dataclass(settings), key
-                assert name in {field.name for field in fields(settings)}, key
-                settings = DiTConfig if name == "model_overrides" else get_type_hints(settings)[name]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_named_exist(document):
-    """In code spans such as `flow/solvers.py`, from the repository's root, a package or a room."""
-    roots = ("autoencoder", "svg_t2i", "scripts", "configs/svg_t2i", "configs/autoencoder/demo")
-    folders = [REPO_ROOT, *(REPO_ROOT / root for root in roots)]
-    folders += [path.parent for path in REPO_ROOT.glob("[as]*/*/__init__.py")]
-    for name in re.findall(r"`([\w./]+\.(?:py|sh|yaml))`", document.read_text()):
-        assert any((folder / name).exists() for folder in folders), f"{document.name} names {name}"
-
-
-def test_the_tree_lists_every_room():
-    text = (REPO_ROOT / "docs" / "architecture.md").read_text()
-    (tree,) = re.findall(r"```\n(autoencoder/.*?)```", text, flags=re.DOTALL)
-    for package in ("autoencoder", "svg_t2i"):
-        rooms = {path.parent.name for path in (REPO_ROOT / package).glob("*/__init__.py")}
-        part = tree.split(f"{package}/ ")[1].split("\nsvg_t2i/")[0].split("\nconfigs/")[0]
-        assert set(re.findall(r"^  (\w+)/ ", part, flags=re.MULTILINE)) == rooms
-
-
-def test_the_readme_fits_a_reader():
-    assert len((REPO_ROOT / "README.md").read_text().splitlines()) <= 200
-
-
-@pytest.mark.parametrize("page", ["configuration.md", "python-api.md"])
-def test_the_reference_is_that_of_the_code(page):
-    """`python docs/make_reference.py` writes it anew."""
-    spec = importlib.util.spec_from_file_location("make_reference", REPO_ROOT / "docs" / "make_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_reference"] = module  # where its dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    assert (REPO_ROOT / "docs" / page).read_text() == module.PAGES[page]()
-
-
-def test_the_reference_has_every_setting():
-    listed = set(re.findall(r"^\| `([\w.]+)` \|", (REPO_ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE))
-    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage1_256.yaml")
-    for section in fields(config):
-        value = getattr(config, section.name)
-        if is_dataclass(value):
-            assert {f"{section.name}.{field.name}" for field in fields(value) if field.name != "sources"} <= {
-                *listed,
-                "data.caption_mix",
-            }
-
-
-def test_the_pages_build_as_a_site_without_a_warning(tmp_path):
-    """Links and anchors included."""
-    pytest.importorskip("material", reason="the site needs mkdocs-material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", ".ci/mkdocs.yml"]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        [*command, "--site-dir", tmp_path], cwd=REPO_ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for document in (REPO_ROOT / "docs").glob("*.md"):
-        name = "index.html" if document.stem == "index" else f"{document.stem}/index.html"
-        assert (tmp_path / name).is_file()
-
-
-STAGES = ("stage1_256", "stage2_512", "stage3_1024", "stage4_sft")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_numbers_of_the_recipe_are_those_of_the_files(stage):
-    (row,) = re.findall(rf"^\| `{stage}` \|(.*)\|$", (REPO_ROOT / "docs" / "recipe.md").read_text(), flags=re.MULTILINE)
-    side, batch, steps, images, tokens, operations, total, hours = (float(cell) for cell in row.split("|"))
-    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / f"{stage}.yaml")
-    found = plan_training(config, find_gpu("h100"), gpus=64)
-    assert (side, batch, steps) == (config.data.resolution, config.train.global_batch_size, config.train.max_steps)
-    assert images == pytest.approx(batch * steps / 1e6, rel=0.01)
-    assert tokens == pytest.approx(found.image_tokens * batch * steps / 1e9, rel=0.01)
-    assert operations == pytest.approx(found.flops_per_image / 1e12, rel=0.01)
-    assert total == pytest.approx(found.flops_per_image * batch * steps / 1e18, rel=0.01)
-    assert hours == pytest.approx(64 * steps * found.best.seconds / 3600, rel=0.01)
-
-
-# ---- running them ---------------------------------------------------------------------------------------------------
+from tests.docs.documents import DOCUMENTS, REPO_ROOT, commands, without_variables
 
 EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
 # Beginning of a command → what is added here to make it small. They run in this order, each on the results of others.
@@ -217,7 +34,7 @@ AT_TOY_SIZE = {
     f"python -m svg_t2i.sample {EDITS[-1]}": [],
     "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark folder --images": [],
-    "python -m svg_t2i.benchmark shapes": ["--limit", "2", "--num_inference_steps", "2"],
+    "python -m svg_t2i.benchmark shapes --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
     "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --over": [
         "--num_images",
         "4",
@@ -229,10 +46,11 @@ ELSEWHERE = {
     "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --preset": (
         "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
     ),
+    "python -m svg_t2i.benchmark shapes --self_test": "tests/svg_t2i/evaluation/test_shapes.py",
     "conda": "the environment of the tests is such a one",
     "hf download": "a download",
     "pip": "the same",
-    "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `quickstart`",
+    "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `place`",
     "bash scripts/quickstart_lora.sh": "`--short` runs in .ci/run",
     "python -m benchmarks.ablation": "tests/scripts/test_ablation.py; its runs take minutes each",
     "python -m svg_t2i.train --config configs/svg_t2i/finetune_lora.yaml": "tests/svg_t2i/training/test_adapters.py",
@@ -307,10 +125,6 @@ def test_every_command_is_run_somewhere():
             assert len(known) == 1, f"{command}: add it to AT_TOY_SIZE, or say in ELSEWHERE where it runs"
     for path in re.findall(r"tests/\S+\.py", "\n".join(ELSEWHERE.values())):
         assert (REPO_ROOT / path).is_file()
-
-
-def without_variables(command: str) -> str:
-    return re.sub(r"^([A-Z_]+=\S*\s+)*", "", command)
 
 
 @pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
