@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, short_path
 from autoencoder.common.processes import start_world
 from autoencoder.common.weights import replacing
 from autoencoder.evaluation.crops import (
@@ -46,6 +46,7 @@ from autoencoder.evaluation.reconstruction import Networks, Result, evaluate, gr
 from autoencoder.latents.drift import drift
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import FILE_NAME
+from autoencoder.sources.source import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +91,22 @@ def main(argv: list[str]) -> None:
         options = arguments.batch_size, arguments.num_workers, arguments.midpoints
         results = evaluate(autoencoder, crops, networks, world, *options)
         if world.is_main:
-            report = describe(arguments, autoencoder, crops, results, time.monotonic() - start)
-            write(arguments, report, crops, results)
+            samples = [crops.sample(place) for place in results[0].places.tolist()]
+            report = describe(arguments, autoencoder, crops, results, samples, time.monotonic() - start)
+            write(arguments, report, samples, results)
 
 
 def describe(
-    arguments: argparse.Namespace, autoencoder: SVGAutoencoder, crops: Crops, results: list[Result], seconds: float
+    arguments: argparse.Namespace,
+    autoencoder: SVGAutoencoder,
+    crops: Crops,
+    results: list[Result],
+    samples: Sequence[Sample],
+    seconds: float,
 ) -> dict[str, Any]:
-    """The content of metrics.json."""
+    """The content of metrics.json. samples: the images of every result."""
     summaries = []
-    tags = [crops.tags(place) for place in results[0].places.tolist()]
+    tags = [sample.tags for sample in samples]
     for result in results:
         summary = result.summary() | {"groups": group_means(result, tags)}
         if autoencoder.stats is not None:
@@ -129,17 +136,18 @@ def describe(
     }
 
 
-def write(arguments: argparse.Namespace, report: dict[str, Any], crops: Crops, results: list[Result]) -> None:
+def write(
+    arguments: argparse.Namespace, report: dict[str, Any], samples: Sequence[Sample], results: list[Result]
+) -> None:
     """All files of the drawing at the top, and the table on the console."""
     folder: Path = arguments.output
     names = ("resolution", "images", *METRICS, "shift_r", "shift_g", "shift_b")
     lines = [s | dict(zip(names[-3:], s["colour_shift"])) for s in report["results"]]
     _write_csv(folder / "metrics.csv", names, [[line[name] for name in names] for line in lines])
-    paths = [crops.path(place) for place in results[0].places.tolist()]
     images = [
-        [result.resolution, path, *("" if math.isnan(value) else value for value in values)]
+        [result.resolution, sample.path, *("" if math.isnan(value) else value for value in values)]
         for result in results
-        for path, values in zip(paths, result.values.tolist())
+        for sample, values in zip(samples, result.values.tolist())
     ]
     _write_csv(folder / "images.csv", ("resolution", "path", *PER_IMAGE), images)
     rows = [_table_row(report, summary) for summary in report["results"]]
@@ -159,8 +167,13 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 def _table_row(report: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     digits = {"rfid": 3, "psnr": 2, "ssim": 4, "lpips": 4}
     numbers = ["n/a" if summary[name] is None else f"{summary[name]:.{digits[name]}f}" for name in METRICS]
-    data = "/".join(Path(report["data"]).parts[-2:])  # imagenet/val
-    row = [report["autoencoder"], data, str(summary["resolution"]), str(summary["images"]), *numbers]
+    row = [
+        report["autoencoder"],
+        short_path(report["data"]),
+        str(summary["resolution"]),
+        str(summary["images"]),
+        *numbers,
+    ]
     return [cell.replace("|", "/") for cell in row]
 
 

@@ -33,7 +33,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export PYTHONPATH="$(cd .. && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 
 run=("$PYTHON" -m)
-(( GPUS == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS" -m)
+(( GPUS == 1 )) || run=("$PYTHON" -m autoencoder.common.launch --standalone --nproc_per_node "$GPUS" -m)
 
 status=0
 for config in $CONFIGS; do

@@ -234,13 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="write the reference pages of the documentation")
     parser.add_argument("--check", action="store_true", help="write nothing; say which pages are out of date")
     arguments = parser.parse_args(argv)
-    stale = [name for name, make in PAGES.items() if not is_current(FOLDER / name, make())]
-    if not arguments.check:
-        for name in stale:
-            (FOLDER / name).write_text(PAGES[name](), encoding="utf-8")
-    for name in stale:
-        print(f"{FOLDER / name} {'is out of date' if arguments.check else 'written'}")
-    return int(arguments.check and bool(stale))
+    stale = False
+    for name, make in PAGES.items():
+        path, text = FOLDER / name, make()
+        if is_current(path, text):
+            continue
+        stale = True
+        if not arguments.check:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path} {'is out of date' if arguments.check else 'written'}")
+    return int(arguments.check and stale)
 
 
 def is_current(path: Path, text: str) -> bool:

@@ -43,6 +43,6 @@ done
 case " $* " in *" --prompt "* | *" --prompts "*) ;; *) options+=(--prompts "$prompts") ;; esac
 
 launch=(python)
-[ "${NPROC_PER_NODE:-1}" -eq 1 ] || launch=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE")
+[ "${NPROC_PER_NODE:-1}" -eq 1 ] || launch=(python -m autoencoder.common.launch --standalone --nproc_per_node "$NPROC_PER_NODE")
 exec "${launch[@]}" -m svg_t2i.sample --checkpoint "$checkpoint" --output "$output" --seed "$seed" \
     --num_images_per_prompt "$num_images_per_prompt" --batch_size "$batch_size" "${options[@]}" "$@"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from autoencoder.common.commands import Parser, command
-from autoencoder.common.config import REPO_ROOT, UserError, build, locate, read_config
+from autoencoder.common.config import REPO_ROOT, UserError, build, locate, read_config, short_path
 from autoencoder.common.processes import choose_device
 from autoencoder.sources.opening import open_source
 from autoencoder.sources.source import Reading
@@ -134,7 +134,7 @@ def load_studio(arguments: argparse.Namespace) -> Studio:
     return Studio(
         pipeline,
         Limits(side=arguments.max_side),
-        name="/".join(Path(checkpoint).parts[-2:]),
+        name=short_path(checkpoint),
         licence=arguments.licence or stated_licence(Path(checkpoint)),
         adapters=adapters,
         examples=example_prompts(Path(checkpoint)),

@@ -31,6 +31,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 @command
 def main(argv: list[str]) -> None:
+    """Write what the command line asks for."""
     arguments = parse_arguments(argv)
     if arguments.published and arguments.raw:
         raise UserError("--raw does not go with --published, which writes raw and averaged weights")

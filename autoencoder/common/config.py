@@ -52,6 +52,11 @@ class Resolved(str):
         return str(self), self.written
 
 
+def short_path(path: str | os.PathLike) -> str:
+    """The last two names of a path, which tell a run from its checkpoint: imagenet/val."""
+    return "/".join(name for name in Path(path).parts[-2:] if name != "/")
+
+
 def first_line(error: object) -> str:
     """The first line of an error's message; its type where there is none."""
     text = str(error).strip()

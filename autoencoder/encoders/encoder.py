@@ -88,6 +88,7 @@ class FrozenEncoder(Float32Buffers):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → features (B, channels, H/16, W/16). UserError for other shapes."""
         sides = images.shape[2:]
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.patch_size or not side for side in sides):
             raise UserError(

@@ -35,7 +35,7 @@ from autoencoder.images.files import (
 from autoencoder.model import SVGAutoencoder
 from autoencoder.sources.failures import MAX_ERRORS, Failures
 from autoencoder.sources.opening import open_images
-from autoencoder.sources.source import ORIENTATIONS, ImageSource, Reading
+from autoencoder.sources.source import ORIENTATIONS, ImageSource, Reading, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,8 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def path(self, place: int) -> Path:
-        return self.source[int(self.indices[place])].path
-
-    def tags(self, place: int) -> tuple[str, ...]:
-        return self.source[int(self.indices[place])].tags
+    def sample(self, place: int) -> Sample:
+        return self.source[int(self.indices[place])]
 
     def __getitem__(self, place: int) -> tuple[int, list[Tensor] | str]:
         """(place, its crops (3, H, W) uint8 or the reason why there are none).

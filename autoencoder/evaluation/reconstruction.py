@@ -193,7 +193,7 @@ def evaluate(
             raise UserError(f"{crops.source.name}: none of the {len(crops)} images is readable")
         broken = result.values[:, 0].isnan()
         if broken.any():
-            first = crops.path(int(result.places[broken][0]))
+            first = crops.sample(int(result.places[broken][0])).path
             raise UserError(
                 f"{int(broken.sum())} of {len(broken)} reconstructions at {result.resolution} px hold values that are "
                 f"not finite (the first: {first}); the checkpoint is broken, or the precision too low: --precision fp32"

@@ -118,6 +118,7 @@ class ReconstructionGrid(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: AutoencoderModule, outputs: Any, batch: list[Group], batch_index: int
     ) -> None:
+        """Log some images of the batch above their reconstructions, where this step is due."""
         boards = [log for log in trainer.loggers if isinstance(log, Board)]
         if not module.step_complete or not self.due(trainer.global_step) or not boards:
             return

@@ -107,6 +107,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all processes, which have one shape. (torch's own works on GPUs only.)"""
 
     def forward(self, x: Tensor) -> Tensor:
+        """As BatchNorm2d's, of (B, C, H, W); in training with the mean and variance of all processes."""
         if not self.training:
             return super().forward(x)
         values = x.float()

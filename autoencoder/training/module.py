@@ -78,6 +78,7 @@ class ImageDataModule(LightningDataModule):
         return {"position": position, "seed": self.training.seed, "content": self.content}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. UserError for another seed; a warning for other data."""
         if state["seed"] != self.training.seed:
             raise UserError(
                 f"training.seed = {self.training.seed}, but the run was started with {state['seed']}, which fixes its "
@@ -92,6 +93,7 @@ class ImageDataModule(LightningDataModule):
         self.position = state["position"]
 
     def train_dataloader(self) -> DataLoader:
+        """This process's batches, from the position that was reached."""
         trainer = self.trainer
         self.first_step = trainer.global_step
         # Exact as long as the number of images per step is the same; if it has changed, what remains of the current
@@ -196,6 +198,7 @@ class AutoencoderModule(LightningModule):
         return [self.decode(group) for group in latents]
 
     def training_step(self, batch: list[Group], batch_index: int) -> None:
+        """Gradients of one micro-batch, given in groups of one size; after the last of a step, the updates."""
         step, part = self.global_step, self.micro_steps % self.training_config.accumulate_grad_batches
         self.micro_steps += 1
         self.step_complete = part + 1 == self.training_config.accumulate_grad_batches

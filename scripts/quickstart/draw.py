@@ -74,8 +74,12 @@ class Thing:
     @property
     def is_unseen(self) -> bool:
         """True for the combinations of colour, shape and place that are kept from training."""
-        indices = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(PLACES).index(self.place)
-        return sum(indices) % len(COLOURS) == 0
+        return kept_from_training((COLOURS, self.colour), (SHAPES, self.shape), (PLACES, self.place))
+
+
+def kept_from_training(*words: tuple[Iterable[str], str]) -> bool:
+    """The rule, of words that are each given behind all words of their kind: one combination in six."""
+    return sum(list(kind).index(word) for kind, word in words) % len(COLOURS) == 0
 
 
 def all_things() -> list[Thing]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from draw import COLOURS, PLACES, SHAPES, SIZE, SIZES, Spot, paint
+from draw import COLOURS, PLACES, SHAPES, SIZE, SIZES, Spot, kept_from_training, paint
 from PIL import Image
 from score import MIN_AREA, best_shape, middle, nearest_colours, shape_templates
 
@@ -48,9 +48,8 @@ class Pair:
     @property
     def is_unseen(self) -> bool:
         """True for the combinations that are kept from training."""
-        words = ((COLOURS, self.colour), (COLOURS, self.other_colour), (SHAPES, self.shape), (SHAPES, self.other_shape))
-        indices = [list(known).index(word) for known, word in (*words, (LAYOUTS, self.relation))]
-        return sum(indices) % len(COLOURS) == 0
+        looks = (COLOURS, self.colour), (SHAPES, self.shape), (COLOURS, self.other_colour), (SHAPES, self.other_shape)
+        return kept_from_training(*looks, (LAYOUTS, self.relation))
 
 
 def all_pairs() -> list[Pair]:

@@ -7,11 +7,12 @@ count. Paths of the training machine are shortened to their last names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoencoder.common.config import UserError
+from autoencoder.common.config import UserError, short_path
 from svg_t2i.transformer.config import DiTConfig
 
 CARD = "README.md"
@@ -154,7 +155,7 @@ def _frozen(meta: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any
     return {
         "Autoencoder": _last(autoencoder.get("checkpoint")) or _last(autoencoder.get("config")),
         "Fingerprints of encoder and statistics": ", ".join(known),
-        "Text encoder": text.get("path") if _is_hub_name(text.get("path")) else _last(text.get("path")),
+        "Text encoder": _last(text.get("path")),
         "Fingerprint of the text encoder": prints.get("text_encoder"),
     }
 
@@ -168,7 +169,8 @@ def _licence(config: Mapping[str, Any], licence: str | None) -> str:
     networks = [*(config.get("autoencoder") or {}).values(), (config.get("text_encoder") or {}).get("path")]
     named = " ".join(str(path) for path in networks).lower()
     lines = [f"These weights: {licence}." if licence else "No licence was stated at the export."]
-    lines += [f"- {key}: {text}" for key, text in LICENCES.items() if key in named]
+    words = re.findall(r"[a-z]+\d*", named)
+    lines += [f"- {key}: {text}" for key, text in LICENCES.items() if any(w.startswith(key) for w in words)]
     lines += ["", "Licences of the frozen networks and of the training data count as well."]
     return "\n".join(lines)
 
@@ -182,14 +184,9 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _last(path: object) -> str:
-    """The last two names of a path, which tell a run from its checkpoint; no folders of the training machine."""
-    names: Iterable[str] = Path(str(path)).parts[-2:] if path else ()
-    return "/".join(part for part in names if part != "/")
-
-
-def _is_hub_name(path: object) -> bool:
-    return isinstance(path, str) and path.count("/") == 1 and not Path(path).is_absolute() and not Path(path).exists()
+def _last(path: str | None) -> str:
+    """No folders of the training machine."""
+    return short_path(path) if path else ""
 
 
 def _millions(parameters: int) -> str:

@@ -285,6 +285,7 @@ class Studio:
         begin, last = time.monotonic(), {}
 
         def on_step(pipeline: SVGT2IPipeline, step: int, t: float, kwargs: dict[str, Any]) -> None:
+            """Tell the page how far it is, with a preview now and then; Stopped where nobody waits any more."""
             if stop.is_set():
                 raise Stopped
             x: Tensor = kwargs["latents"]

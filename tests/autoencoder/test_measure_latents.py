@@ -79,7 +79,7 @@ def test_tar_shards_among_other_sources_are_measured_too(folder):
     found = []
     for source in (shards, JoinedSources([shards]), JoinedSources([open_images(folder / "images.jsonl"), shards])):
         crops = Crops(source, [64], max_aspect=4.0)
-        assert crops.path(len(source) - 1).name == "4.png"
+        assert crops.sample(len(source) - 1).path.name == "4.png"
         found.append(latent_statistics.measure(model, crops)[0])
     assert found[0].count * 2 == found[2].count > 0
     for one in found[1:]:
