@@ -38,7 +38,7 @@ from autoencoder.sources.source import Reading, Sample
 from svg_t2i.evaluation import suites, sweep
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, OF_IMAGES, WITH_ENCODER, WITH_REFERENCES, EvaluationConfig
-from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, write_data_set
+from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, self_test, write_data_set
 from svg_t2i.evaluation.suite_images import claim, digest_prompts, generate
 from svg_t2i.evaluation.suites import DPG_IMAGES, SuiteName, SuitePrompt
 from svg_t2i.features.settings import AutoencoderSource
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
         print(summarise(arguments))
     elif arguments.command == "shapes" and arguments.draw is not None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
+    elif arguments.command == "shapes" and arguments.self_test:
+        print(describe_self_test(self_test()))
     else:
         with start_world(arguments.device) as world:
             arguments.run(arguments, world)
@@ -132,6 +134,20 @@ def run_shapes(arguments: argparse.Namespace, world: World) -> None:
     save_png(image_grid(pictures[:MAX_GRID_IMAGES], 8, labels), arguments.output / "grid.png")
     scores = score_scenes(pictures, shown)
     write_metrics({f"shapes/{task}": value for task, value in scores.items()}, arguments.output, world)
+
+
+def describe_self_test(found: dict[str, dict[str, float]]) -> str:
+    """One line for every kind of drawn pictures.
+
+    Raises:
+        SystemExit: the reader misjudges some of them.
+    """
+    lines = [
+        f"{kind}: {', '.join(f'{task} {right:.0%}' for task, right in tasks.items())}" for kind, tasks in found.items()
+    ]
+    if any(right < 1 for tasks in found.values() for right in tasks.values()):
+        raise SystemExit("\n".join([*lines, "The reader misjudges drawn pictures: do not trust its scores."]))
+    return "\n".join(lines)
 
 
 def run_sweep(arguments: argparse.Namespace, world: World) -> None:
@@ -281,6 +297,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     shapes.add_argument(
         "--draw", type=Path, metavar="FOLDER", help="only draw a data set to train on (default: do not)"
     )
+    shapes.add_argument("--self_test", action="store_true", help="only read drawn pictures: all of them must be right")
     shapes.set_defaults(prompts="unseen scenes", preset="quickstart", batch_size=40)
 
     swept = add_sampler(commands, "sweep", run_sweep, "metrics against sampling settings", images=None)
@@ -328,7 +345,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuse what needs no file to be seen as wrong."""
     check_arguments(arguments)
     sampling_changes(arguments)
-    makes_none = (getattr(arguments, name, None) is not None for name in ("images", "draw"))
+    makes_none = (getattr(arguments, name, None) for name in ("images", "draw", "self_test"))
     if arguments.checkpoint is None and not any(makes_none):
         raise UserError("--checkpoint is missing: a results folder, a checkpoint folder or a saved pipeline")
     if arguments.command == "dpg" and arguments.num_images_per_prompt > DPG_IMAGES:

@@ -1,5 +1,6 @@
 """The shape benchmark reads what it draws, is not easily pleased, and keeps its questions out of the training set."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -29,6 +30,18 @@ def test_drawn_scenes_score_full_marks(size):
         picture = np.asarray(draw_scene(scene, rng).resize((size, size), Image.Resampling.BICUBIC), dtype=float)
         pictures.append(Image.fromarray((picture + rng.normal(0, 8, picture.shape)).clip(0, 255).astype(np.uint8)))
     assert score_scenes(pictures, scenes) == dict.fromkeys((*shapes.TASKS, "overall"), 1.0)
+
+
+def test_the_self_test_finds_a_reader_that_is_wrong(monkeypatch, capsys):
+    benchmark = importlib.import_module("svg_t2i.benchmark")
+    monkeypatch.setattr(benchmark, "self_test", lambda: shapes.self_test(copies=1))
+    benchmark.main(["shapes", "--self_test"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["as drawn", "blurred, with noise"]
+    assert all(line.count("100%") == len(shapes.TASKS) + 1 for line in lines)
+    monkeypatch.setattr(shapes, "read_things", lambda picture: [])
+    with pytest.raises(SystemExit, match=r"two_objects 0%, counting 0%(.|\n)*do not trust its scores"):
+        benchmark.main(["shapes", "--self_test"])
 
 
 def test_a_wrong_word_costs_its_task():
