@@ -29,3 +29,9 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 def without_variables(command: str) -> str:
     return re.sub(r"^([A-Z_]+=\S*\s+)*", "", command)
+
+
+def stated_outputs(text: str) -> list[tuple[str, str]]:
+    """(last command of a bash block, what a text block right behind it says that it prints)."""
+    blocks = re.findall(r"(```bash\n(?:(?!```).)*```)\n+```text\n(.*?)```", text, flags=re.DOTALL)
+    return [(commands(block)[-1][1], output) for block, output in blocks]

@@ -10,43 +10,66 @@ import re
 import shlex
 import shutil
 import tarfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from autoencoder.sources.opening import open_source
-from tests.docs.documents import DOCUMENTS, REPO_ROOT, commands, without_variables
+from tests.docs.documents import DOCUMENTS, REPO_ROOT, commands, stated_outputs, without_variables
 
-EDITS = ("variation", "image_to_image", "inpaint", "interpolate", "retrieve")
-# Beginning of a command → what is added here to make it small. They run in this order, each on the results of others.
+EDITS = ("variation", "image_to_image", "inpaint", "interpolate")
+
+
+@dataclass(frozen=True)
+class AtToySize:
+    """A command of the pages, made small: options to add, files that it then leaves in outputs/, what it prints."""
+
+    options: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    prints: str = ""  # a regular expression
+
+
+FEW_STEPS = ("--num_inference_steps", "2")
+OF_TWO = ("--limit", "2", *FEW_STEPS)
+# By the beginning of a command. They run in this order, each on the results of others.
 AT_TOY_SIZE = {
-    "python -m autoencoder.reconstruct": ["--resolution", "64"],
-    "python -m autoencoder.evaluate_reconstruction": ["--resolution", "64"],
-    "python -m autoencoder.measure_latents": ["--resolution", "64"],
-    "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": ["--batch_size", "64"],
-    "torchrun --nproc_per_node 2 -m svg_t2i.train": ["train.max_steps=1"],
-    "python -m svg_t2i.inspect_data": [],
-    "python -m svg_t2i.plan": [],
-    "python -m svg_t2i.sample --checkpoint outputs/": ["--num_inference_steps", "2"],
-    **{f"python -m svg_t2i.sample {verb}": ["--num_inference_steps", "2"] for verb in EDITS[:-1]},
-    f"python -m svg_t2i.sample {EDITS[-1]}": [],
-    "python -m svg_t2i.benchmark folder --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
-    "python -m svg_t2i.benchmark folder --images": [],
-    "python -m svg_t2i.benchmark shapes --checkpoint": ["--limit", "2", "--num_inference_steps", "2"],
-    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --over": [
-        "--num_images",
-        "4",
-        "--num_inference_steps",
-        "2",
-    ],
+    "python -m autoencoder.reconstruct": AtToySize(("--resolution", "64"), ("reconstructions/sheet.png",)),
+    "python -m autoencoder.evaluate_reconstruction": AtToySize(
+        ("--resolution", "64"),
+        ("evaluation/table.md", "evaluation/metrics.json", "evaluation/images.csv"),
+        r"PSNR(.|\n)*\| 8 \|",
+    ),
+    "python -m autoencoder.measure_latents": AtToySize(("--resolution", "64"), ("latent_stats.safetensors",)),
+    "torchrun --nproc_per_node 2 -m svg_t2i.cache_features": AtToySize(("--batch_size", "64"), ("cache",)),
+    "torchrun --nproc_per_node 2 -m svg_t2i.train": AtToySize(("train.max_steps=1",), ("from_cache/config.yaml",)),
+    "python -m svg_t2i.inspect_data": AtToySize(
+        makes=tuple(f"inspect_data/{name}" for name in ("report.json", "histograms.png", "contact_sheet.png"))
+    ),
+    "python -m svg_t2i.plan": AtToySize(prints=r"An estimate\."),
+    "python -m svg_t2i.sample --checkpoint outputs/": AtToySize(FEW_STEPS, ("circles/data.json", "circles/index.html")),
+    **{
+        f"python -m svg_t2i.sample {verb}": AtToySize(FEW_STEPS, (f"{verb}/data.json", f"{verb}/index.html"))
+        for verb in EDITS
+    },
+    "python -m svg_t2i.sample retrieve": AtToySize(makes=("retrieve/matches.json",)),
+    "python -m svg_t2i.benchmark folder --checkpoint": AtToySize(
+        OF_TWO, ("benchmark/folder/metrics.json",), r"mmd: \S+\nfid: unavailable: .+\nclip_score: unavailable: "
+    ),
+    "python -m svg_t2i.benchmark folder --images": AtToySize((), ("benchmark/samples/metrics.json",), r"mmd: [-\d.]+"),
+    "python -m svg_t2i.benchmark shapes --self_test": AtToySize(),
+    "python -m svg_t2i.benchmark shapes --checkpoint": AtToySize(
+        OF_TWO, ("benchmark/shapes/grid.png",), r"shapes/colour: [01](\.5)?\n"
+    ),
+    "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --over": AtToySize(
+        ("--num_images", "4", *FEW_STEPS), ("benchmark/sweep/sweep.csv", "benchmark/sweep/sweep.png")
+    ),
 }
 ELSEWHERE = {
     "python -m svg_t2i.benchmark sweep --checkpoint outputs/quickstart/transformer --preset": (
         "tests/svg_t2i/test_benchmark.py; six times all scenes would take minutes here"
     ),
-    "python -m svg_t2i.benchmark shapes --self_test": "tests/svg_t2i/evaluation/test_shapes.py",
     "conda": "the environment of the tests is such a one",
     "hf download": "a download",
     "pip": "the same",
@@ -128,20 +151,22 @@ def test_every_command_is_run_somewhere():
 
 
 @pytest.mark.filterwarnings("ignore:RANDOM ENCODER")
-def test_commands_run_one_after_another(place, monkeypatch):
-    """As written but for options that make them small, on what those before them left."""
+def test_commands_run_one_after_another(place, monkeypatch, capsys):
+    """As written but for options that make them small, on what those before them left, with the results they state."""
     monkeypatch.chdir(place)
-    found = [command for document in DOCUMENTS for _, command in commands(document.read_text())]
+    texts = [document.read_text() for document in DOCUMENTS]
+    found = [command for text in texts for _, command in commands(text)]
+    stated = dict(pair for text in texts for pair in stated_outputs(text))
     for command in found:
-        for start, smaller in AT_TOY_SIZE.items():
+        for start, small in AT_TOY_SIZE.items():
             if command.startswith(start):
-                run(*shlex.split(command)[1:], *smaller)
-    made = [
-        "reconstructions/sheet.png", "evaluation/table.md", "latent_stats.safetensors", "cache",
-        "from_cache/config.yaml", "circles/data.json",
-        *(f"{verb}/data.json" for verb in EDITS[:-1]), "retrieve/matches.json", "benchmark/folder/metrics.json",
-        "benchmark/samples/metrics.json", "benchmark/shapes/grid.png", "benchmark/sweep/sweep.csv",
-    ]  # fmt: skip
+                capsys.readouterr()
+                run(*shlex.split(command)[1:], *small.options)
+                printed = capsys.readouterr().out
+                assert re.search(small.prints, printed), f"{command} prints\n{printed}"
+                assert stated.pop(command, "") in printed, f"{command} prints\n{printed}"
+    assert not stated, f"outputs of commands that do not run here: {list(stated)}"
+    made = [name for small in AT_TOY_SIZE.values() for name in small.makes]
     assert [name for name in made if not (place / "outputs" / name).exists()] == []
 
 
