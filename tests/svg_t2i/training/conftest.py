@@ -25,3 +25,14 @@ def tune(toy_parts, tmp_path, base):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def train(toy_parts, tmp_path):
+    """Run the training entry into tmp_path/NAME with overrides; returns that folder."""
+
+    def run(name, *overrides):
+        main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / name}", *overrides])
+        return tmp_path / name
+
+    return run

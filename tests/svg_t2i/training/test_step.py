@@ -1,4 +1,4 @@
-"""The step and the run: independence of micro-batches, resume, EMA, guard, settings, messages."""
+"""The step and the run: independence of micro-batches, resume, averages, guards."""
 
 import json
 import math
@@ -9,50 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autoencoder.common.config import UserError, load_config, to_dict
-from autoencoder.latents.statistics import LatentStats
-from autoencoder.model import SVGAutoencoder
-from svg_t2i import export
+from autoencoder.common.config import UserError, load_config
 from svg_t2i.checkpoints.weights import read_meta, read_transformer
-from svg_t2i.data.settings import CaptionMix, DataConfig
 from svg_t2i.features.frozen import CaptionCache, MicroBatch
 from svg_t2i.flow.paths import draw_timesteps, flux_shift_factor, random_keys, random_normal, shift_time
-from svg_t2i.train import main
 from svg_t2i.training.settings import (
     FlowConfig,
-    LoopConfig,
-    MonitorConfig,
-    OptimConfig,
-    ParallelConfig,
-    SamplesConfig,
     TrainConfig,
-    changed_settings,
 )
 from svg_t2i.training.sharding import World
 from svg_t2i.training.step import FlowObjective, TrainState, train_step
 from svg_t2i.transformer.config import DiTConfig
 from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
-
-
-@pytest.fixture
-def train(toy_parts, tmp_path):
-    """Run the training entry into tmp_path/NAME with overrides; returns that folder."""
-
-    def run(name, *overrides):
-        main(["--config", str(toy_parts / "train.yaml"), f"results_dir={tmp_path / name}", *overrides])
-        return tmp_path / name
-
-    return run
-
-
-def weights(folder, step, ema=False):
-    return read_transformer(folder / "checkpoints" / f"{step:07d}", ema=ema).state
-
-
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+from tests.svg_t2i.training.runs import largest_difference, weights
 
 
 def logged_losses(output):
@@ -167,84 +137,6 @@ def test_finished_run_stays_as_it_is(train, capsys):
     assert largest_difference(weights(folder, 1), state) == 0
 
 
-def test_resume_refuses_other_frozen_networks_and_other_models(train, toy_parts, tmp_path):
-    train("run", "train.max_steps=1")
-    stats = toy_parts / "autoencoder" / "latent_stats.safetensors"
-    other = LatentStats.load(stats, 32)
-    LatentStats(other.mean + 1, other.std, encoder=other.encoder).save(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"autoencoder's stats was \w{16} and is \w{16}"):
-        train("run", "train.max_steps=2", f"autoencoder.stats={tmp_path / 'other.safetensors'}")
-    with pytest.raises(UserError, match=r"another model: dim was 32 and is 64"):
-        train("run", "train.max_steps=2", "model_overrides.dim=64", "model_overrides.axes_dims=[8,12,12]")
-
-
-def test_init_from_takes_fitting_weights_and_names_the_others(train, capsys):
-    source = train("source")
-    capsys.readouterr()
-    folder = train("next", f"init_from={source}", "train.max_steps=1", "optim.lr=1e-12")
-    assert largest_difference(weights(source, 4), weights(folder, 1)) < 1e-9
-    wider = "model_overrides.multiple_of=96"
-    train("wider", f"init_from={source}", wider, "train.max_steps=1")
-    output = capsys.readouterr().out
-    assert "of another shape" in output
-    assert "layers.0.feed_forward.w1.weight" in output
-
-
-def test_measured_statistics_and_random_text_encoder_are_made_once(train, toy_parts):
-    asked = ("autoencoder.stats=measure", "text_encoder.path=random", "train.max_steps=1")
-    folder = train("run", *asked)
-    stats = folder / "latent_stats.safetensors"
-    made = stats.stat().st_mtime_ns
-    recorded = load_config(TrainConfig, folder / "config.yaml")
-    assert recorded.autoencoder.stats == str(stats)
-    assert recorded.text_encoder.path == str(folder / "text_encoder")
-    train("run", *asked, "train.max_steps=2")
-    assert stats.stat().st_mtime_ns == made
-
-
-def test_statistics_of_another_resolution_are_warned_of_with_numbers(train, tmp_path, capsys):
-    """The toy has fewer images than are compared, so that the numbers are known."""
-
-    def warnings(name, stats, *overrides):
-        capsys.readouterr()
-        train(name, f"autoencoder.stats={stats}", "train.max_steps=1", *overrides)
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("the latent statistics")]
-
-    at_32 = ["data.resolution=32"]
-    assert warnings("measured", "measure", *at_32) == []
-    own = LatentStats.load(tmp_path / "measured" / "latent_stats.safetensors", 32)
-    assert own.resolutions == (32,)
-    shifted = own.mean + own.std, 2 * own.std  # seen through these, images of 32 px have means of -1/2
-    LatentStats(*shifted, own.encoder, (64,)).save(tmp_path / "shifted.safetensors")
-    (line,) = warnings("other", tmp_path / "shifted.safetensors", *at_32)
-    assert line.startswith(f"the latent statistics {tmp_path}/shifted.safetensors were measured at 64 px, ")
-    assert "training is at 32 px: on a few training images" in line
-    assert "means of 0.500 rms (at most 0.50" in line
-    assert "deviations from 0.50 to 0.50 instead of 1" in line
-    assert warnings("trusted", tmp_path / "shifted.safetensors") == []  # at 64 px, as they say
-    for file, mean in (("near", own.mean + 0.1 * own.std), ("far", own.mean + 3 * own.std)):
-        torch.save({"mean": mean[None], "std": own.std[None]}, tmp_path / f"{file}.pt")  # no resolution is recorded
-    assert warnings("near", tmp_path / "near.pt", *at_32) == []
-    (line,) = warnings("far", tmp_path / "far.pt", *at_32)
-    assert "far.pt do not fit the images, training is at 32 px" in line
-    assert "means of 3.000 rms" in line
-
-
-def test_statistics_are_measured_at_the_resolutions_of_all_sources(train, toy_parts, capsys):
-    manifest = toy_parts / "manifest.jsonl"
-    sources = ", ".join(f"{{path: {manifest}, resolution: {side}}}" for side in (32, 64))
-    settings = ["data.path=null", f"data.sources=[{sources}]", "train.max_steps=1"]
-    folder = train("both", *settings, "autoencoder.stats=measure")
-    stats = LatentStats.load(folder / "latent_stats.safetensors", 32)
-    assert stats.resolutions == (32, 64)
-    alone = train("alone", "autoencoder.stats=measure", "train.max_steps=1") / "latent_stats.safetensors"
-    assert not torch.equal(LatentStats.load(alone, 32).mean, stats.mean)
-    capsys.readouterr()
-    train("mixed", *settings, f"autoencoder.stats={alone}")
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "were measured at" in line]
-    assert "alone/latent_stats.safetensors were measured at 64 px, training is at 32 px" in line
-
-
 def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
     """Step 2 gets an infinite loss: weights stay put, moments stay clean, and the run goes on."""
     forward, calls = FlowObjective.forward, []
@@ -265,28 +157,6 @@ def test_non_finite_gradients_skip_their_update(train, monkeypatch, capsys):
     calls.clear()
     with pytest.raises(UserError, match=r"1 updates had non-finite gradients, more than train.max_nonfinite=0"):
         train("strict", "train.max_nonfinite=0")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.max_stepz=3", r"unknown key 'train.max_stepz' \(did you mean 'max_steps'"),
-        ("train.micro_batch_size=0", r"micro_batch_size=0"),
-        ("train.grad_clip=0", r"grad_clip=0"),
-        ("train.precision=fp8", r"train.precision = 'fp8'; choose one of fp32, tf32, bf16"),
-        ("flow.snr_type=lognormal", r"snr_type 'lognormal'"),
-        ("model=huge", r"unknown name 'huge'; known: NextDiT"),
-        ("model_overrides.width=3", r"unknown key 'width'"),
-        ("data.path=nowhere.jsonl", r"nowhere.jsonl"),
-        ("data.resolution=100", r"100"),
-        ("init_from=nowhere", r"nowhere: no DiT here"),
-        ("text_encoder.path=no/where/at/all", r"no/where/at/all"),
-        ("autoencoder.encoder_weights=random", r"autoencoder.encoder_weights is for a YAML config"),
-    ],
-)
-def test_mistakes_are_named(train, override, message):
-    with pytest.raises(UserError, match=message):
-        train("run", override)
 
 
 class CountingEncoder:
@@ -316,68 +186,6 @@ def test_caption_cache_encodes_once_and_stays_within_its_bound():
     cache.clear()
     cache(["aa"])
     assert encoder.encoded[-1] == "aa"
-
-
-def test_changed_settings_are_listed(toy_parts):
-    config = load_config(TrainConfig, toy_parts / "train.yaml")
-    before = to_dict(replace(config, optim=OptimConfig(lr=5.0, warmup_steps=2)))
-    assert changed_settings(to_dict(config), config) == []
-    assert changed_settings(before, config) == ["optim.lr: 5.0 → 0.001"]
-    del before["samples"]["cfg_trunc"]  # as if it was newer than the checkpoint
-    assert changed_settings(before, config) == ["optim.lr: 5.0 → 0.001"]
-    assert "gone: 1 → None" in changed_settings(before | {"gone": 1}, config)
-
-
-def test_every_shipped_config_is_valid(repo_root):
-    for path in sorted((repo_root / "configs" / "svg_t2i").glob("*.yaml")):
-        config = load_config(TrainConfig, path)
-        assert config.model_config(384, 2304).dim % 2 == 0
-        assert isinstance(config.train, LoopConfig)
-        if path.name.startswith("stage"):
-            number = int(path.name[5])
-            assert config.train.global_batch_size == (1536 if number == 1 else 768)
-            assert config.optim.lr == 2e-4
-            assert config.text_encoder.max_length == (256 if number < 3 else 512)
-            assert config.data.resolution == (256, 512, 1024, 1024)[number - 1]
-            mix = config.data.caption_mix
-            assert mix.short + mix.middle + mix.long == pytest.approx(1)
-
-
-def test_residual_latents_train_and_export(train, tmp_path):
-    """An R autoencoder has 8 channels more; the published file names carry the model away and back."""
-    vit = {"overrides": {"embed_dim": 32, "depth": 1, "num_heads": 1}, "outnorm": "per_image"}
-    encoder = {"model_name": "dinov3_vits16plus", "weights": "random"}
-    encoder["overrides"] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-    decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 40}
-    params = {"embed_dim": 32, "ddconfig": decoder, "dinoconfig": encoder, "extra_vit_config": vit}
-    stats = LatentStats(torch.zeros(40), torch.ones(40))
-    SVGAutoencoder.from_config({"model": {"params": params}}, stats=stats).save_pretrained(tmp_path / "residual")
-    tiny = ["model_overrides.dim=64", "model_overrides.n_layers=3", "model_overrides.axes_dims=[8,12,12]"]
-    tiny += ["model_overrides.multiple_of=256"]
-    folder = train("run", f"autoencoder.config={tmp_path / 'residual'}", "train.max_steps=1", *tiny)
-    assert read_transformer(folder).config.in_channels == 40
-    export.main([str(folder), str(tmp_path / "out"), "--published"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "consolidated.00-of-01.pth", "consolidated_ema.00-of-01.pth", "model_args.pth",
-    ]  # fmt: skip
-    again, before = (read_transformer(source, ema=False) for source in (tmp_path / "out", folder))
-    assert again.config == before.config
-    assert largest_difference({k: v for k, v in again.state.items() if k != "norm_final.weight"}, before.state) == 0
-
-
-def test_export_needs_a_name_to_look_published(train, tmp_path):
-    folder = train("run", "train.max_steps=1", "train.ema_decay=[0.9,0.5]")
-    with pytest.raises(UserError, match="export it without --published"):
-        export.main([str(folder), str(tmp_path / "out"), "--published"])
-    with pytest.raises(UserError, match="--raw"):
-        export.main([str(folder), str(tmp_path / "out"), "--published", "--raw"])
-    export.main([str(folder), str(tmp_path / "fast"), "--ema_decay", "0.5"])
-    export.main([str(folder), str(tmp_path / "slow")])
-    fast, slow, raw = (read_transformer(f, ema=e) for f, e in ((tmp_path / "fast", 0), (tmp_path / "slow", 0),
-                                                               (folder, False)))  # fmt: skip
-    assert 0 < largest_difference(fast.state, raw.state) < largest_difference(slow.state, raw.state)
-    with pytest.raises(UserError, match=r"no average with decay 0.7, only 0.9, 0.5"):
-        export.main([str(folder), str(tmp_path / "none"), "--ema_decay", "0.7"])
 
 
 def test_spikes_are_skipped_where_asked_for(train, monkeypatch, capsys):
@@ -414,65 +222,6 @@ def test_shift_rules():
     for settings in ({"shift_rule": "constant"}, {"shift_factor": 3.0}):
         with pytest.raises(UserError, match="shift_factor"):
             FlowConfig(**settings)
-
-
-LOOP = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
-MIX = {"short": 1.0, "middle": 1.0, "long": 1.0}
-WSD = {"schedule": "wsd", "lr": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("section", "others", "name", "allowed", "refused"),
-    [
-        (LoopConfig, LOOP, "max_steps", [1], [0]),
-        (LoopConfig, LOOP, "global_batch_size", [1], [0]),
-        (LoopConfig, LOOP, "micro_batch_size", [1], [0]),
-        (LoopConfig, LOOP, "log_every", [1], [0]),
-        (LoopConfig, LOOP, "ckpt_every", [1], [0]),
-        (LoopConfig, LOOP, "keep_last", [1], [0]),
-        (LoopConfig, LOOP, "keep_every", [None, 1], [0]),
-        (LoopConfig, LOOP, "grad_clip", [0.5, math.inf], [0.0, math.nan]),
-        (LoopConfig, LOOP, "ema_decay", [0.0, 0.5, (0.5, 0.0)], [1.0, -0.1, (0.5, 0.5), (), (0.5, 1.0)]),
-        (LoopConfig, LOOP, "spike_factor", [None, 1.5], [1.0]),
-        (DataConfig, {"path": "x"}, "crops_per_image", [None, 1], [0]),
-        (DataConfig, {"path": "x"}, "micro_batch_tokens", [None, 1], [0]),
-        (DataConfig, {"path": "x"}, "prefetch", [1], [0]),
-        (CaptionMix, MIX, "short", [0.0, 0.5], [-0.1]),
-        (CaptionMix, MIX, "long", [0.0, 0.5], [-0.1]),
-        (CaptionMix, {"middle": 0, "long": 0}, "short", [0.5], [0.0]),
-        (OptimConfig, {}, "lr", [0.5], [0.0]),
-        (OptimConfig, {"lr": 0.5}, "final_lr", [0.0, 0.5], [-0.1, 0.6]),
-        (OptimConfig, {}, "warmup_steps", [0], [-1]),
-        (OptimConfig, WSD, "decay_steps", [1], [0]),
-        (OptimConfig, {}, "decay_steps", [0], [1]),
-        (FlowConfig, {"shift_rule": "constant"}, "shift_factor", [0.5], [0.0, None]),
-        (ParallelConfig, {"data_parallel": "hsdp"}, "shard_size", [None, 1], [0]),
-        (MonitorConfig, {}, "loss_bins", [1], [0]),
-        (MonitorConfig, {}, "profile_steps", [0], [-1]),
-        (SamplesConfig, {"prompts": ("x",)}, "every", [0, 1], [-1]),
-        (SamplesConfig, {}, "every", [0], [1]),  # without prompts
-    ],
-)
-def test_bounds_are_allowed_and_what_lies_beyond_is_refused(section, others, name, allowed, refused):
-    for value in allowed:
-        assert getattr(section(**others | {name: value}), name) == value
-    for value in refused:
-        with pytest.raises(UserError):
-            section(**others | {name: value})
-
-
-def test_unnamed_settings_are_the_published_ones():
-    """But for the decay of the averaged weights, which the published stage configs set."""
-    loop, optim, flow, data = LoopConfig(**LOOP), OptimConfig(), FlowConfig(), DataConfig("x")
-    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (2e-4, (0.9, 0.95), 1e-15, 0.0)
-    assert (optim.warmup_steps, optim.schedule, optim.decay_steps, optim.final_lr) == (0, "constant", 0, 0.0)
-    assert (loop.precision, loop.grad_clip, loop.ema_decay, loop.ema_warmup) == ("bf16", 2.0, 0.9999, False)
-    assert (loop.seed, loop.spike_factor, loop.max_nonfinite) == (0, None, 100)
-    assert (loop.log_every, loop.ckpt_every, loop.keep_last, loop.keep_every) == (10, 1000, 5, None)
-    assert (flow.snr_type, flow.mu, flow.shift, flow.shift_rule) == ("uniform", 0.0, True, "flux")
-    assert (data.resolution, data.max_aspect, data.widest, data.caption_dropout_prob) == (256, 4.0, 4.0, 0.1)
-    assert (data.caption_mix, data.crops_per_image, data.jpeg_draft, data.max_errors) == (None, None, False, 0.01)
-    assert DataConfig("x", single_shape=True).widest == 1.0
 
 
 def test_loss_of_patches_is_that_of_their_samples(toy_parts):
