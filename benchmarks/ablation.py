@@ -1,7 +1,8 @@
 """What each option of training is worth: the quickstart's model, trained with it and without it, over several seeds.
 
 All runs share the data, the autoencoder and the text encoder of a finished quickstart, its configuration and its number
-of steps; an option is a handful of changed settings. Each run is scored as the quickstart scores its own: pictures of
+of steps; an option is a handful of changed settings. An option that changes the latents has an autoencoder of its own,
+trained as long as the quickstart's. Each run is scored as the quickstart scores its own: pictures of
 combinations that training never saw, read back from their pixels. Every result goes into results.jsonl as soon as it is
 there, the same command continues after an interruption, and the table is made of whatever there is.
 
@@ -24,7 +25,7 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autoencoder.common.commands import Parser, command
@@ -32,6 +33,8 @@ from autoencoder.common.config import REPO_ROOT, UserError
 
 sys.path.append(str(REPO_ROOT / "scripts" / "quickstart"))  # the recipe's folder is no package
 from data_set import every, score_both, unseen_pairs, unseen_things, write_held_out
+from draw import SIZE
+from recipe import FULL, Recipe
 from steps import Steps, divide_cores, scalars, trained_parts
 
 CONFIG = "configs/svg_t2i/quickstart.yaml"
@@ -41,10 +44,11 @@ ALONE, FLOW, FEATURES = "aux=null", "aux={loss: flow, block: 2}", "aux={loss: fe
 
 @dataclass(frozen=True)
 class Option:
-    """What differs from the other options: settings of training, and of sampling."""
+    """What differs from the other options: settings of training, of sampling, and of the autoencoder's training."""
 
     training: tuple[str, ...]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    autoencoder: tuple[str, ...] = ()  # none: that of the quickstart
 
 
 OPTIONS = {
@@ -55,6 +59,7 @@ OPTIONS = {
     "aux flow, guided": Option((VELOCITY, FLOW), {"internal_guidance": 1.5}),
     "aux features": Option((VELOCITY, FEATURES)),
     "data, aux features": Option((DATA, FEATURES)),  # the quickstart's own
+    "data, four layers": Option((DATA, ALONE), autoencoder=("model.params.dinoconfig.layers=last_4",)),
 }
 FEW_STEPS = 4
 ENOUGH = 0.9  # right, for "steps to"
@@ -79,17 +84,38 @@ class Ablation(Steps):
         self.held_out = write_held_out(output / "held_out")
         self.wanted = tuple(every(what, budget.prompts) for what in (unseen_things(), unseen_pairs()))
 
+    def parts(self, option: str) -> Path:
+        """The folder of an option's autoencoder and statistics: the quickstart's.
+
+        Where the option changes the autoencoder, one is trained first, on the same pictures.
+        """
+        changes = OPTIONS[option].autoencoder
+        if not changes:
+            return self.quickstart
+        recipe = Recipe(
+            self.output / f"parts_{file_name(option)}",
+            SIZE,
+            replace(FULL, autoencoder_changes=changes),
+            self.processes,
+            self.threads,
+        )
+        if not recipe.stats.is_file():
+            recipe.manifest = self.quickstart / "data" / "train.jsonl"
+            recipe.train_autoencoder()
+            recipe.measure_latents()
+        return recipe.output
+
     def train(self, option: str, seed: int) -> Path:
         """The folder of the run, trained to its end. Options that differ in sampling alone share it."""
-        settings = OPTIONS[option].training
-        first = next(name for name, other in OPTIONS.items() if other.training == settings)
-        name, every = re.sub(r"\W+", "_", first), max(1, self.budget.steps // CHECKPOINTS)
-        folder = self.output / f"{name}_{seed}"
+        own = OPTIONS[option]
+        first = next(name for name, other in OPTIONS.items() if replace(other, sampling=own.sampling) == own)
+        every = max(1, self.budget.steps // CHECKPOINTS)
+        folder = self.output / f"{file_name(first)}_{seed}"
         self.train_transformer(
             CONFIG,
             f"results_dir={folder}",
             f"data.path={self.quickstart / 'data' / 'train.jsonl'}",
-            *trained_parts(self.quickstart),
+            *trained_parts(self.parts(option), self.quickstart),
             f"train.seed={seed}",
             f"train.max_steps={self.budget.steps}",
             f"train.ckpt_every={every}",
@@ -98,7 +124,7 @@ class Ablation(Steps):
             f"validation.path={self.held_out}",
             f"validation.every={every}",
             "validation.num_samples=80",
-            *settings,
+            *own.training,
         )
         return folder
 
@@ -131,6 +157,10 @@ class Ablation(Steps):
             "validation_at_noise": board("validation/loss_at_t/0.00-0.12")[1][-1],
             "seconds": 32 / statistics.median(board("train/images_per_second")[1]),
         }
+
+
+def file_name(option: str) -> str:
+    return re.sub(r"\W+", "_", option)
 
 
 def read_results(path: Path) -> list[dict]:

@@ -96,13 +96,17 @@ def read_samples(folder: Path) -> list[Image.Image]:
     return [Image.open(record["image_url"]).convert("RGB") for record in records]
 
 
-def trained_parts(quickstart: Path) -> tuple[str, ...]:
-    """The settings of a training run that name the autoencoder and the text encoder of a finished quickstart."""
+def trained_parts(folder: Path, quickstart: Path | None = None) -> tuple[str, ...]:
+    """The settings of a training run that name the autoencoder and the text encoder of a finished quickstart.
+
+    Args:
+        folder: of the autoencoder and its statistics. quickstart: of the text encoder (default: the same).
+    """
     return (
-        f"autoencoder.config={quickstart / AUTOENCODER / 'config.yaml'}",
-        f"autoencoder.checkpoint={quickstart / AUTOENCODER / 'checkpoints' / 'last.ckpt'}",
-        f"autoencoder.stats={quickstart / 'latent_stats.safetensors'}",
-        f"text_encoder.path={quickstart / 'text_encoder'}",
+        f"autoencoder.config={folder / AUTOENCODER / 'config.yaml'}",
+        f"autoencoder.checkpoint={folder / AUTOENCODER / 'checkpoints' / 'last.ckpt'}",
+        f"autoencoder.stats={folder / 'latent_stats.safetensors'}",
+        f"text_encoder.path={(quickstart or folder) / 'text_encoder'}",
     )
 
 

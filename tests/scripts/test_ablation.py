@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from autoencoder.common.config import UserError, build, load_config
+from autoencoder.training.settings import AutoencoderTrainConfig
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.training.settings import TrainConfig
 
@@ -50,6 +51,27 @@ def test_every_option_is_a_change_that_the_quickstart_takes(ablation):
         assert (config == load_config(TrainConfig, ablation.CONFIG)) == (option == "data, aux features")
         sizes = config.model_config(in_channels=192, cap_feat_dim=128)
         assert build(type(sizes), vars(sizes)) == sizes
+
+
+def test_an_option_of_the_autoencoder_has_one_of_its_own(ablation, tmp_path, monkeypatch):
+    """Trained once, on the quickstart's pictures; its statistics are the last that is made of it."""
+    runs = []
+    monkeypatch.setattr(ablation.Recipe, "run", lambda self, *words, **_: runs.append([str(word) for word in words]))
+    own = ablation.Ablation(tmp_path / "quickstart", tmp_path, ablation.Budget(steps=4))
+    assert own.parts("data") == tmp_path / "quickstart"
+    assert runs == []
+    folder = own.parts("data, four layers")
+    assert folder.parent == tmp_path
+    (train, measure) = runs
+    assert f"data.params.json_path={tmp_path / 'quickstart' / 'data' / 'train.jsonl'}" in train
+    assert train[-1] == "model.params.dinoconfig.layers=last_4"
+    config = load_config(AutoencoderTrainConfig, ablation.REPO_ROOT / train[2], train[5:])
+    assert config.model.params.dinoconfig.layers == "last_4"
+    assert measure[-2:] == ["--output", str(folder / "latent_stats.safetensors")]
+    folder.mkdir(exist_ok=True)
+    (folder / "latent_stats.safetensors").touch()
+    assert own.parts("data, four layers") == folder
+    assert len(runs) == 2
 
 
 def test_it_says_what_it_lacks_and_mixes_nothing(ablation, tmp_path, capsys):
