@@ -19,13 +19,14 @@ from autoencoder.common.config import REPO_ROOT, UserError, build, find_config, 
 from autoencoder.training.settings import AutoencoderTrainConfig
 from svg_t2i.planning import autoencoder, sampling, training
 from svg_t2i.planning.autoencoder import AutoencoderPlan, plan_autoencoder
-from svg_t2i.planning.gpus import GPUS, find_gpu
+from svg_t2i.planning.gpus import GPU, GPUS, find_gpu
 from svg_t2i.planning.sampling import SamplingPlan, plan_sampling
 from svg_t2i.planning.training import GB, Choice, TrainingPlan, plan_training
 from svg_t2i.training.settings import TrainConfig
 
 FOLDER = REPO_ROOT / "configs" / "svg_t2i"
 TERA, PETA = 1e12, 1e15
+NO_TIME = "no time: the peak of this card is not in the table"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
             config, gpu, arguments.sample, arguments.images, arguments.num_inference_steps,
             caption_tokens=arguments.caption_tokens, **given,
         )  # fmt: skip
-        print("\n".join(describe_sampling(plan, arguments, gpu.name, gpu.memory)))
+        print("\n".join(describe_sampling(plan, arguments, gpu)))
         return
     plan = plan_training(config, gpu, arguments.gpus, caption_tokens=arguments.caption_tokens, **given)
     print("\n".join(describe_training(plan, arguments, path)))
@@ -94,11 +95,12 @@ def describe_training(plan: TrainingPlan, arguments: argparse.Namespace, path: P
     utilisation = arguments.utilisation or training.UTILISATION
     per_image, per_step = plan.flops_per_image / TERA, plan.flops_per_image * plan.samples_per_step / PETA
     lines = [
-        f"{path.stem} on {plan.gpus} × {plan.gpu.name} ({plan.gpu.memory:g} GB). An estimate.",
+        f"{path.stem} on {plan.gpus} × {plan.gpu.title}. An estimate.",
         f"{plan.parameters / 1e9:.2f} B trained and {plan.frozen_parameters / 1e9:.2f} B frozen parameters",
         f"{plan.image_tokens} image and {plan.text_tokens} text tokens an image, "
         f"{per_image:.1f} TFLOP an image, {per_step:.1f} PFLOP a step",
-        f"batch {plan.samples_per_step}: {plan.micro_batches} micro-batches of up to {plan.micro_batch_size} a GPU",
+        f"batch {plan.samples_per_step}: {_number(plan.micro_batches, 'micro-batch', 'micro-batches')} of up to "
+        f"{plan.micro_batch_size} a GPU",
         f"a checkpoint has {plan.checkpoint_bytes / GB:.1f} GB",
         "",
         "GB on a GPU:",
@@ -116,7 +118,7 @@ def describe_training(plan: TrainingPlan, arguments: argparse.Namespace, path: P
     lines += ["", f"fastest that fits: parallel.data_parallel={best.data_parallel} "
               f"parallel.activation_checkpointing={best.checkpointing}"]  # fmt: skip
     if best.seconds is None:
-        return [*lines, f"no time: the peak of {plan.gpu.name} is not in the table"]
+        return [*lines, NO_TIME]
     images = plan.samples_per_step / best.seconds
     lines += [
         f"{best.seconds:.2f} s a step at a utilisation of {utilisation:.0%}: {images:.0f} images/s, "
@@ -155,7 +157,7 @@ def describe_autoencoder(plan: AutoencoderPlan, arguments: argparse.Namespace, p
     utilisation = arguments.utilisation or autoencoder.UTILISATION
     parts = ", ".join(f"{part} {size / GB:.1f}" for part, size in plan.memory.items())
     lines = [
-        f"{path.stem} on {plan.gpus} × {plan.gpu.name} ({plan.gpu.memory:g} GB). An estimate.",
+        f"{path.stem} on {plan.gpus} × {plan.gpu.title}. An estimate.",
         f"{plan.parameters / 1e6:.1f} M trained parameters, and {plan.discriminator_parameters / 1e6:.1f} M of the "
         "discriminator",
         f"{plan.images_per_gpu} images of {plan.side}×{plan.side} px at once on a GPU, {plan.images_per_step} a step, "
@@ -167,7 +169,7 @@ def describe_autoencoder(plan: AutoencoderPlan, arguments: argparse.Namespace, p
         f"a checkpoint has {plan.checkpoint_bytes / GB:.1f} GB",
     ]  # fmt: skip
     if plan.seconds is None:
-        return [*lines, f"no time: the peak of {plan.gpu.name} is not in the table"]
+        return [*lines, NO_TIME]
     images = plan.images_per_step / plan.seconds
     lines.append(
         f"{plan.seconds:.2f} s a step at a utilisation of {utilisation:.0%}: {images:.0f} images/s, "
@@ -178,22 +180,26 @@ def describe_autoencoder(plan: AutoencoderPlan, arguments: argparse.Namespace, p
     return [*lines, _cost("a million images", 1e6 / images / 3600, plan.gpus, arguments.price)]
 
 
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
 def _cost(what: str, hours: float, gpus: int, price: float | None) -> str:
     cost = f", {hours * gpus * price:,.0f} at {price:g} an hour" if price else ""
     return f"{what}: {hours:.1f} hours, {hours * gpus:.1f} GPU-hours{cost}"
 
 
-def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, name: str, memory: float) -> list[str]:
+def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, gpu: GPU) -> list[str]:
     """The plan in lines."""
 
     def fits(need: float) -> str:
-        return "fits" if need <= memory * GB else "does not fit"
+        return "fits" if need <= gpu.memory * GB else "does not fit"
 
     weights = ", ".join(f"{part} {size / GB:.1f}" for part, size in plan.weights.items())
     stages = ", ".join(f"{stage} {size / GB:.1f}" for stage, size in plan.stages.items())
     return [
-        f"{arguments.images} of {arguments.sample}×{arguments.sample} px in {arguments.num_inference_steps} steps with "
-        f"guidance on {name} ({memory:g} GB), bf16. An estimate.",
+        f"{_number(arguments.images, 'image', 'images')} of {arguments.sample}×{arguments.sample} px in "
+        f"{arguments.num_inference_steps} steps with guidance on one {gpu.title}, bf16. An estimate.",
         f"{plan.parameters / 1e9:.2f} B parameters; weights in GB: {weights}",
         f"GB besides them: {stages}",
         f"all networks on the card: {plan.resident / GB:.1f} GB, which {fits(plan.resident)}",
@@ -203,7 +209,7 @@ def describe_sampling(plan: SamplingPlan, arguments: argparse.Namespace, name: s
             for how, need in zip(("all on the card", "taking turns"), plan.in_8_bits)
         ),
         f"{plan.flops / TERA:.0f} TFLOP"
-        + ("; no time: the peak of this card is not in the table" if plan.seconds is None
+        + (f"; {NO_TIME}" if plan.seconds is None
            else f", {plan.seconds:.1f} s at a utilisation of {arguments.utilisation or sampling.UTILISATION:.0%}"),
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from autoencoder.common.config import UserError
@@ -26,6 +27,12 @@ class GPU:
     network: float = 12.5
 
     @property
+    def title(self) -> str:
+        """The name with the memory, where the name does not say it."""
+        size = f"{self.memory:g}"
+        return self.name if re.search(rf"\b{size} ?GB", self.name) else f"{self.name} ({size} GB)"
+
+    @property
     def tflops(self) -> float | None:
         return peak_tflops(self.name)
 
@@ -46,10 +53,10 @@ GPUS = {
     "b200": GPU("NVIDIA B200", 180, 900, 50),
     "l40s": GPU("NVIDIA L40S", 48),
     "4090": GPU("NVIDIA GeForce RTX 4090", 24),
-    "24gb": GPU("a card of 24 GB", 24),
-    "16gb": GPU("a card of 16 GB", 16),
-    "12gb": GPU("a card of 12 GB", 12),
-    "8gb": GPU("a card of 8 GB", 8),
+    "24gb": GPU("card of 24 GB", 24),
+    "16gb": GPU("card of 16 GB", 16),
+    "12gb": GPU("card of 12 GB", 12),
+    "8gb": GPU("card of 8 GB", 8),
 }
 
 

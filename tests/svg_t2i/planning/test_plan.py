@@ -43,7 +43,7 @@ def test_the_issue_s_own_line(capsys):
     run("--config stage1_256 --gpus 64 --gpu h100 --price 2")
     out = capsys.readouterr().out
     assert "2.61 B trained and 2.69 B frozen" in out
-    assert "1 micro-batches of up to 24 a GPU" in out
+    assert "1 micro-batch of up to 24 a GPU" in out
     assert "a checkpoint has 41.8 GB" in out
     assert "fastest that fits: parallel.data_parallel=hsdp parallel.activation_checkpointing=none" in out
     assert out.count("← fastest") == 1
