@@ -7,6 +7,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # sums on a GPU differ from r
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -29,6 +30,20 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_of_earlier_tests():
+    """Commands log to the streams of the test that called them, which are closed after it."""
+
+    def reset():
+        root = logging.getLogger()
+        root.handlers[:] = [one for one in root.handlers if type(one).__module__.startswith("_pytest")]
+        root.setLevel(logging.WARNING)
+
+    reset()
+    yield
+    reset()
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,9 @@ AT_TOY_SIZE = {
         f"python -m svg_t2i.sample {verb}": AtToySize(FEW_STEPS, (f"{verb}/data.json", f"{verb}/index.html"))
         for verb in EDITS
     },
-    "python -m svg_t2i.sample retrieve": AtToySize(makes=("retrieve/matches.json",)),
+    "python -m svg_t2i.sample retrieve": AtToySize(  # among eight pictures: hundreds take half a minute
+        ("--folder", "outputs/quickstart/samples/images"), ("retrieve/matches.json",)
+    ),
     "python -m svg_t2i.benchmark folder --checkpoint": AtToySize(
         OF_TWO, ("benchmark/folder/metrics.json",), r"mmd: \S+\nfid: unavailable: .+\nclip_score: unavailable: "
     ),

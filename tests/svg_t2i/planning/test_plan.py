@@ -72,17 +72,17 @@ def test_more_gpus_are_faster_and_hold_less(stage1):
 def test_uneven_shares_and_settings_show(stage1):
     uneven = plan_training(stage1, find_gpu("a100"), 1000)
     assert uneven.idle_share == pytest.approx(1 - 1536 / 2000)
-    sharded = replace(stage1, parallel=replace(stage1.parallel, shard_frozen=True))
-    whole, shared = (plan_training(c, find_gpu("h100"), 8).choices[0].memory for c in (stage1, sharded))
-    assert shared["frozen networks"] < whole["frozen networks"] / 5
-    halved = replace(stage1, train=replace(stage1.train, micro_batch_size=12))
-    smaller = plan_training(halved, find_gpu("h100"), 8).choices[0].memory["activations"]
-    assert smaller == pytest.approx(
-        plan_training(stage1, find_gpu("h100"), 8).choices[0].memory["activations"] / 2, rel=0.02
+    usual = plan_training(stage1, find_gpu("h100"), 8)
+    changed = replace(
+        stage1,
+        parallel=replace(stage1.parallel, shard_frozen=True),
+        train=replace(stage1.train, micro_batch_size=12),
     )
-    assert plan_training(stage1, find_gpu("h100"), 8, utilisation=0.66).best.seconds == pytest.approx(
-        plan_training(stage1, find_gpu("h100"), 8, utilisation=0.33).best.seconds / 2
-    )
+    plan = plan_training(changed, find_gpu("h100"), 8, utilisation=0.66)
+    assert plan.choices[0].memory["frozen networks"] < usual.choices[0].memory["frozen networks"] / 5
+    activations = [found.choices[0].memory["activations"] for found in (plan, usual)]
+    assert activations[0] == pytest.approx(activations[1] / 2, rel=0.02)
+    assert plan.best.seconds == pytest.approx(usual.best.seconds / 2)
 
 
 def test_what_goes_over_the_network():
