@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import inspect
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.stopping import survive_requests
@@ -56,7 +58,7 @@ class WorkerLoader(DataLoader[T]):
 
     def __iter__(self) -> Iterator[T]:
         others = set(multiprocessing.active_children())
-        handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+        handler = _handler_before_torch()
         batches = super().__iter__()
         workers = set(multiprocessing.active_children()) - others
         if workers:
@@ -80,6 +82,14 @@ class WorkerLoader(DataLoader[T]):
         failed.__traceback__ = None  # refers to torch's iterator, which stops its workers only when it is let go
         del batches
         raise raised
+
+
+def _handler_before_torch() -> Any:
+    """What handles SIGCHLD, or did before a loader of torch, earlier in this process, put its own in the place."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", None) == signal_handling.__name__:
+        handler = inspect.getclosurevars(handler).nonlocals.get("previous_handler")
+    return handler or signal.SIG_DFL
 
 
 def _exit_codes(workers: Set[BaseProcess]) -> list[int]:

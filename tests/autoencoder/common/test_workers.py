@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from autoencoder.common import workers
 from autoencoder.common.workers import WorkerLoader, WorkersDied
@@ -36,6 +37,23 @@ def test_a_connection_that_ends_before_its_worker_is_that_worker_s_death(monkeyp
     losing(monkeypatch, error, kill=True)
     with pytest.raises(WorkersDied, match="a worker that reads data was killed by signal SIGKILL"):
         list(WorkerLoader(range(8), num_workers=1))
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, lambda *_: None])
+def test_the_handler_of_an_earlier_loader_of_torch_is_taken_back(monkeypatch, before):
+    """It raises in any line of the main process, for the workers of every loader."""
+    kept = signal.signal(signal.SIGCHLD, before)
+    try:
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        assert list(DataLoader(range(4), batch_size=None, num_workers=1)) == [0, 1, 2, 3]
+        assert signal.getsignal(signal.SIGCHLD) != before
+        with monkeypatch.context() as inner:
+            losing(inner, ConnectionResetError("lost"), kill=True)
+            with pytest.raises(WorkersDied, match="killed by signal SIGKILL"):
+                list(WorkerLoader(range(8), num_workers=1))
+        assert signal.getsignal(signal.SIGCHLD) == before
+    finally:
+        signal.signal(signal.SIGCHLD, kept)
 
 
 def test_other_errors_stay_what_they_are(monkeypatch):
