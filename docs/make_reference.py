@@ -231,6 +231,7 @@ PAGES = {"configuration.md": configuration, "python-api.md": python_api}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write the pages that are out of date, or with --check name them; returns the exit code."""
     parser = argparse.ArgumentParser(description="write the reference pages of the documentation")
     parser.add_argument("--check", action="store_true", help="write nothing; say which pages are out of date")
     arguments = parser.parse_args(argv)
