@@ -37,7 +37,9 @@ SHOWN = 60  # lines of a part's output
 
 
 class Failed(Exception):
-    """A part's command ended with an error, or not in time; holds what it had printed."""
+    """A part's command ended with an error, or not in time; holds what it had printed, and what that part found."""
+
+    found: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Part:
     """One of the report's parts.
 
     Attributes:
-        seconds: what it takes on a fast card, at most; it is left out when less is left.
+        seconds: what it takes on a fast card; it is left out when less is left, and cut off after twice as long.
         run: (options, seconds left) -> what it found, and lines to show.
     """
 
@@ -71,6 +73,18 @@ def call(words: Sequence[object], seconds: float) -> str:
     return output
 
 
+def read_off(
+    words: Sequence[object], seconds: float, read: Callable[[str], dict[str, Any]]
+) -> tuple[dict[str, Any], str]:
+    """What a command prints, and what `read` finds in it; also of one that did not end in time. Raises Failed."""
+    try:
+        output = call(words, seconds)
+    except Failed as error:
+        error.found = read(str(error))
+        raise
+    return read(output), output
+
+
 def versions(options: argparse.Namespace, _: float) -> tuple[dict[str, Any], str]:
     found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
     if options.device == "cuda":
@@ -83,7 +97,7 @@ def versions(options: argparse.Namespace, _: float) -> tuple[dict[str, Any], str
 
 
 def parity(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any], str]:
-    """The release's vectors in fp32; the transformer in bf16 is in `benchmarks.training`."""
+    """The release's vectors, in fp32 and under bf16 autocast."""
     if not options.parity_dir.is_dir():
         return {"skipped": f"there is no folder {options.parity_dir}; give --parity_dir"}, ""
     words = ["pytest", "tests/parity", "--parity-dir", options.parity_dir, "--parity-device", options.device, "-q"]
@@ -91,24 +105,34 @@ def parity(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any],
     return {"summary": output.strip().splitlines()[-1]}, output
 
 
-def training(pixels: int, batch: int, checkpointing: str, peer: str = "none") -> Callable:
-    """`benchmarks.training` of the full model: eager, compiled and live, under set_sync_debug_mode("error")."""
+def training(pixels: int, batch: int, checkpointing: str) -> Callable:
+    """`benchmarks.training` of the full model against the peer: eager, compiled and live, each step under
+    set_sync_debug_mode("error")."""
 
     def run(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any], str]:
+        if options.device != "cuda" and pixels == 512:
+            return {"skipped": "at toy size it is the part of 256 px"}, ""
         size = ["--pixels", 64, "--batch", 2, "--repeats", 1, "--precision", "fp32", "--dim", 96, "--layers", 1]
-        size += ["--captions", "ragged", "--peer", peer]
         if options.device == "cuda":
-            size = ["--model", MODEL, "--pixels", pixels, "--batch", batch, "--peer", peer, "--compile", "--live"]
-            size += ["--captions", "ragged", "--checkpointing", checkpointing, "--repeats", 5]
-        output = call(["benchmarks.training", "--device", options.device, *size], seconds)
-        found = re.findall(r"^(.+?): ([\d.]+) ms, ([\d.]+) GiB$", output, flags=re.MULTILINE)
-        cases = {case: {"ms": float(ms), "gib": float(gib)} for case, ms, gib in found}
-        if "ours" in cases:
-            planned = planned_gib(pixels, batch, checkpointing)
-            cases["planned, ours"] = {"gib": round(planned, 1), "ratio": round(cases["ours"]["gib"] / planned, 3)}
-        return cases, output
+            size = ["--model", MODEL, "--pixels", pixels, "--batch", batch, "--compile", "--live", "--repeats", 5]
+        size += ["--captions", "ragged", "--checkpointing", checkpointing]
+        words = ["benchmarks.training", "--device", options.device, *size]
+        return read_off(words, seconds, lambda output: training_cases(output, pixels, batch, checkpointing))
 
     return run
+
+
+def training_cases(output: str, pixels: int, batch: int, checkpointing: str) -> dict[str, dict[str, float]]:
+    """What `benchmarks.training` printed of each case; times against the peer, memory against the plan."""
+    found = re.findall(r"^(.+?): ([\d.]+) ms, ([\d.]+) GiB$", output, flags=re.MULTILINE)
+    cases = {case: {"ms": float(ms), "gib": float(gib)} for case, ms, gib in found}
+    peer = cases.get("diffusers")
+    for case in cases.values() if peer else ():
+        case["times as fast as diffusers"] = round(peer["ms"] / case["ms"], 2)
+    if "ours" in cases:
+        planned = planned_gib(pixels, batch, checkpointing)
+        cases["planned, ours"] = {"gib": round(planned, 1), "ratio": round(cases["ours"]["gib"] / planned, 3)}
+    return cases
 
 
 def planned_gib(pixels: int, batch: int, checkpointing: str) -> float:
@@ -126,6 +150,22 @@ def benchmark(module: str, on_gpu: Sequence[object], on_cpu: Sequence[object]) -
         return {}, call([module, *(on_gpu if options.device == "cuda" else on_cpu)], seconds)
 
     return run
+
+
+def whole_calls(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any], str]:
+    """`benchmarks.pipeline`: times and memory of an image, resident, quantised and with networks taking turns."""
+    size = [] if options.device == "cuda" else ["--side", 64, "--steps", 6]
+    return read_off(["benchmarks.pipeline", "--device", options.device, *size], seconds, whole_calls_in)
+
+
+def whole_calls_in(output: str) -> dict[str, dict[str, float]]:
+    """What `benchmarks.pipeline` printed of each way."""
+    row = r"^(.+): ([\d.]+) s, (\d+) evaluations(?:, ([\d.]+) GiB)?(?: \(planned: ([\d.]+)\))?$"
+    names = "seconds", "evaluations", "gib", "planned gib"
+    return {
+        way: {name: float(number) for name, number in zip(names, numbers, strict=True) if number}
+        for way, *numbers in re.findall(row, output, flags=re.MULTILINE)
+    }
 
 
 def survival(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any], str]:
@@ -160,21 +200,28 @@ def survival(options: argparse.Namespace, seconds: float) -> tuple[dict[str, Any
 PARTS = [
     Part("versions", "Versions", 0, versions),
     Part("parity", "Numbers of the published release", 60, parity),
-    Part("training_256", "Training at 256 px, against diffusers", 150, training(256, 24, "none", "diffusers")),
+    Part("training_256", "Training at 256 px, against diffusers", 150, training(256, 24, "none")),
     Part("survival", "Killed and continued", 60, survival),
-    Part("training_1024", "Training at 1024 px", 120, training(1024, 2, "selective")),
+    Part("pipeline", "Prompt to image: memory against the plan", 120, whole_calls),
+    Part("training_1024", "Training at 1024 px, against diffusers", 150, training(1024, 2, "selective")),
     Part("sampling", "Sampling", 90, benchmark(
         "benchmarks.sampling", ["--full", "--repeats", 1], ["--steps", 2, "--dim", 96, "--layers", 1, "--repeats", 1])),
     Part("attention", "Attention", 30, benchmark(
         "benchmarks.attention", ["--device", "cuda"], ["--shapes", "2x16", "--repeats", 1])),
-    Part("training_512", "Training at 512 px", 120, training(512, 8, "none")),
+    Part("training_512", "Training at 512 px, against diffusers", 150, training(512, 8, "none")),
 ]  # fmt: skip
 
 
 def report(options: argparse.Namespace, parts: Sequence[Part] = tuple(PARTS)) -> dict[str, Any]:
-    """Run the parts, writing both files after each. -> what gpu_report.json holds."""
+    """Run the parts, writing both files after each. -> what gpu_report.json holds.
+
+    With --parts, what an earlier report in the folder says of the others stays.
+    """
     end = time.monotonic() + 60 * options.minutes
-    results: dict[str, Any] = {}
+    written, results = options.output / "gpu_report.json", {}
+    if options.parts:
+        parts = [part for part in parts if part.name in options.parts]
+        results = json.loads(written.read_text()) if written.is_file() else {}
     for part in parts:
         left = end - time.monotonic()
         began = time.monotonic()
@@ -183,16 +230,17 @@ def report(options: argparse.Namespace, parts: Sequence[Part] = tuple(PARTS)) ->
             entry["skipped"] = f"{part.seconds} s are needed and {max(left, 0):.0f} s are left"
         else:
             try:
-                found, output = part.run(options, left)
+                found, output = part.run(options, min(left, 2 * part.seconds) if options.device == "cuda" else left)
                 entry |= {"found": found, "output": output.strip().splitlines()[-SHOWN:]}
                 if "skipped" in found:
                     entry["skipped"] = found["skipped"]
             except Failed as error:
                 entry |= {"failed": str(error).partition("\n")[0], "output": str(error).splitlines()[-SHOWN:]}
+                entry |= {"found": error.found} if error.found else {}
             entry["seconds"] = round(time.monotonic() - began, 1)
         results[part.name] = entry
         print(f"{part.title}: {state_of(entry)}", flush=True)
-        write_json(results, options.output / "gpu_report.json")
+        write_json(results, written)
         with replacing(options.output / "gpu_report.md") as path:
             path.write_text(as_markdown(results), encoding="utf-8")
     return results
@@ -219,6 +267,14 @@ def as_markdown(results: dict[str, Any]) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=[part.name for part in PARTS],
+        default=[],
+        metavar="PART",
+        help="only these: " + ", ".join(part.name for part in PARTS),
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu_report"), help="folder of the report")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: all parts at toy size")
     parser.add_argument("--parity_dir", type=Path, default=REPO_ROOT.parent / "shared" / "parity")

@@ -9,7 +9,8 @@ wants them. Steps alternate, so that a busy machine slows all alike. Timings are
     python -m benchmarks.training --device cuda --model NextDiT_2B_GQA_patch1_Adaln_Refiner \
         --pixels 1024 --batch 2 --compile [--live] [--peer none] [--profile]   # model FLOP utilisation on a GPU
 
-Models of the table of sizes take turns case by case, not step by step: two of them do not fit one GPU.
+Models of the table of sizes take turns case by case, not step by step: two of them do not fit one GPU. With
+--checkpointing the peer recomputes its blocks as well, each as a whole.
 
 On a GPU every measured step of ours runs under torch.cuda.set_sync_debug_mode("error"): one that waited for the device
 would end the benchmark. --live adds steps that begin with images and captions: DINOv3 ViT-S+/16 and a model of
@@ -20,25 +21,21 @@ from __future__ import annotations
 
 import argparse
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from diffusers import Lumina2Transformer2DModel
+from torch import Tensor
 
 from autoencoder.common.processes import World
-from autoencoder.latents.statistics import LatentStats
-from autoencoder.model import SVGAutoencoder
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
+from benchmarks.networks import SMALL_DECODER, random_autoencoder, random_text_encoder
 from svg_t2i.data.settings import DataConfig
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
 from svg_t2i.features.settings import AutoencoderSource
-from svg_t2i.text.encoder import TextEncoder
-from svg_t2i.text.toy import make_toy_text_encoder
 from svg_t2i.training.monitor import Meter
 from svg_t2i.training.settings import LoopConfig, ParallelConfig, TrainConfig
 from svg_t2i.training.sharding import compiled_graphs, parallelize
@@ -84,8 +81,10 @@ class Ours:
 class Peer:
     """The same step around Lumina2Transformer2DModel."""
 
-    def __init__(self, model: nn.Module, options: argparse.Namespace, compile: bool = False):
+    def __init__(self, model: Lumina2Transformer2DModel, options: argparse.Namespace, compile: bool = False):
         self.model, self.precision = model, options.precision
+        if options.checkpointing != "none":
+            model.enable_gradient_checkpointing()  # of whole blocks
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), eps=1e-15, fused=True)
         self.ema = [weight.detach().clone() for weight in model.parameters()]
         if compile:
@@ -130,18 +129,8 @@ class Batch:
 
 def frozen_networks(options: argparse.Namespace, channels: int, device: torch.device) -> FrozenNetworks:
     """DINOv3 ViT-S+/16 and a text model of Gemma-2-2b's size, with random weights."""
-    from transformers import Gemma2Config, Gemma2Model
-
-    params = {"embed_dim": channels, "ddconfig": {"z_channels": channels, "ch": 32, "ch_mult": [1, 1, 1, 1, 1]}}
-    params["dinoconfig"] = {"model_name": "dinov3_vits16plus", "weights": "random"}
-    stats = LatentStats(torch.zeros(channels), torch.ones(channels))
-    autoencoder = SVGAutoencoder.from_config({"model": {"params": params}}, stats=stats)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    with tempfile.TemporaryDirectory() as folder, torch.device(device):
-        make_toy_text_encoder(["word"], Path(folder))
-        tokenizer = TextEncoder.from_pretrained(folder).tokenizer
-        text_model = Gemma2Model(Gemma2Config(attn_implementation="eager")).to(dtype)
-    text_encoder = TextEncoder(text_model, tokenizer, max_length=256)
+    autoencoder, text_encoder = random_autoencoder(channels, SMALL_DECODER), random_text_encoder(device, dtype)
     return FrozenNetworks(autoencoder.to(device), text_encoder, cache_tokens=0, precision=options.precision)
 
 
@@ -219,6 +208,36 @@ def peer_cases(
     return {name: lambda: peer.step(batch.clean, batch.captions, batch.mask)}
 
 
+Make = Callable[[DiTConfig, Batch, argparse.Namespace, torch.device, bool], dict[str, Callable[[], None]]]
+
+
+def in_turn(
+    makers: list[tuple[Make, bool]], sizes: DiTConfig, batch: Batch, options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds and most bytes of each case, one model on the device after another. What finds no memory is left out."""
+    seconds: dict[str, float] = {}
+    memory: dict[str, int] = {}
+    gpu = device.type == "cuda"
+    for make, compile in makers:
+        case = f"{make.__name__}, compiled" if compile else make.__name__
+        try:
+            for case, step in make(sizes, batch, options, device, compile).items():
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats(device)
+                seconds |= timings({case: step}, options.repeats, device)
+                memory[case] = torch.cuda.max_memory_allocated(device) if gpu else 0
+                print(f"{case}: {1000 * seconds[case]:.1f} ms, {memory[case] / 2**30:.1f} GiB", flush=True)
+                if options.profile:
+                    print_profile(case, step)
+        except torch.OutOfMemoryError:
+            print(f"{case}: out of memory", flush=True)
+        step = None
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
+    return seconds, memory
+
+
 def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], device: torch.device) -> None:
     """Print a table for one distribution of caption lengths."""
     torch._dynamo.reset()  # what earlier tables compiled counts against a limit
@@ -227,24 +246,13 @@ def compare(options: argparse.Namespace, name: str, lengths: tuple[int, ...], de
         shapes = SVGDiT(sizes)
     batch = Batch(shapes, options, lengths, device)
     kinds = [our_cases] if options.peer == "none" else [our_cases, peer_cases]
-    made = (make(sizes, batch, options, device, compile) for make in kinds for compile in {False, options.compile})
-    seconds: dict[str, float] = {}
-    memory: dict[str, int] = {}
+    makers = [(make, compile) for make in kinds for compile in sorted({False, options.compile})]
     if options.model is None:
+        made = (make(sizes, batch, options, device, compile) for make, compile in makers)
         seconds = timings({case: step for cases in made for case, step in cases.items()}, options.repeats, device)
+        memory: dict[str, int] = {}
     else:
-        for cases in made:
-            for case, step in cases.items():
-                if gpu:
-                    torch.cuda.reset_peak_memory_stats(device)
-                seconds |= timings({case: step}, options.repeats, device)
-                memory[case] = torch.cuda.max_memory_allocated(device) if gpu else 0
-                print(f"{case}: {1000 * seconds[case]:.1f} ms, {memory[case] / 2**30:.1f} GiB", flush=True)
-                if options.profile:
-                    print_profile(case, step)
-            cases.clear()  # the generator holds the mapping as well
-            step = None
-            gc.collect()
+        seconds, memory = in_turn(makers, sizes, batch, options, device)
     peak = options.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if gpu else None)
     tokens = sum(lengths) + sum(batch.image_tokens)
     print(f"\n{options.precision}, {name} captions: {min(lengths)} to {max(lengths)} tokens; {tokens} tokens a step")

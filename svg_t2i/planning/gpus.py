@@ -45,6 +45,11 @@ def own_share(tensors: float, gpus: int = 1) -> float:
     return CONTEXT + (NCCL if gpus > 1 else 0) + FRAGMENTS * tensors
 
 
+def tensors_within(total: float) -> float:
+    """The bytes of tensors in the total with `own_share` on one GPU."""
+    return (total - CONTEXT) / (1 + FRAGMENTS)
+
+
 GPUS = {
     "a100": GPU("NVIDIA A100 80GB", 80, 300, 25),
     "a100-40": GPU("NVIDIA A100 40GB", 40, 300, 25),

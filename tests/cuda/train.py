@@ -36,11 +36,12 @@ from svg_t2i.training.step import FlowObjective, TrainState, train_step
 from svg_t2i.transformer.model import SVGDiT
 
 CAPTION = 150  # tokens on average
+SHAPES = 5  # of images in a micro-batch, at most
 
 
 def micro_batch(config: TrainConfig, rng: random.Random, size: int) -> TrainBatch:
     """Pinned images of several shapes and captions of about `CAPTION` tokens, a tenth of them empty."""
-    buckets = aspect_buckets(config.data.resolution, config.data.max_aspect)
+    buckets = rng.sample(aspect_buckets(config.data.resolution, config.data.max_aspect), SHAPES)
     sides = sorted(rng.choice(buckets) for _ in range(size))
     images = tuple(
         torch.zeros(sides.count(side), 3, side[1], side[0], dtype=torch.uint8) for side in sorted(set(sides))

@@ -32,6 +32,9 @@ def test_the_parts_run_on_a_cpu_at_toy_size(tmp_path, repo_root):
     assert all("failed" not in entry for entry in found.values())
     assert found["survival"]["found"]["largest_difference"] <= 1e-6
     assert "vs diffusers" in "\n".join(found["training_256"]["output"])
+    ways = found["pipeline"]["found"]
+    assert ways["preset fast"]["evaluations"] < ways["all networks on the device"]["evaluations"]
+    assert {"int8 weights", "networks taking turns"} < set(ways)
     assert "## Sampling" in (tmp_path / "gpu_report.md").read_text()
 
 
@@ -60,8 +63,48 @@ def test_what_is_done_stays(options):
     results = report(options, [Part("late", "Late", 10**6, fine)])
     assert results["late"]["skipped"].startswith("1000000 s are needed and ")
     with pytest.raises(KeyboardInterrupt):
-        report(options, [*parts[:1], Part("d", "D", 0, cut_off)])
+        report(options, [Part("a", "A", 9, fine), Part("d", "D", 9, cut_off)])
     assert list(json.loads((options.output / "gpu_report.json").read_text())) == ["a"]
+
+
+def test_chosen_parts_join_an_earlier_report(options):
+    parts = [Part(name, name.upper(), 0, lambda *_: ({"value": 1}, "")) for name in ("versions", "attention")]
+    report(options, parts)
+    options.parts = ["attention"]
+    again = [Part("attention", "A", 0, lambda *_: ({"value": 2}, "")), Part("other", "B", 0, lambda *_: 1 / 0)]
+    found = {name: entry["found"]["value"] for name, entry in report(options, again).items()}
+    assert found == {"versions": 1, "attention": 2}
+
+
+TRAINING = """
+ours: 312.0 ms, 81.9 GiB
+diffusers: 617.0 ms, 131.3 GiB
+"""
+CALLS = """
+all networks on the device: 5.60 s, 100 evaluations, 11.7 GiB (planned: 11.9)
+preset fast: 3.10 s, 52 evaluations, 11.7 GiB
+8-bit products (fp8_dynamic): needs a GPU of compute capability 8.9
+"""
+
+
+def test_what_was_measured_before_the_time_was_up_is_kept(monkeypatch, options):
+    printed = iter([TRAINING, CALLS])
+
+    def cut_off(*_):
+        raise Failed(f"not done after 300 s{next(printed)}")
+
+    monkeypatch.setattr(gpu_report, "call", cut_off)
+    options.device = "cuda"
+    parts = {part.name: part for part in gpu_report.PARTS}
+    found = report(options, [parts["training_256"], parts["pipeline"]])
+    assert found["training_256"]["failed"] == found["pipeline"]["failed"] == "not done after 300 s"
+    cases = found["training_256"]["found"]
+    assert cases["ours"] == {"ms": 312.0, "gib": 81.9, "times as fast as diffusers": 1.98}
+    assert cases["planned, ours"]["ratio"] == pytest.approx(1, abs=0.06)
+    assert found["pipeline"]["found"] == {
+        "all networks on the device": {"seconds": 5.6, "evaluations": 100, "gib": 11.7, "planned gib": 11.9},
+        "preset fast": {"seconds": 3.1, "evaluations": 52, "gib": 11.7},
+    }
 
 
 def test_a_command_that_fails_or_takes_too_long_is_noted():
