@@ -2,6 +2,7 @@
 
     python -m svg_t2i.benchmark geneval --checkpoint results/run --prompts geneval/prompts/evaluation_metadata.jsonl
     python -m svg_t2i.benchmark dpg     --checkpoint results/run --prompts ELLA/dpg_bench/prompts
+    python -m svg_t2i.benchmark judge   --images outputs/benchmark/geneval/images
     python -m svg_t2i.benchmark summarise --geneval results.jsonl --dpg dpg-bench_results.txt
     python -m svg_t2i.benchmark folder  --checkpoint results/run --prompts val.jsonl --reference val.jsonl
     python -m svg_t2i.benchmark shapes  --checkpoint outputs/quickstart/transformer
@@ -23,6 +24,7 @@ import argparse
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,8 @@ from autoencoder.sources.failures import Failures
 from autoencoder.sources.folders import FileList
 from autoencoder.sources.opening import open_images
 from autoencoder.sources.source import Reading, Sample
-from svg_t2i.evaluation import suites, sweep
+from svg_t2i.evaluation import geneval, suites, sweep
+from svg_t2i.evaluation.detector import CLIP, DETECTOR, ColourReader, Detector
 from svg_t2i.evaluation.evaluate import ImageFiles, describe_report, evaluate, measure
 from svg_t2i.evaluation.settings import METRICS, OF_IMAGES, WITH_ENCODER, WITH_REFERENCES, EvaluationConfig
 from svg_t2i.evaluation.shapes import benchmark_scenes, score_scenes, self_test, write_data_set
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if arguments.command == "summarise":
-        print(summarise(arguments))
+        print(summary(arguments.name, arguments.geneval, arguments.dpg))
     elif arguments.command == "shapes" and arguments.draw is not None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
     elif arguments.command == "shapes" and arguments.self_test:
@@ -85,7 +88,9 @@ def run_suite(arguments: argparse.Namespace, world: World) -> None:
         raise UserError(f"--resolution {sampling.width}x{sampling.height}: DPG-Bench's tool takes squares")
     make_images(arguments, arguments.command, prompts, sampling, world)
     if world.is_main:
-        print(f"{arguments.output / 'images'} is ready for the official tool; then: benchmark summarise")
+        images = arguments.output / "images"
+        own = f"benchmark judge --images {images}, or " if arguments.command == "geneval" else ""
+        print(f"{images} is ready; next: {own}the official tool and benchmark summarise")
 
 
 def run_folder(arguments: argparse.Namespace, world: World) -> None:
@@ -178,20 +183,35 @@ def run_sweep(arguments: argparse.Namespace, world: World) -> None:
         print(f"{path} and {path.with_suffix('.png')}")
 
 
-def summarise(arguments: argparse.Namespace) -> str:
-    """summarise: Markdown of what the official tools found, next to the published scores."""
-    if arguments.geneval is None and arguments.dpg is None:
+def run_judge(arguments: argparse.Namespace, world: World) -> None:
+    """judge: GenEval's verdicts on pictures in its layout, whoever made them."""
+    pictures = geneval.find_pictures(arguments.images)
+    output = arguments.output or arguments.images.parent / "results.jsonl"
+    with world.main_first():  # one process downloads
+        networks = Detector(arguments.detector, world.device), ColourReader(arguments.clip, world.device)
+    verdicts = geneval.judge(pictures, *networks, world)
+    if world.is_main:
+        used = {name: version(name) for name in ("torch", "transformers")}
+        used |= {"detector": arguments.detector, "clip": arguments.clip, "pictures": len(pictures)}
+        geneval.write_verdicts(verdicts, output)
+        write_json(used, output.with_suffix(".json"))
+        print(f"{summary(arguments.name, output)}\n{output}")
+
+
+def summary(name: str, geneval_results: Path | None, dpg_results: Path | None = None) -> str:
+    """Markdown of what was found, by the official tools or `judge`, next to the published scores."""
+    if geneval_results is None and dpg_results is None:
         raise UserError("nothing to summarise: give --geneval results.jsonl, --dpg results.txt or both")
     scores: dict[str, float] = {}
     notes = []
-    if arguments.geneval is not None:
-        found, images = suites.read_geneval_results(arguments.geneval)
+    if geneval_results is not None:
+        found, images = suites.read_geneval_results(geneval_results)
         scores |= found
         notes.append(f"GenEval: {images} images")
-    if arguments.dpg is not None:
-        scores["DPG-Bench"], prompts = suites.read_dpg_results(arguments.dpg)
+    if dpg_results is not None:
+        scores["DPG-Bench"], prompts = suites.read_dpg_results(dpg_results)
         notes.append(f"DPG-Bench: {prompts} prompts")
-    return f"{suites.table({arguments.name: scores})}\n\n{arguments.name}: {'; '.join(notes)}."
+    return f"{suites.table({name: scores})}\n\n{name}: {'; '.join(notes)}."
 
 
 # --- images -----------------------------------------------------------------------------------------------------
@@ -308,12 +328,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     swept.add_argument("--images_per_scene", type=int, default=1, help="for the metric shapes")
     swept.add_argument("--clip", default=EvaluationConfig.clip, help="Hugging Face folder or id of the CLIP")
 
+    judged = commands.add_parser("judge", help="GenEval's verdicts on images in its layout, without its tool")
+    judged.set_defaults(run=run_judge)
+    judged.add_argument(
+        "--images", type=Path, default=Path("outputs/benchmark/geneval/images"), help="what geneval made"
+    )
+    judged.add_argument("--output", type=Path, help="file to write (default: results.jsonl beside --images)")
+    judged.add_argument("--detector", default=DETECTOR, help="Hugging Face folder or id of a Mask2Former of COCO")
+    judged.add_argument("--clip", default=CLIP, help="Hugging Face folder or id of the CLIP that reads colours")
+    judged.add_argument("--device", help="default: cuda when there is one")
+
     table = commands.add_parser("summarise", help="Markdown row of the official tools' results, next to the published")
     table.add_argument("--geneval", type=Path, help="results.jsonl of GenEval's evaluate_images.py (default: none)")
     table.add_argument("--dpg", type=Path, help="results of DPG-Bench's compute_dpg_bench.py (default: none)")
-    table.add_argument("--name", default="this model", help="first cell of the row")
+    for one in (judged, table):
+        one.add_argument("--name", default="this model", help="first cell of the row")
     arguments = parser.parse_args(argv)
-    if arguments.command != "summarise":
+    if arguments.command not in ("judge", "summarise"):
         check(arguments)
     return arguments
 

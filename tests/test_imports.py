@@ -40,7 +40,9 @@ COMMANDS = {
 }
 # Heavy or process-wide libraries, and the only rooms or modules that may import them.
 ONLY_IN = {
-    "transformers": {"svg_t2i.text", "svg_t2i.evaluation.clip_score", "svg_t2i.pipeline"},
+    "transformers": {
+        "svg_t2i.text", "svg_t2i.evaluation.clip_score", "svg_t2i.evaluation.detector", "svg_t2i.pipeline",
+    },
     "diffusers": {
         "svg_t2i.pipeline", "svg_t2i.loading.components", "svg_t2i.sampling.inputs", "svg_t2i.sampling.schedulers",
     },

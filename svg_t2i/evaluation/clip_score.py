@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from autoencoder.common.hub import folder_or_hub_name
 from autoencoder.evaluation.metrics import Unavailable
-from svg_t2i.text.loading import ERRORS, pretrained, pretrained_model, reason_of
+from svg_t2i.text.loading import ERRORS, pretrained, reason_of, whole_model
 
 
 class CLIPScorer:
@@ -30,7 +30,7 @@ class CLIPScorer:
         source = str(path_or_id)
         try:
             source = folder_or_hub_name(source, "clip", "such as openai/clip-vit-base-patch32")
-            self.model = pretrained_model(AutoModel, source).eval().requires_grad_(False).to(device)
+            self.model = whole_model(AutoModel, source).eval().requires_grad_(False).to(device)
             self.tokenizer = pretrained(AutoTokenizer, source)
             self.processor = pretrained(AutoImageProcessor, source)
         except ERRORS as error:

@@ -140,6 +140,14 @@ def pretrained_model(kind: Any, source: str, **arguments: Any) -> Any:
     return pretrained(kind, source, use_safetensors=safetensors, weights_only=True, **arguments)
 
 
+def whole_model(kind: Any, source: str) -> Any:
+    """`pretrained_model`, where a weight that is not there is a ValueError: transformers goes on with a random one."""
+    model, info = pretrained_model(kind, source, output_loading_info=True)
+    if missing := sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        raise ValueError(f"it lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them")
+    return model
+
+
 def reason_of(error: BaseException) -> str:
     """Why a library could not load something, in one line, without advice to let strangers' code run."""
     text = str(error)

@@ -93,6 +93,7 @@ ELSEWHERE = {
     "python -m svg_t2i.app": "tests/svg_t2i/web/",
     "torchrun --nproc_per_node 8 -m svg_t2i.benchmark geneval": "tests/svg_t2i/test_benchmark.py",
     "torchrun --nproc_per_node 8 -m svg_t2i.benchmark dpg": "tests/svg_t2i/test_benchmark.py",
+    "torchrun --nproc_per_node 8 -m svg_t2i.benchmark judge": "tests/distributed/test_benchmark_gloo.py",
     "python -m svg_t2i.benchmark summarise": "tests/svg_t2i/test_benchmark.py",
     "python geneval": "GenEval's own tool",
     "(cd ELLA": "DPG-Bench's own tool",

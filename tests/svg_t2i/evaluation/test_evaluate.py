@@ -1,10 +1,12 @@
 """Metrics of images against independent computations, and what becomes of metrics that cannot be had."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -32,24 +34,6 @@ def random_images(count, seed=0, low=0):
 @pytest.fixture(scope="module")
 def autoencoder(toy_parts):
     return SVGAutoencoder.from_pretrained(toy_parts / "autoencoder")
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory, toy_parts):
-    """A tiny random CLIP in Hugging Face format, with the toy text encoder's word tokenizer."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = AutoTokenizer.from_pretrained(toy_parts / "text_encoder")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=8)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor.save_pretrained(folder)
-    return folder
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
@@ -148,6 +132,19 @@ def test_a_clip_that_is_not_there_has_a_reason(tmp_path, toy_parts):
     assert "no" in report.unavailable["clip_score"]
     with pytest.raises(Unavailable, match="no image and text features|cannot be had"):
         CLIPScorer(toy_parts / "text_encoder")
+
+
+def test_a_clip_without_some_of_its_weights_has_a_reason(clip_folder, tmp_path):
+    """transformers would go on with random ones."""
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name: x for name, x in weights.items() if "projection" not in name},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(Unavailable, match="lacks 2 weights of a CLIPModel, text_projection.weight among them"):
+        CLIPScorer(tmp_path)
 
 
 def test_pairs():
