@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     elif arguments.command == "shapes" and arguments.draw is not None:
         print(f"{write_data_set(arguments.draw)} pictures in {arguments.draw / 'train.jsonl'}")
     elif arguments.command == "shapes" and arguments.self_test:
-        print(describe_self_test(self_test()))
+        report_self_test(self_test())
     else:
         with start_world(arguments.device) as world:
             arguments.run(arguments, world)
@@ -141,18 +141,16 @@ def run_shapes(arguments: argparse.Namespace, world: World) -> None:
     write_metrics({f"shapes/{task}": value for task, value in scores.items()}, arguments.output, world)
 
 
-def describe_self_test(found: dict[str, dict[str, float]]) -> str:
-    """One line for every kind of drawn pictures.
+def report_self_test(found: dict[str, dict[str, float]]) -> None:
+    """Print a line for every kind of drawn pictures.
 
     Raises:
         SystemExit: the reader misjudges some of them.
     """
-    lines = [
-        f"{kind}: {', '.join(f'{task} {right:.0%}' for task, right in tasks.items())}" for kind, tasks in found.items()
-    ]
+    for kind, tasks in found.items():
+        print(f"{kind}: {', '.join(f'{task} {right:.0%}' for task, right in tasks.items())}")
     if any(right < 1 for tasks in found.values() for right in tasks.values()):
-        raise SystemExit("\n".join([*lines, "The reader misjudges drawn pictures: do not trust its scores."]))
-    return "\n".join(lines)
+        raise SystemExit("The reader misjudges drawn pictures: do not trust its scores.")
 
 
 def run_sweep(arguments: argparse.Namespace, world: World) -> None:

@@ -148,15 +148,18 @@ def find_pictures(folder: Path) -> list[Picture]:
     """The pictures below a folder in GenEval's layout: 00000/metadata.jsonl and 00000/samples/0000.png.
 
     Raises:
-        UserError: there are none, or a file of metadata asks for what no verdict can be given on.
+        UserError: there are none, a prompt has pictures and no metadata, as where they are still being made, or it asks
+            for what no verdict can be given on.
     """
-    prompts = sorted(path for path in folder.glob("*/metadata.jsonl") if path.parent.name.isdigit())
-    pictures = [
-        Picture(path, record)
-        for prompt, record in [(prompt, read_record(prompt)) for prompt in prompts]
-        for path in sorted(prompt.parent.glob("samples/*.png"))
-        if path.stem.isdigit()
-    ]
+    pictures = []
+    for prompt in sorted(path for path in folder.glob("*") if path.name.isdigit()):
+        paths = sorted(path for path in prompt.glob("samples/*.png") if path.stem.isdigit())
+        if paths and not (prompt / "metadata.jsonl").is_file():
+            raise UserError(
+                f"{prompt} has pictures and no metadata.jsonl: let `benchmark geneval` come to its end first"
+            )
+        record = read_record(prompt / "metadata.jsonl") if paths else {}
+        pictures += [Picture(path, record) for path in paths]
     if not pictures:
         raise UserError(f"--images {folder} has no pictures like 00000/samples/0000.png with 00000/metadata.jsonl")
     return pictures

@@ -1,14 +1,17 @@
 """The report of a GPU: in its form for CPUs, and cut off, failing and running out of time at its parts."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from autoencoder.common.config import UserError
 from benchmarks import gpu_report
 from benchmarks.gpu_report import Failed, Part, call, parse_arguments, planned_gib, report
+from benchmarks.training import in_turn
 
 
 @pytest.fixture
@@ -112,6 +115,29 @@ def test_a_command_that_fails_or_takes_too_long_is_noted():
         call(["no.such.module"], 30)
     with pytest.raises(Failed, match="not done after 2 s\nbegun"):
         call(["timeit", "-n1", "-r1", "import time; print('begun', flush=True); time.sleep(60)"], 2)
+
+
+def test_a_model_that_finds_no_memory_costs_the_others_nothing(capsys):
+    """As the peer at 1024 px does on most cards."""
+
+    def ours(*_):
+        return {"ours": lambda: None}
+
+    def peer(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def greedy(*_):
+        return {"first": lambda: None, "second": lambda: peer()}
+
+    options = argparse.Namespace(repeats=1, profile=False)
+    makers = [(ours, False), (peer, True), (greedy, False)]
+    seconds, _ = in_turn(makers, None, None, options, torch.device("cpu"))
+    assert list(seconds) == ["ours", "first"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "out of memory" in line] == [
+        "peer, compiled: out of memory",
+        "second: out of memory",
+    ]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):

@@ -209,6 +209,12 @@ def test_a_folder_of_another_layout_is_refused(tmp_path):
     draw().save(tmp_path / "0000.png")
     with pytest.raises(UserError, match="has no pictures like 00000/samples/0000.png"):
         find_pictures(tmp_path)
+    (tmp_path / "00007" / "samples").mkdir(parents=True)
+    draw().save(tmp_path / "00007" / "samples" / "0000.png")
+    with pytest.raises(
+        UserError, match="00007 has pictures and no metadata.jsonl: let `benchmark geneval` come to its end"
+    ):
+        find_pictures(tmp_path)
 
 
 def test_names_are_those_of_the_prompts():
