@@ -55,6 +55,7 @@ from svg_t2i.rendering.arguments import (
 from svg_t2i.sample import check_arguments, from_parts
 from svg_t2i.sampling.options import SamplingOptions, changed
 from svg_t2i.text.files import read_prompts
+from svg_t2i.text.loading import set_loading_bars
 
 if TYPE_CHECKING:
     from svg_t2i.pipeline import SVGT2IPipeline
@@ -184,6 +185,7 @@ def run_sweep(arguments: argparse.Namespace, world: World) -> None:
 def run_judge(arguments: argparse.Namespace, world: World) -> None:
     """judge: GenEval's verdicts on pictures in its layout, whoever made them."""
     pictures = geneval.find_pictures(arguments.images)
+    set_loading_bars(False)
     output = arguments.output or arguments.images.parent / "results.jsonl"
     with world.main_first():  # one process downloads
         networks = Detector(arguments.detector, world.device), ColourReader(arguments.clip, world.device)
