@@ -22,7 +22,7 @@ from benchmarks.networks import SMALL_DECODER, random_autoencoder, random_text_e
 from svg_t2i.loading.quantization import quantize
 from svg_t2i.pipeline import SVGT2IPipeline, set_verbosity
 from svg_t2i.planning.gpus import find_gpu, tensors_within
-from svg_t2i.planning.sampling import plan_sampling
+from svg_t2i.planning.sampling import SamplingPlan, plan_sampling
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.config import MODELS, DiTConfig
@@ -101,13 +101,12 @@ def measure(way: Way, device: torch.device, options: SamplingOptions, repeats: i
     return seconds, evaluations // repeats, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def planned_bytes(side: int) -> dict[str, float]:
-    """What the plan of a shipped configuration expects of tensors in the ways that it knows, by their names."""
-    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage4_sft.yaml")
-    plan = plan_sampling(config, find_gpu("h100"), side)
-    found = (plan.resident, plan.in_8_bits[0], plan.taking_turns, plan.in_8_bits[1])
-    names = [WAYS[i].name for i in (0, 2, 3, 4)]
-    return {name: tensors_within(nbytes) for name, nbytes in zip(names, found, strict=True)}
+def planned_bytes(way: Way, plan: SamplingPlan) -> float | None:
+    """What the plan expects of tensors; None of ways that it does not know."""
+    if way.quantization not in (None, "int8") or way.preset:
+        return None
+    peaks = plan.in_8_bits if way.quantization else (plan.resident, plan.taking_turns)
+    return tensors_within(peaks[way.offload])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,16 +124,17 @@ def main(argv: list[str] | None = None) -> None:
     side = arguments.side or (1024 if gpu else 128)
     options = replace(SamplingOptions(), height=side, width=side, num_inference_steps=arguments.steps,
                       system_prompt="empty")  # fmt: skip
-    planned = planned_bytes(side) if gpu else {}
+    config = load_config(TrainConfig, REPO_ROOT / "configs" / "svg_t2i" / "stage4_sft.yaml")
+    plan = plan_sampling(config, find_gpu("h100"), side) if gpu else None
     print(f"One image of {side} px, {arguments.steps} steps with guidance, torch {torch.__version__}")
     for way in WAYS:
         if way.quantization == "fp8_dynamic" and not (gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
             print(f"{way.name}: needs a GPU of compute capability 8.9", flush=True)
             continue
         seconds, evaluations, peak = measure(way, device, options, arguments.repeats)
+        planned = planned_bytes(way, plan) if plan else None
         memory = f", {peak / 2**30:.1f} GiB" if gpu else ""
-        if way.name in planned:
-            memory += f" (planned: {planned[way.name] / 2**30:.1f})"
+        memory += f" (planned: {planned / 2**30:.1f})" if planned else ""
         print(f"{way.name}: {seconds:.2f} s, {evaluations} evaluations{memory}", flush=True)
         gc.collect()
 
