@@ -41,7 +41,9 @@ CAPTION_COLUMNS = (
 )
 # fmt: on
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link", "link")
-CONVENTIONS = {"path": "prompt", "image_path": "super_high_quality_caption"}  # the published ones
+ALIGNMENT_CAPTION = "super_high_quality_caption"
+CONVENTIONS = {"path": "prompt", "image_path": ALIGNMENT_CAPTION}  # the published ones
+COLUMNS_BESIDE = (ALIGNMENT_CAPTION, "prompt", "captions", *CAPTION_COLUMNS)  # of an object beside its image
 ANSWERERS = {"gpt", "assistant", "model", "bot", "chatgpt"}
 NAMING = "name it with {setting} (stage 2: data.{setting}, stage 1: data.params.{setting}, other commands: --{setting})"
 REMEDY_FOR_URLS = "images must be local files or in tar shards; img2dataset downloads a list of URLs into such shards"
@@ -169,12 +171,46 @@ def _captions(fields: Mapping[str, Any], image: str, reading: Reading) -> tuple[
         if reading.require_captions:
             raise ValueError(missing_caption(fields, image, reading))
         return (), "base"
-    value = fields[name]
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
-        value = _first_answer(value)
-    published = (image, name) == ("image_path", "super_high_quality_caption")
-    captions = parse_captions({name: value}, name, image, reading.require_captions)
+    published = (image, name) == ("image_path", ALIGNMENT_CAPTION)
+    captions = parse_captions({name: _without_turns(fields[name])}, name, image, reading.require_captions)
     return captions, "align" if published else "base"
+
+
+def captions_beside(fields: Any, text: str | None, image: str, reading: Reading) -> tuple[tuple[str, ...], CaptionKind]:
+    """The captions of an image that has a JSON object beside it, in a tar shard or a folder, or a text file.
+
+    They are what the object says in the column that is asked for, else in one of the usual ones; else the text.
+
+    Args:
+        fields: the object; {} without one. text: content of the text file; None without one. image: its name.
+
+    Raises:
+        ValueError: says what is wrong with them.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
+    if reading.caption_column is None:
+        name = _first_filled(fields, usual_columns(fields, COLUMNS_BESIDE))
+    else:
+        name = reading.caption_column if reading.caption_column in fields else None
+    if text is not None and (name is None or fields[name] in (None, "", [])):
+        fields, name = {"caption": text}, "caption"
+    if name is None:
+        if not reading.require_captions:
+            return (), "base"
+        raise ValueError(
+            missing_caption(fields, image, reading)
+            if fields
+            else f"has no caption: no .txt, .caption or .json named as {image} lies beside it"
+        )
+    captions = parse_captions({name: _without_turns(fields[name])}, name, image, reading.require_captions)
+    return captions, "align" if name == ALIGNMENT_CAPTION else "base"
+
+
+def _without_turns(value: Any) -> Any:
+    """A caption, or of a conversation the first answer."""
+    conversation = isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)
+    return _first_answer(value) if conversation else value
 
 
 def _first_answer(turns: Sequence[Mapping[str, Any]]) -> str | None:
@@ -230,7 +266,7 @@ def local_name(name: str, column: str) -> str:
     """
     if scheme := re.match(r"(?i)([a-z][a-z0-9+.-]+)://", name):
         if scheme[1].lower() != "file":
-            raise ValueError(f"field {column!r} is the URL {name!r}; {REMEDY_FOR_URLS}")
+            raise ValueError(f"field {column!r} is a URL: {name!r}; {REMEDY_FOR_URLS}")
         return unquote(urlsplit(name).path)
     return os.path.expanduser(name) if name.startswith("~") else name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
 from autoencoder.sources.captions import clean_text
+from autoencoder.sources.entries import captions_beside, size_of, tags_of
 from autoencoder.sources.source import (
     IMAGE_SUFFIXES,
     NOT_DATA,
@@ -21,9 +23,16 @@ from autoencoder.sources.source import (
     Reading,
     Sample,
     is_companion,
+    is_image_name,
 )
 
-SIDECARS = ("", ".txt", ".caption", ".TXT", ".CAPTION")  # what replaces the image's suffix; "": there is none
+TEXTS = (".txt", ".caption", ".TXT", ".CAPTION")
+SIDECARS = (
+    "",
+    *TEXTS,
+    ".json",
+    ".JSON",
+)  # what replaces the image's suffix, the first that is there; "": there is none
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -45,13 +54,14 @@ def survey(folder: Path | str) -> Contents:
     contents = Contents()
     for root, names in _folders(folder):
         here, there = set(names), os.path.relpath(root, folder)
+        pictures = {os.path.splitext(name)[0] for name in names if is_image_name(name)}
         for name in names:
             stem, suffix = os.path.splitext(name)
             path = name if there == "." else os.path.join(there, name)
-            if suffix.lower() in IMAGE_SUFFIXES:
+            if is_image_name(name):
                 beside = next((code for code, end in enumerate(SIDECARS) if code and stem + end in here), 0)
                 contents.images.append((os.fsencode(path), beside))
-            elif suffix not in SIDECARS:
+            elif suffix not in TEXTS and not (suffix in SIDECARS and stem in pictures):
                 contents.others.setdefault(suffix.lower(), []).append(path)
     for paths in (contents.images, *contents.others.values()):
         paths.sort()
@@ -64,8 +74,8 @@ FINGERPRINTED_TEXTS = 4096  # whose content is looked at, evenly spread
 class ImageFolder(ImageSource):
     """All images below root/split in the order of their names. (ImageNet's splits: train, val.)
 
-    The caption of photo.jpg is what photo.txt or photo.caption beside it says, if there is one. Where captions are
-    required, images without such a file are left out, each counted as an unusable sample.
+    The caption of photo.jpg is what photo.txt or photo.caption beside it says, else an object in photo.json, as in tar
+    shards. Where captions are required, images without such a file are left out, each counted as an unusable sample.
 
     contents: what `survey` found, if that was done.
 
@@ -95,12 +105,12 @@ class ImageFolder(ImageSource):
         captioned = self.sidecars > 0
         if not captioned.any():
             raise UserError(
-                f"image folder {self.folder} holds {len(self)} images and no captions; put a .txt or .caption beside "
-                "each image, or give a manifest or table of images and captions"
+                f"image folder {self.folder} holds {len(self)} images and no captions; put a .txt, .caption or .json "
+                "beside each image, or give a manifest or table of images and captions"
             )
         for name in self.names[~captioned]:
             path = self.folder / os.fsdecode(name)
-            self.fail(path.name, f"{path}: has no caption: there is no {path.stem}.txt or .caption beside it")
+            self.fail(path.name, f"{path}: has no caption: there is no {path.stem}.txt, .caption or .json beside it")
         self.names, self.sidecars = self.names[captioned], self.sidecars[captioned]
 
     def __len__(self) -> int:
@@ -108,6 +118,8 @@ class ImageFolder(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         path, sidecar = self._paths(index)
+        if sidecar is not None and sidecar.suffix.lower() == ".json":
+            return _described(path, sidecar, self.reading)
         return Sample(path, _captions(sidecar, self.reading.require_captions), "base")
 
     def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
@@ -144,6 +156,19 @@ def _captions(sidecar: Path | None, required: bool) -> tuple[str, ...]:
             raise UserError(f"{sidecar}: {reason}") from None
         text = ""
     return (text,) if text else ()
+
+
+def _described(path: Path, sidecar: Path, reading: Reading) -> Sample:
+    """The image that a JSON object beside it describes."""
+    try:
+        fields = json.loads(sidecar.read_bytes())
+        captions, kind = captions_beside(fields, None, path.name, reading)
+    except (OSError, ValueError, RecursionError) as error:
+        if reading.require_captions:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"{sidecar}: {reason}") from None
+        return Sample(path, (), "base")
+    return Sample(path, captions, kind, size_of(fields), tags_of(fields))
 
 
 def read_text(path: Path) -> str:

@@ -28,7 +28,8 @@ from autoencoder.sources.spans import FileChanged, file_version
 
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib"}
 IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga"}
-NOT_DATA = {"__MACOSX", ".ipynb_checkpoints", ".index"}  # folders that systems and tools put beside the data
+# Folders that systems and tools put beside the data.
+NOT_DATA = {"__MACOSX", ".ipynb_checkpoints", ".index", "@eaDir", "$RECYCLE.BIN", ".thumbnails"}
 
 ORIENTATIONS = ("apply", "ignore")  # of the EXIF tag
 CaptionKind = Literal["base", "align"]

@@ -1,7 +1,7 @@
 """Samples in tar shards, as WebDataset writes them: members that share a name up to its first dot.
 
     000017.jpg      the image, any of `IMAGE_SUFFIXES`
-    000017.json     captions in one of `CAPTION_FIELDS` (a text or a list of texts), optionally width and height
+    000017.json     captions under one of the usual names (a text or a list of texts), optionally width and height
     000017.txt      one caption, where the JSON has none; or 000017.caption
     000017.seg.png  left alone, as all else
 
@@ -35,10 +35,9 @@ import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
-from autoencoder.sources.captions import clean_text, parse_captions
-from autoencoder.sources.entries import size_of, tags_of
+from autoencoder.sources.captions import clean_text
+from autoencoder.sources.entries import captions_beside, size_of, tags_of
 from autoencoder.sources.source import (
-    CaptionKind,
     ImageSource,
     Reading,
     Sample,
@@ -50,13 +49,6 @@ from autoencoder.sources.tar_members import caption_member, image_of, key_of, sp
 
 logger = logging.getLogger(__name__)
 
-CAPTION_FIELDS: dict[str, CaptionKind] = {
-    "super_high_quality_caption": "align",
-    "prompt": "base",
-    "captions": "base",
-    "caption": "base",
-    "text": "base",
-}
 INDEX_FORMAT = 2  # of the rows; indexes without a format have rows of three numbers for samples in one piece
 READ_AHEAD = 1 << 23  # bytes, while a remote shard is read through
 
@@ -87,7 +79,7 @@ class TarShards(ImageSource):
             found = list(pool.map(lambda shard: _table(shard, reading.index_folder), shards))
         if not sum(len(table) for table, _ in found):
             raise UserError(
-                f"{pattern}: {len(shards)} shards without any image; samples need a member such as 0001.jpg"
+                f"{pattern}: no image in {len(shards)} tar shard(s); samples need a member such as 0001.jpg"
             )
         source = cls(pattern, shards, [table for table, _ in found], reading)
         for shard, (_, damage) in zip(shards, found, strict=True):
@@ -106,7 +98,7 @@ class TarShards(ImageSource):
         try:
             pieces = [(start, end), *zip(others[::2], others[1::2])]
             record = b"".join(_fetch(shard, *piece, self.versions.get(shard)) for piece in pieces if piece[1])
-            return parse_record(record, shard, self.reading.require_captions)
+            return parse_record(record, shard, self.reading)
         except UserError:
             raise
         except Exception as error:  # tarfile has many for damaged members, json a few
@@ -134,7 +126,7 @@ class TarShards(ImageSource):
         return self.shards[number], self.tables[number][index]
 
 
-def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[bytes, Sample]:
+def parse_record(record: bytes, shard: str, reading: Reading) -> tuple[bytes, Sample]:
     """The members of one sample → its image file's content and the sample.
 
     Raises:
@@ -152,14 +144,9 @@ def parse_record(record: bytes, shard: str, require_captions: bool) -> tuple[byt
 
         image = tar.extractfile(members[name]).read()
         fields, texts = json.loads(content(".json") or b"{}"), [content(".txt"), content(".caption")]
-    if not isinstance(fields, dict):
-        raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
-    field = next((field for field in CAPTION_FIELDS if fields.get(field)), None)
-    if field is None:
-        text = next((clean_text(text.decode()).strip() for text in texts if text is not None), None)
-        fields, field = fields | ({"caption": text} if text is not None else {}), "caption"
-    captions = parse_captions(fields, field, name, require_captions)
-    return image, Sample(Path(shard, name), captions, CAPTION_FIELDS[field], size_of(fields), tags_of(fields))
+    text = next((clean_text(text.decode()).strip() for text in texts if text is not None), None)
+    captions, kind = captions_beside(fields, text, name, reading)
+    return image, Sample(Path(shard, name), captions, kind, size_of(fields), tags_of(fields))
 
 
 # --- finding ----------------------------------------------------------------------------------------------------

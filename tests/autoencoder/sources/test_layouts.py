@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -100,6 +101,13 @@ def sidecars(folder):
 def captions_beside(folder):
     for name, text in zip(pictures(folder / "deeper"), CAPTIONS, strict=True):
         put(folder / "deeper" / name.replace("png", "caption"), text)
+    return folder
+
+
+def objects_beside(folder):
+    for name, text in zip(pictures(folder), CAPTIONS, strict=True):
+        put(folder / name.replace("png", "json"), json.dumps({"caption": [text, ""], "width": 20, "height": 20}))
+    put(folder / "@eaDir" / "0.png" / "SYNOPHOTO_THUMB.png", png(COLOURS[0]))
     return folder
 
 
@@ -201,9 +209,9 @@ def saved_dataset(folder):
 
 
 LAYOUTS = (
-    sidecars, captions_beside, img2dataset_files, imagefolder_lines, imagefolder_csv, imagefolder_parquet, json_list,
-    json_lines, gzip_lines, llava, images_as_bytes, images_in_lines, parquet_folder, shards, unsorted_tar, dotted_tar,
-    saved_dataset,
+    sidecars, captions_beside, objects_beside, img2dataset_files, imagefolder_lines, imagefolder_csv,
+    imagefolder_parquet, json_list, json_lines, gzip_lines, llava, images_as_bytes, images_in_lines, parquet_folder,
+    shards, unsorted_tar, dotted_tar, saved_dataset,
 )  # fmt: skip
 
 
@@ -246,10 +254,66 @@ def test_columns_of_tables(image, caption, delimiter, tmp_path):
     assert seen(open_source(path)) == FOUND
 
 
+OBJECT = {"caption": "alternative text", "Long Caption": "", "vlm": "what a model saw", "tags": "a, b"}
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+@pytest.mark.parametrize(
+    ("column", "text", "captions"),
+    [
+        (None, None, ("alternative text",)),
+        ("vlm", None, ("what a model saw",)),
+        ("vlm", "a text file", ("what a model saw",)),
+        ("Long Caption", "a text file", ("a text file",)),
+        ("nothing", "a text file", ("a text file",)),
+    ],
+)
+def test_the_column_that_is_asked_for_of_an_object_beside_an_image(kind, column, text, captions, tmp_path):
+    """In a folder the text file counts before the object."""
+    files = [("0.png", png(COLOURS[0])), ("0.json", json.dumps(OBJECT))] + ([("0.txt", text)] if text else [])
+    if kind == "tar":
+        path = tar(tmp_path / "shard.tar", files)
+    else:
+        path, captions = tmp_path / "folder", (text,) if text else captions
+        for name, content in files:
+            put(path / name, content)
+    source = open_source(path, Reading(caption_column=column))
+    found = source.load(0).sample
+    assert found.captions == captions
+    assert kind == "folder" and text or found.tags == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"title": "x"}', r"field 'text2', the caption of '0.png', is missing; it has \['title'\]"),
+        ("[1]", "its .json must hold an object, not list"),
+        ('{"text2": 3}', "field 'text2' must be a text or a list of texts, got 3"),
+    ],
+)
+def test_an_object_without_a_caption_is_refused(kind, content, message, tmp_path, caplog):
+    files = [
+        ("0.png", png(COLOURS[0])),
+        ("0.json", content),
+        ("1.png", png(COLOURS[1])),
+        ("1.json", '{"text2": "fine"}'),
+    ]
+    path = tar(tmp_path / "shard.tar", files) if kind == "tar" else tmp_path / "folder"
+    for name, text in files if kind == "folder" else ():
+        put(path / name, text)
+    source = open_source(path, Reading(caption_column="text2", failures=Failures(1)))
+    assert source.load(0).sample.captions == ("fine",)  # in its place
+    assert re.search(message, next(iter(source.failures.reasons.values())))
+    assert open_images(path).load(0).sample.captions == ()
+
+
 def test_classes_need_no_captions(tmp_path):
     pictures(tmp_path, ("n01/a.JPEG", "n01/b.JPEG", "n02/a.JPEG"))
     assert [colour for colour, *_ in seen(open_images(tmp_path))] == list(COLOURS)
-    with pytest.raises(UserError, match=r"holds 3 images and no captions; put a \.txt or \.caption beside each"):
+    with pytest.raises(
+        UserError, match=r"holds 3 images and no captions; put a \.txt, \.caption or \.json beside each"
+    ):
         open_source(tmp_path)
 
 
@@ -258,7 +322,7 @@ def test_an_image_without_a_text_is_left_out(tmp_path):
     (tmp_path / "1.txt").unlink()
     source = open_source(tmp_path)
     assert [sample.captions for sample in source] == [(CAPTIONS[0],), (CAPTIONS[2],)]
-    assert "1.png: has no caption: there is no 1.txt or .caption beside it" in next(
+    assert "1.png: has no caption: there is no 1.txt, .caption or .json beside it" in next(
         iter(source.failures.reasons.values())
     )
     with pytest.raises(UserError, match="has no caption"):

@@ -118,7 +118,7 @@ def test_unusable_samples_are_replaced_and_named(tmp_path, caplog):
     source = TarShards.open(str(path), Reading(failures=Failures(3)))
     assert [source.load(i)[0].width for i in range(5)] == [20, 24, 24, 24, 24]
     assert f"{path}/1.png: not a readable image" in caplog.text
-    assert "the caption of '2.png', is missing" in caplog.text
+    assert "has no caption: no .txt, .caption or .json named as 2.png lies beside it" in caplog.text
     assert ".json must hold an object, not list" in caplog.text
     strict = TarShards.open(str(path), Reading(failures=Failures(2)))
     with pytest.raises(UserError, match="more than 2 unusable samples"):
@@ -171,7 +171,7 @@ def test_mistakes_are_named(shards, tmp_path):
         open_source(str(shards / "gone.tar"))
     with pytest.raises(UserError, match=r"compressed shard; unpack it"):
         open_source(str(shards / "s-0.tar.gz"))
-    with pytest.raises(UserError, match="without any image"):
+    with pytest.raises(UserError, match="no image in 1 tar shard"):
         open_source(str(shards / "s-1.tar"))
 
 
