@@ -305,7 +305,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         suite.add_argument("--prompts", type=Path, required=True, help="the official prompts; see docs/evaluation.md")
 
     folder = add_sampler(commands, "folder", run_folder, "measure images of any prompts, or images that exist", 1)
-    folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl) or manifest (default: none)")
+    folder.add_argument("--prompts", help="prompt file (.txt, .json, .jsonl, .csv, .tsv) or manifest (default: none)")
     folder.add_argument("--images", help="measure these, in the size of the first (default: make images)")
     folder.add_argument("--reference", help="real images: a folder, manifest, … as of training (default: none)")
     folder.add_argument(

@@ -126,7 +126,7 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command not in ("variation", "retrieve"):
         what.add_argument("--prompt", action="append", default=[], help="may be given several times")
     if command in ("generate", "enhance", "image_to_image"):
-        what.add_argument("--prompts", help="prompt file: .txt, .json or .jsonl (default: none)")
+        what.add_argument("--prompts", help="prompt file: .txt, .json, .jsonl, .csv or .tsv (default: none)")
         what.add_argument("--limit", type=int, help="only the first prompts of the list (default: all)")
     if command in ("generate", "image_to_image"):
         what.add_argument("--enhance", action="store_true", help="let the text encoder rewrite the prompts first")

@@ -1,10 +1,15 @@
-"""Prompt files: .txt (a prompt a line), .json (a list) and .jsonl, of strings or records. Lines end at line feeds only.
+"""Prompt files: .txt (a prompt a line), .json (a list) and .jsonl, of strings or records; .csv and .tsv with a header.
+
+Lines end at line feeds only. Files are UTF-8, or UTF-16 with its mark.
 
 A file is checked as a whole before anything else happens: what is wrong in it is said together, with line numbers.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +20,8 @@ from typing import Any
 from autoencoder.common.config import UserError
 
 # Fields of a prompt record that hold the prompt, in order of preference.
-PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query")
+PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query", "prompts")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_PROBLEMS = 5  # named in one message
 
 
@@ -37,27 +43,31 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")
-    text = read_text(path, "prompt file ")
-    if path.suffix == ".txt":
+    text, kind = read_text(path, "prompt file "), path.suffix.lower()
+    if kind == ".txt":
         prompts = [Prompt(line) for _, line in numbered_lines(text)]
-    elif path.suffix == ".json":
+    elif kind == ".json":
         records = _parse(text) if text.strip() else []
         if not isinstance(records, list):
             raise UserError(f"{path}: expected a list of prompts or records, got {type(records).__name__}")
         prompts = checked(path, enumerate(records, 1), _prompt_of)
-    elif path.suffix == ".jsonl":
+    elif kind == ".jsonl":
         prompts = checked(path, numbered_lines(text), lambda line: _prompt_of(_parse(line)))
+    elif kind in DELIMITERS:
+        prompts = checked(path, _table_rows(text, DELIMITERS[kind], path), _prompt_of)
     else:
-        raise UserError(f"prompt file {path}: unknown kind {path.suffix!r}; use .txt, .json or .jsonl")
+        raise UserError(f"prompt file {path}: unknown kind {path.suffix!r}; use .txt, .json, .jsonl, .csv or .tsv")
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
     return prompts
 
 
 def read_text(path: Path, what: str = "") -> str:
-    """A file in UTF-8, with or without a byte order mark. UserError for another encoding."""
+    """A file in UTF-8, with or without a byte order mark, or in UTF-16 with one. UserError for another encoding."""
+    content = path.read_bytes()
+    utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{what}{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -70,6 +80,21 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line.strip()
+
+
+def _table_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table, each with the number of its last line. Columns in lower case, without empty cells."""
+    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    try:
+        columns = [name.strip().lower() for name in rows.fieldnames or ()]
+        if columns and not set(columns) & set(PROMPT_FIELDS):
+            raise UserError(f"{path}: none of the columns {columns} holds prompts; name it {', '.join(PROMPT_FIELDS)}")
+        rows.fieldnames = columns
+        for row in rows:
+            cells = {name: cell.strip() for name, cell in row.items() if isinstance(cell, str)}
+            yield rows.line_num, {name: cell for name, cell in cells.items() if cell}
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.line_num + 1}: no valid table ({error})") from error
 
 
 def checked(path: Path, entries: Iterator[tuple[int, Any]], read: Callable[[Any], Any]) -> list[Any]:

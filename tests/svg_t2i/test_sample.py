@@ -90,7 +90,7 @@ def test_wrong_command_lines(saved_pipeline, tmp_path, arguments, message, monke
         ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"broken\.jsonl:2: not valid JSON"),
         ("field.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', r"field\.jsonl:2: no prompt"),
         ("list.json", '{"prompt": "a"}', "expected a list"),
-        ("p.csv", "a", "unknown kind"),
+        ("p.yaml", "a", "unknown kind"),
         ("scale.jsonl", '{"prompt": "a", "guidance_scale": "much"}', r"scale\.jsonl:1: guidance_scale = 'much'"),
     ],
 )

@@ -63,7 +63,40 @@ def test_all_mistakes_are_named_together(tmp_path):
 
 
 def test_another_encoding_is_refused(tmp_path):
-    for name in ("p.txt", "p.jsonl"):
-        (tmp_path / name).write_bytes("a fox".encode("utf-16"))
+    for name in ("p.txt", "p.jsonl", "p.csv"):
+        (tmp_path / name).write_bytes("a café".encode("latin-1"))
         with pytest.raises(UserError, match=f"prompt file .*{name} is not UTF-8 text"):
             read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["p.tsv", "P.CSV"])
+def test_tables(tmp_path, name, encoding):
+    """As PartiPrompts (.tsv, "Prompt") and DrawBench (.csv, "Prompts") have them."""
+    rows = [["Category", " Prompts", "guidance_scale"], ["x", f'"{ODD}"', ""], ["", '"two, in\nquotes"', "2.5"]]
+    text = "\r\n".join(("\t" if name == "p.tsv" else ",").join(row) for row in rows)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_prompts(tmp_path / name) == [Prompt(ODD), Prompt("two, in\nquotes", {"guidance_scale": 2.5})]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a red fox\na dog\n", r"p.csv: none of the columns .'a red fox'. holds prompts"),
+        ("prompt,seed\na,1\n,2\n", "p.csv:3: no prompt"),
+        ("prompt,guidance_scale\na,nan\n", "p.csv:2: guidance_scale = 'nan' is no finite number"),
+        ("prompt\n" + "x" * 200_000, r"p.csv:2: no valid table \(field larger than field limit"),
+        ("prompt\n", "p.csv holds no prompt"),
+        ("", "p.csv holds no prompt"),
+    ],
+)
+def test_mistakes_in_tables_are_named(tmp_path, text, message):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / "p.csv")
+
+
+def test_other_kinds_are_refused(tmp_path):
+    (tmp_path / "p.md").write_text("a")
+    with pytest.raises(UserError, match="unknown kind '.md'; use .txt, .json, .jsonl, .csv or .tsv"):
+        read_prompts(tmp_path / "p.md")
