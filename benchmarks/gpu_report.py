@@ -30,9 +30,8 @@ from autoencoder.common.weights import replacing, write_json
 from svg_t2i.checkpoints.weights import load_transformer
 from svg_t2i.planning.networks import transformer_counts
 from svg_t2i.planning.training import GB, measure_training
-from svg_t2i.transformer.config import MODELS
+from svg_t2i.transformer.config import MODELS, PUBLISHED
 
-MODEL = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 SHOWN = 60  # lines of a part's output
 
 
@@ -114,7 +113,7 @@ def training(pixels: int, batch: int, checkpointing: str) -> Callable:
             return {"skipped": "at toy size it is the part of 256 px"}, ""
         size = ["--pixels", 64, "--batch", 2, "--repeats", 1, "--precision", "fp32", "--dim", 96, "--layers", 1]
         if options.device == "cuda":
-            size = ["--model", MODEL, "--pixels", pixels, "--batch", batch, "--compile", "--live", "--repeats", 5]
+            size = ["--model", PUBLISHED, "--pixels", pixels, "--batch", batch, "--compile", "--live", "--repeats", 5]
         size += ["--captions", "ragged", "--checkpointing", checkpointing]
         words = ["benchmarks.training", "--device", options.device, *size]
         return read_off(words, seconds, lambda output: training_cases(output, pixels, batch, checkpointing))
@@ -139,9 +138,9 @@ def planned_gib(pixels: int, batch: int, checkpointing: str) -> float:
     """What svg_t2i.plan expects of the benchmark's eager step: all weights, moments, an average, no frozen networks."""
     from benchmarks.forward import ragged_lengths
 
-    parameters = transformer_counts(MODELS[MODEL]).all
+    parameters = transformer_counts(MODELS[PUBLISHED]).all
     grid = (pixels // 16,) * 2
-    passed = measure_training(MODELS[MODEL], (grid,) * batch, ragged_lengths(batch), checkpointing)
+    passed = measure_training(MODELS[PUBLISHED], (grid,) * batch, ragged_lengths(batch), checkpointing)
     return ((4 + 8 + 4 + 2) * parameters + passed.peak_with(4)) / 2**30  # one micro-batch: gradients come in its course
 
 

@@ -25,10 +25,9 @@ from svg_t2i.planning.gpus import find_gpu, tensors_within
 from svg_t2i.planning.sampling import SamplingPlan, plan_sampling
 from svg_t2i.sampling.options import SamplingOptions
 from svg_t2i.training.settings import TrainConfig
-from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.config import MODELS, PUBLISHED, DiTConfig
 from svg_t2i.transformer.model import SVGDiT
 
-PUBLISHED = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 PROMPT = " ".join(["word"] * 149)  # 150 tokens
 
 

@@ -25,11 +25,10 @@ from autoencoder.decoders.convolutional import ConvDecoder, DecoderConfig
 from benchmarks.forward import lumina2_peer, ragged_lengths, randomise, timings
 from svg_t2i.sampling.denoising import Conditions, denoise
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.transformer.config import MODELS, DiTConfig
+from svg_t2i.transformer.config import MODELS, PUBLISHED, DiTConfig
 from svg_t2i.transformer.model import SVGDiT
 from svg_t2i.transformer.packing import TextFeatures
 
-PUBLISHED = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 EMPTY_TOKENS = 1  # of the unconditional text
 
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in UTF-16 begins
+
+
+def decode_text(content: bytes) -> str:
+    """A text in UTF-8, with or without a byte order mark, or in UTF-16 with one. UnicodeDecodeError for others."""
+    return content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig")
+
 
 def clean_text(text: str) -> str:
     """The text without a byte order mark and without halves of characters.

@@ -113,12 +113,14 @@ def image_column(fields: Mapping[str, Any], reading: Reading) -> str | None:
     return next(iter(held), None) or _first_filled(fields, found)
 
 
-def caption_column(fields: Mapping[str, Any], image: str, reading: Reading) -> str | None:
-    """Which field is the caption of the image in field `image`."""
+def caption_column(
+    fields: Mapping[str, Any], image: str | None, reading: Reading, names: Sequence[str] = CAPTION_COLUMNS
+) -> str | None:
+    """Which field is the caption of the image in field `image` (None: it is in no field). names: the usual ones."""
     if reading.caption_column is not None:
         return reading.caption_column if reading.caption_column in fields else None
     published = CONVENTIONS.get(image)
-    names = CAPTION_COLUMNS if published is None else (published, *CAPTION_COLUMNS)
+    names = names if published is None else (published, *names)
     return _first_filled(fields, [name for name in usual_columns(fields, names) if name != image])
 
 
@@ -189,10 +191,7 @@ def captions_beside(fields: Any, text: str | None, image: str, reading: Reading)
     """
     if not isinstance(fields, dict):
         raise ValueError(f"its .json must hold an object, not {type(fields).__name__}")
-    if reading.caption_column is None:
-        name = _first_filled(fields, usual_columns(fields, COLUMNS_BESIDE))
-    else:
-        name = reading.caption_column if reading.caption_column in fields else None
+    name = caption_column(fields, None, reading, COLUMNS_BESIDE)
     if text is not None and (name is None or fields[name] in (None, "", [])):
         fields, name = {"caption": text}, "caption"
     if name is None:

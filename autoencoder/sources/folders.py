@@ -14,7 +14,7 @@ import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
-from autoencoder.sources.captions import clean_text
+from autoencoder.sources.captions import clean_text, decode_text
 from autoencoder.sources.entries import captions_beside, size_of, tags_of
 from autoencoder.sources.source import (
     IMAGE_SUFFIXES,
@@ -27,13 +27,8 @@ from autoencoder.sources.source import (
 )
 
 TEXTS = (".txt", ".caption", ".TXT", ".CAPTION")
-SIDECARS = (
-    "",
-    *TEXTS,
-    ".json",
-    ".JSON",
-)  # what replaces the image's suffix, the first that is there; "": there is none
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# What replaces the image's suffix, the first that is there; "": there is none.
+SIDECARS = ("", *TEXTS, ".json", ".JSON")
 
 
 @dataclass
@@ -118,9 +113,15 @@ class ImageFolder(ImageSource):
 
     def __getitem__(self, index: int) -> Sample:
         path, sidecar = self._paths(index)
-        if sidecar is not None and sidecar.suffix.lower() == ".json":
+        if sidecar is None:
+            return Sample(path, (), "base")
+        try:
             return _described(path, sidecar, self.reading)
-        return Sample(path, _captions(sidecar, self.reading.require_captions), "base")
+        except (OSError, ValueError, RecursionError) as error:
+            if not self.reading.require_captions:
+                return Sample(path, (), "base")
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"{sidecar}: {reason}") from None
 
     def hint(self, index: int) -> tuple[Size | None, tuple[int, ...]]:
         _, sidecar = self._paths(index)
@@ -144,37 +145,21 @@ class ImageFolder(ImageSource):
         return path, Path(os.path.splitext(path)[0] + SIDECARS[code]) if code else None
 
 
-def _captions(sidecar: Path | None, required: bool) -> tuple[str, ...]:
-    """The caption in a text file; none if it is empty or cannot be read and none is required."""
-    try:
-        text = "" if sidecar is None else read_text(sidecar)
-        if not text and required:
-            raise ValueError("holds an empty caption")
-    except (OSError, ValueError) as error:
-        if required:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UserError(f"{sidecar}: {reason}") from None
-        text = ""
-    return (text,) if text else ()
-
-
 def _described(path: Path, sidecar: Path, reading: Reading) -> Sample:
-    """The image that a JSON object beside it describes."""
-    try:
+    """The image that a text, or a JSON object, beside it describes. ValueError or OSError where it cannot be read."""
+    if sidecar.suffix.lower() == ".json":
         fields = json.loads(sidecar.read_bytes())
         captions, kind = captions_beside(fields, None, path.name, reading)
-    except (OSError, ValueError, RecursionError) as error:
-        if reading.require_captions:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UserError(f"{sidecar}: {reason}") from None
-        return Sample(path, (), "base")
-    return Sample(path, captions, kind, size_of(fields), tags_of(fields))
+        return Sample(path, captions, kind, size_of(fields), tags_of(fields))
+    text = read_text(sidecar)
+    if not text and reading.require_captions:
+        raise ValueError("holds an empty caption")
+    return Sample(path, (text,) if text else (), "base")
 
 
 def read_text(path: Path) -> str:
     """The text of a file, cleaned and without the blanks around it. ValueError if it is neither UTF-8 nor UTF-16."""
-    content = path.read_bytes()
-    return clean_text(content.decode("utf-16" if content[:2] in UTF16 else "utf-8")).strip()
+    return clean_text(decode_text(path.read_bytes())).strip()
 
 
 class FileList(ImageSource):

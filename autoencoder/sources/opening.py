@@ -14,12 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from autoencoder.common.config import UserError, locate, require
+from autoencoder.sources.captions import UTF16
 from autoencoder.sources.entries import IMAGE_COLUMNS, find_file, usual_columns
 from autoencoder.sources.folders import Contents, ImageFolder, survey
 from autoencoder.sources.hub import open_hub, open_saved
 from autoencoder.sources.manifest import Manifest
 from autoencoder.sources.source import ImageSource, JoinedSources, Reading, is_image_name
-from autoencoder.sources.tables import UTF16, open_table, read_columns, unpacked
+from autoencoder.sources.tables import open_table, read_columns, unpacked
 from autoencoder.sources.tar_shards import TarShards, expand, matching
 
 logger = logging.getLogger(__name__)

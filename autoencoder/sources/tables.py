@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, TextIO
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import replacing
+from autoencoder.sources.captions import UTF16
 from autoencoder.sources.entries import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -50,7 +51,7 @@ FORMAT = 2  # of the copies
 DELIMITERS = (",", "\t", ";", "|")
 FIELD_CHARACTERS = 1 << 27  # a longer field of a CSV file is one whose quotes do not end
 IMAGE_ROWS, PLAIN_ROWS = 16, 8192  # read at a time from Parquet, with and without images
-GZIP, UTF16 = b"\x1f\x8b", (b"\xff\xfe", b"\xfe\xff")
+GZIP = b"\x1f\x8b"
 
 Row = dict[str, Any] | str  # its fields, or what is wrong with it
 

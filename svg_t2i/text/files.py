@@ -7,7 +7,6 @@ A file is checked as a whole before anything else happens: what is wrong in it i
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autoencoder.common.config import UserError
+from autoencoder.sources.captions import decode_text
 
 # Fields of a prompt record that hold the prompt, in order of preference.
 PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query", "prompts")
@@ -64,10 +64,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 def read_text(path: Path, what: str = "") -> str:
     """A file in UTF-8, with or without a byte order mark, or in UTF-16 with one. UserError for another encoding."""
-    content = path.read_bytes()
-    utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{what}{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 

@@ -97,9 +97,10 @@ def _published(dim: int, n_layers: int, n_heads: int, axis: int, n_kv_heads: int
     return DiTConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, axes_dims=(axis,) * 3)
 
 
+PUBLISHED = "NextDiT_2B_GQA_patch1_Adaln_Refiner"  # the size of the released weights
 MODELS: dict[str, DiTConfig] = {
     "NextDiT_08B_GQA_patch1_Adaln_Refiner": _published(1152, 28, 16, axis=24),
-    "NextDiT_2B_GQA_patch1_Adaln_Refiner": _published(2304, 26, 24, axis=32),
+    PUBLISHED: _published(2304, 26, 24, axis=32),
     "NextDiT_3B_GQA_patch1_Adaln_Refiner": _published(2592, 30, 24, axis=36),
     "NextDiT_4B_GQA_patch1_Adaln_Refiner": _published(2880, 32, 24, axis=40),
     "NextDiT_7B_GQA_patch1_Adaln_Refiner": _published(3840, 32, 32, axis=40),

@@ -5,7 +5,6 @@ Every kind of file has tests of its own in the room that reads it; here the comm
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -17,18 +16,9 @@ import yaml
 from autoencoder import reconstruct
 from autoencoder.common.config import UserError
 from svg_t2i import sample
+from tests.attack import Attack
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Attack:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 def seal(folder):

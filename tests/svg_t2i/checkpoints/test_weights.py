@@ -35,6 +35,7 @@ from svg_t2i.training.settings import LoopConfig, OptimConfig, TrainConfig
 from svg_t2i.training.step import TrainState
 from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.model import SVGDiT
+from tests.attack import Attack
 
 SIZES = DiTConfig(
     dim=16, n_layers=1, n_heads=2, n_kv_heads=1, n_refiner_layers=1, axes_dims=(4, 2, 2), in_channels=4,
@@ -74,14 +75,6 @@ def meta():
     return {"model_args": to_dict(SIZES), "fingerprints": FINGERPRINTS, "config": {}}
 
 
-class Malicious:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     for key in a:
@@ -115,7 +108,7 @@ def test_untrusted_index_is_not_executed(tmp_path, state, meta, content):
     if content == "garbage":
         index.write_bytes(b"\0" * 100)
     elif content == "malicious":
-        index.write_bytes(pickle.dumps(Malicious(marker)))
+        index.write_bytes(pickle.dumps(Attack(marker)))
     else:  # an entry that says it is no tensor would be unpickled by torch
         stored = pickle.loads(index.read_bytes())
         stored.state_dict_metadata["ema.x_embedder.bias"] = BytesStorageMetadata()
@@ -253,9 +246,9 @@ def test_published_flags_and_widths_are_taken_from_the_files(tmp_path, monkeypat
 def test_malicious_pickles_are_refused_unexecuted(published, tmp_path, name, plain_pickle):
     marker = tmp_path / "executed"
     if plain_pickle:
-        (published / name).write_bytes(pickle.dumps(Malicious(marker)))
+        (published / name).write_bytes(pickle.dumps(Attack(marker)))
     else:
-        torch.save(argparse.Namespace(model=Malicious(marker)), published / name)
+        torch.save(argparse.Namespace(model=Attack(marker)), published / name)
     with pytest.raises(UserError, match=rf"{name}.*(refused|can run code)"):
         load_transformer(published)
     assert not marker.exists()

@@ -1,7 +1,6 @@
 """Text models of strangers: nothing that they bring along is run, and no message advises to run it."""
 
 import json
-import os
 import pickle
 import shutil
 
@@ -15,21 +14,12 @@ from svg_t2i.evaluation.clip_score import CLIPScorer
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.loading import load_tokenizer
 from svg_t2i.text.toy import make_toy_text_encoder
+from tests.attack import Attack
 
 
 @pytest.fixture(scope="module")
 def toy_folder(tmp_path_factory):
     return make_toy_text_encoder(["a red square"], tmp_path_factory.mktemp("toy"), hidden_size=32)
-
-
-class Attack:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 def assert_no_bad_advice(error):
