@@ -160,6 +160,8 @@ def load_strictly(
 ) -> None:
     """Load `state` into `module`; UserError naming every kind of disagreement, and the module untouched, if any.
 
+    A module on the meta device gets these tensors, in its precision, and no copies: a part of a file stays there.
+
     left_out: what the file has besides, for the report.
     """
     expected = module.state_dict()
@@ -177,7 +179,10 @@ def load_strictly(
         first = {kind: ", ".join(names[:4]) + ", …" * (len(names) > 4) for kind, names in problems.items()}
         found = "; ".join(f"{len(names)} {kind}: {first[kind]}" for kind, names in problems.items() if names)
         raise UserError(f"{source} does not fit the model: {found}. {remedy}")
-    module.load_state_dict(dict(state), strict=True)
+    empty = any(tensor.is_meta for tensor in expected.values())
+    if empty:
+        state = {name: value.to(expected[name].dtype).contiguous() for name, value in state.items()}
+    module.load_state_dict(dict(state), strict=True, assign=empty)
     report_load(source, len(state), {"not used": left_out})
 
 

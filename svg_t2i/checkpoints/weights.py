@@ -33,7 +33,7 @@ from svg_t2i.checkpoints.run import (
     stored_tensors,
 )
 from svg_t2i.transformer.config import DiTConfig
-from svg_t2i.transformer.model import SVGDiT, load_published_state_dict, without_aux_head
+from svg_t2i.transformer.model import UNUSED_KEY, SVGDiT, load_published_state_dict, without_aux_head
 
 BASE = "base"  # in the meta.json of an adapter: folder and digest of the model it was trained on
 EXPORT_CONFIG = "config.json"
@@ -242,10 +242,7 @@ def load_transformer(folder: str | os.PathLike, ema: bool | float = True) -> SVG
     source = read_transformer(folder, ema)
     with torch.device("meta"):  # every weight is loaded: drawing random ones first would take minutes at full size
         model = SVGDiT(source.config)
-    model.to_empty(device="cpu")
-    load_published_state_dict(model, source.state)
-    own = model.state_dict().keys()
-    report_load(f"DiT {folder}{_which(source, ema)}", len(own), {"not used": source.state.keys() - own})
+    load_published_state_dict(model, source.state, f"DiT {folder}{_which(source, ema)}")
     return model.eval()
 
 
@@ -304,7 +301,7 @@ def init_from(model: SVGDiT, folder: str | os.PathLike, ema: bool = False) -> Tr
     model.load_state_dict(fitting, strict=False)
     others = {
         "of another shape": other,
-        "unknown to this model": [key for key in source.state if key not in own and key != "norm_final.weight"],
+        "unknown to this model": [key for key in source.state if key not in own and key != UNUSED_KEY],
         "left as initialised": own.keys() - fitting.keys(),
     }
     report_load(f"init_from {folder}", len(fitting), others, total=len(own))

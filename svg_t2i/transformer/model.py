@@ -14,7 +14,7 @@ are the published ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, first_line
+from autoencoder.common.weights import load_strictly
 from svg_t2i.transformer.attention import BACKENDS, Segments, attention
 from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.cpu_kernels import (
@@ -35,6 +36,7 @@ from svg_t2i.transformer.cpu_kernels import (
 from svg_t2i.transformer.packing import Packing, RefinedText, Sizes, TextFeatures, plan_packing
 
 QK_NORM_EPS = 1e-6
+UNUSED_KEY = "norm_final.weight"  # in published weights, of a layer that nothing runs
 MIN_NOISE = 0.05  # of a network that predicts clean latents: the least 1 - t that a velocity is divided by
 
 
@@ -370,30 +372,16 @@ def without_aux_head(model: SVGDiT) -> SVGDiT:
     return model
 
 
-def load_published_state_dict(model: SVGDiT, state: dict[str, Tensor]) -> None:
-    """Load a published state dict strictly; the unused `norm_final.weight` is the only key that may be dropped.
-
-    Raises UserError naming missing, unexpected and wrongly shaped keys.
-    """
-    state = {key: value for key, value in state.items() if key != "norm_final.weight"}
-    own = model.state_dict()
-    problems = [f"missing {key}" for key in own.keys() - state.keys()]
-    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:8])
-        raise UserError(f"state dict does not fit the model ({len(problems)} problems): {shown}")
-    model.load_state_dict(state)
+def load_published_state_dict(model: SVGDiT, state: Mapping[str, Tensor], source: str = "state dict") -> None:
+    """Load a published state dict strictly, as `load_strictly`; `norm_final.weight` is unused and may be dropped."""
+    kept = {key: value for key, value in state.items() if key != UNUSED_KEY}
+    load_strictly(model, kept, source, "The model's name and sizes must be its own.", state.keys() - kept.keys())
 
 
 def published_state_dict(model: SVGDiT) -> dict[str, Tensor]:
     """The model's state dict with the published key set, that is with `norm_final.weight` (ones)."""
     state = model.state_dict()
-    return state | {"norm_final.weight": torch.ones_like(state["layers.0.ffn_norm2.weight"])}
+    return state | {UNUSED_KEY: torch.ones_like(state["layers.0.ffn_norm2.weight"])}
 
 
 def build_model(name: str, in_channels: int = 384, cap_feat_dim: int = 2304, qk_norm: bool = True) -> SVGDiT:

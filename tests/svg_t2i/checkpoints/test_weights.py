@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.weights import folded
 from svg_t2i import export as export_command
+from svg_t2i.checkpoints import weights
 from svg_t2i.checkpoints.published import export_published
 from svg_t2i.checkpoints.run import COMMITTED, META, clean, load_checkpoint, newest_checkpoint, save_checkpoint
 from svg_t2i.checkpoints.weights import (
@@ -222,6 +223,29 @@ def test_published_folder_loads(published, state):
     assert_equal(load_transformer(published, ema=True).state_dict(), state.ema)
     assert read_transformer(published).config == SIZES
     assert read_meta(published) == {}
+
+
+def test_weights_stay_in_their_file_until_they_are_changed(published, monkeypatch):
+    """At full size a copy is ten gigabytes, and as many seconds."""
+    file = read_transformer(published)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "read_transformer", lambda *_: file)
+        loaded = load_transformer(published)
+    assert all(weight.data_ptr() == file.state[name].data_ptr() for name, weight in loaded.named_parameters())
+    before = copy.deepcopy(loaded).parameters()
+    with torch.no_grad():
+        for weight in loaded.parameters():
+            assert weight.requires_grad
+            weight.add_(1)
+    assert all(map(torch.equal, load_transformer(published).parameters(), before))
+
+
+def test_weights_of_half_precision_are_loaded_in_fp32(published, state):
+    path = published / "consolidated.00-of-01.pth"
+    half = {name: weight.bfloat16() for name, weight in torch.load(path, weights_only=True).items()}
+    torch.save(half, path)
+    loaded = load_transformer(published, ema=False).state_dict()
+    assert_equal(loaded, {name: weight.bfloat16().float() for name, weight in state.transformer.state_dict().items()})
 
 
 def test_a_run_is_published_with_raw_and_averaged_weights(tmp_path, state, meta, monkeypatch):
