@@ -47,7 +47,7 @@ from svg_t2i.rendering.arguments import (
 from svg_t2i.rendering.folder import Job, RunFolder, check_folder, full_disk, plan_jobs, render
 from svg_t2i.sampling.inputs import crop_image, prepare_mask
 from svg_t2i.sampling.options import SamplingOptions
-from svg_t2i.text.files import Prompt, read_prompts
+from svg_t2i.text.files import MAX_SEED, Prompt, read_prompts
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, which --help need not wait for
     from svg_t2i.pipeline import SVGT2IPipeline
@@ -167,7 +167,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "num_images", "images_per_scene")
     last = 1 if arguments.command == "interpolate" else math.nextafter(1, 0)
     ranges: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "seed": (lambda seed: 0 <= seed < 2**62, "a whole number from 0 to 2^62 - 1"),
+        "seed": (lambda seed: 0 <= seed < MAX_SEED, "a whole number from 0 to 2^62 - 1"),
         "strength": (lambda strength: 0 < strength <= 1, "above 0 and at most 1"),
         "grid": (lambda columns: 0 <= columns <= 64, "from 0 to 64"),
         "weights": (lambda number: number >= 2, "at least 2, to make a way between two ends"),

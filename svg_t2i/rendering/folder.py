@@ -14,6 +14,7 @@ pixels depend neither on the number of processes nor on interruptions. Every fil
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import time
@@ -63,9 +64,19 @@ def plan_jobs(
     images_per_prompt: int,
     seed: int,
 ) -> list[Job]:
-    """All images of a run in order: prompt by prompt, size by size. Image i of a prompt has seed `seed + i`."""
-    combinations = [(p, size, seed + i, own) for p, own in prompts for size in sizes for i in range(images_per_prompt)]
-    return [Job(index, *combination) for index, combination in enumerate(combinations)]
+    """All images of a run in order: prompt by prompt, size by size. Image i of a prompt has seed `seed + i`.
+
+    prompts: each with what is its own; a `seed` among that takes the place of the shared one.
+    """
+    jobs: list[Job] = []
+    for prompt, settings in prompts:
+        own = {name: value for name, value in settings.items() if name != "seed"}
+        first = settings.get("seed", seed)
+        jobs += [
+            Job(len(jobs) + number, prompt, size, first + i, own)
+            for number, (size, i) in enumerate(itertools.product(sizes, range(images_per_prompt)))
+        ]
+    return jobs
 
 
 class RunFolder:

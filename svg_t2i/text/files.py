@@ -23,6 +23,7 @@ from autoencoder.sources.captions import decode_text
 PROMPT_FIELDS = ("refined_prompt", "prompt", "gpt_4_caption", "caption", "text", "description", "query", "prompts")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_PROBLEMS = 5  # named in one message
+MAX_SEED = 2**62  # below which seeds are
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,16 @@ def _prompt_of(record: Any) -> Prompt:
         settings["negative_prompt"] = fields["negative_prompt"]
     if "guidance_scale" in fields:
         settings["guidance_scale"] = _finite("guidance_scale", fields["guidance_scale"])
+    if "seed" in fields:
+        settings["seed"] = _seed(fields["seed"])
     return Prompt(value, settings)
+
+
+def _seed(value: Any) -> int:
+    text = str(value)  # a cell of a table is text
+    if not text.isdecimal() or len(text) > 19 or int(text) >= MAX_SEED:
+        raise UserError(f"seed = {value!r} is no whole number from 0 to 2^62 - 1")
+    return int(text)
 
 
 def _finite(name: str, value: Any) -> float:

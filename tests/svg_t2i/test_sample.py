@@ -201,6 +201,16 @@ def test_settings_of_single_prompts_and_presets(saved_pipeline, tmp_path):
     assert np.abs(pixels(records[0]) - pixels(alone[0])).max() <= 1
 
 
+def test_a_record_has_its_own_seed(saved_pipeline, tmp_path):
+    """The records of a run are a prompt file, which gives the same images."""
+    (tmp_path / "p.csv").write_text("prompt,seed\nnoise,7\na,\n")
+    records = run(saved_pipeline, tmp_path / "out", "--prompts", tmp_path / "p.csv", "--num_images_per_prompt", 2)
+    assert [record["seed"] for record in records] == [7, 8, 0, 1]
+    again = run(saved_pipeline, tmp_path / "again", "--prompts", tmp_path / "out" / "data.json")
+    assert [record["seed"] for record in again] == [7, 8, 0, 1]
+    assert all(np.array_equal(pixels(one), pixels(other)) for one, other in zip(records, again, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------ the other verbs
 
 

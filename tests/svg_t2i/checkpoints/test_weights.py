@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from autoencoder.common.config import UserError, to_dict
 from autoencoder.common.weights import folded
+from benchmarks.loading import main as time_loading
 from svg_t2i import export as export_command
 from svg_t2i.checkpoints import weights
 from svg_t2i.checkpoints.published import export_published
@@ -238,6 +241,17 @@ def test_weights_stay_in_their_file_until_they_are_changed(published, monkeypatc
             assert weight.requires_grad
             weight.add_(1)
     assert all(map(torch.equal, load_transformer(published).parameters(), before))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_the_benchmark_of_loading(capsys):
+    time_loading(["--model", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    sources = ("the release's files", "an export", "a run's checkpoint")
+    assert [line[:60].strip() for line in lines[1:5]] == [*sources, "Lumina2Transformer2DModel"]
+    assert [re.fullmatch(r"ratio \d+\.\d\d for (.*) \(above 1: ours is faster\)", line)[1] for line in lines[5:]] == [
+        *sources
+    ]
 
 
 def test_weights_of_half_precision_are_loaded_in_fp32(published, state):
