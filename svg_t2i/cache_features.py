@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -37,6 +36,7 @@ from svg_t2i.data import feature_cache
 from svg_t2i.data.loader import read_ahead
 from svg_t2i.data.sources import T2IDataset, cache_fingerprint, make_datasets, open_sources, samples_digest
 from svg_t2i.features.frozen import FrozenNetworks, mixed_precision
+from svg_t2i.training.monitor import start_logging
 from svg_t2i.training.networks import prepare_frozen
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.transformer.packing import TextFeatures
@@ -78,12 +78,7 @@ def main(argv: list[str]) -> None:
             "more cost as much space again"
         )
     with start_world() as world:
-        logging.basicConfig(
-            level=logging.INFO if world.is_main else logging.WARNING,
-            format="%(message)s",
-            stream=sys.stdout,
-            force=True,
-        )
+        start_logging(world)
         fill_caches(config, world, arguments.batch_size, arguments.shard_size, LATENT_TYPES[arguments.latent_dtype])
 
 

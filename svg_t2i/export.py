@@ -13,11 +13,12 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.card import read_metrics
 from svg_t2i.checkpoints.weights import export, export_as_published
+from svg_t2i.loading.sources import find_transformer
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("svg_t2i.export", __doc__)
-    parser.add_argument("folder", help="results folder (its newest checkpoint), one checkpoint, or a published folder")
+    parser.add_argument("folder", help="results folder (its newest checkpoint), checkpoint, published folder, …")
     parser.add_argument("out", help="a folder that does not exist yet")
     parser.add_argument("--published", action="store_true", help="the release's file names: raw and averaged weights")
     parser.add_argument("--no_aux_head", action="store_true", help="without the auxiliary head of a run with aux.loss")
@@ -38,12 +39,13 @@ def main(argv: list[str]) -> None:
     if arguments.published and (arguments.license or arguments.metrics):
         raise UserError("--license and --metrics are for the model card, which --published does not write")
     metrics = None if arguments.metrics is None else read_metrics(arguments.metrics)
+    folder = find_transformer(arguments.folder)
     average = not arguments.raw if arguments.ema_decay is None else arguments.ema_decay
     if arguments.published:
-        written = export_as_published(arguments.folder, arguments.out, average)
+        written = export_as_published(folder, arguments.out, average)
     else:
         written = export(
-            arguments.folder,
+            folder,
             arguments.out,
             average,
             aux_head=not arguments.no_aux_head,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from autoencoder.common.config import UserError, build
-from autoencoder.common.weights import report_load
+from autoencoder.common.weights import report_load, share_weights
 from autoencoder.sources.folders import list_images
 from svg_t2i.loading import saved, sources
 from svg_t2i.loading.components import SVGAutoencoder, SVGDiT
@@ -209,6 +209,7 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
         self.transformer.register_to_config(fingerprints=saved.fingerprints(self.networks))
         saved.begin(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+        share_weights(Path(save_directory), Path(save_directory, saved.INDEX))
 
     def to_json_string(self) -> str:
         """The content of model_index.json, with the class as `DiffusionPipeline` finds it: in pipeline.py beside."""

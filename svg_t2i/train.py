@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import logging
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,9 +33,9 @@ from svg_t2i.data.batching import largest_share, num_micro_batches
 from svg_t2i.data.loader import TrainLoader, build_loader
 from svg_t2i.data.sources import make_datasets, open_caches, open_sources
 from svg_t2i.features.frozen import FrozenNetworks
-from svg_t2i.rendering.arguments import quiet_imports
 from svg_t2i.training.distill import load_teacher
 from svg_t2i.training.loop import TrainLoop
+from svg_t2i.training.monitor import start_logging
 from svg_t2i.training.networks import make_transformer, prepare_frozen
 from svg_t2i.training.prior import with_prior
 from svg_t2i.training.settings import TrainConfig, changed_settings
@@ -65,15 +64,6 @@ def main(argv: list[str]) -> None:
         code = run(config, world)
     if code:
         raise SystemExit(code)
-
-
-def start_logging(world: World) -> None:
-    """Plain lines on standard output; what is worth a warning, from every rank, and nothing that imports say."""
-    quiet_imports(verbose=False)
-    level = logging.INFO if world.is_main else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
-    for chatty in ("httpx", "transformers", "torch.distributed"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def run(config: TrainConfig, world: World) -> int:

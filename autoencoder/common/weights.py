@@ -227,6 +227,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def share_weights(folder: Path, like: Path) -> None:
+    """Let the weights below a folder be read by whom `like`, a file there, is: safetensors allows their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(like.stat().st_mode)
+
+
 def write_json(content: Any, path: Path) -> None:
     """Write JSON by one rename: readers see the old file or the new one, never half of one."""
     with replacing(path) as temporary:

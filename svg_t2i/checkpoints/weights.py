@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from autoencoder.common.config import UserError, build, locate, to_dict
-from autoencoder.common.weights import read_state_dict, report_load, weights_digest, write_json
+from autoencoder.common.weights import read_state_dict, report_load, share_weights, weights_digest, write_json
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.adapters import FILE as ADAPTER_FILE
 from svg_t2i.checkpoints.adapters import LoraSettings, merge_adapter
@@ -387,4 +387,5 @@ def save_transformer(
     save_torch_state_dict(model.state_dict(), out, filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE)
     config = {"_class_name": SVGDiT.__name__, **to_dict(model.config), "fingerprints": known}
     write_json(config, out / EXPORT_CONFIG)
+    share_weights(out, out / EXPORT_CONFIG)
     return out

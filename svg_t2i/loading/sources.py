@@ -110,7 +110,7 @@ def find_sources(
     given = {"config": autoencoder, "checkpoint": autoencoder_checkpoint, "stats": latent_stats}
     given = {name: str(value) for name, value in given.items() if value is not None}
     sources = _find_parts(folder, given, text_encoder)
-    return sources if guide is None else replace(sources, guide=checkpoints.find_checkpoint(guide))
+    return sources if guide is None else replace(sources, guide=find_transformer(guide))
 
 
 def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.PathLike | None) -> Sources:
@@ -145,12 +145,13 @@ def _find_parts(folder: Path, given: Mapping[str, str], text_encoder: str | os.P
     return Sources(transformer, source, text, trained_options(trained_with))
 
 
-def find_transformer(folder: Path) -> Path:
+def find_transformer(folder: str | os.PathLike) -> Path:
     """The DiT in `folder`, or the one below it: that of a saved pipeline, the only one, or the fine-tuned of stage 4.
 
     Raises:
         UserError: there is none, or there are several; names them.
     """
+    folder = locate(folder)
     try:
         return checkpoints.find_checkpoint(folder if read_index(folder) is None else folder / "transformer")
     except UserError:
@@ -162,7 +163,9 @@ def find_transformer(folder: Path) -> Path:
         return final[0]
     if len(below) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in below)
-        raise UserError(f"{folder} holds several DiTs ({names}); choose one with subfolder (--subfolder)")
+        raise UserError(
+            f"{folder} holds several DiTs ({names}); choose one: give its folder, or its name as --subfolder"
+        )
     return below[0]
 
 
@@ -260,7 +263,7 @@ def load_given(folder: Path, parts: Mapping[str, Any], use_ema: bool, dtype: tor
         source = checked_source(paths["text_encoder"])
         components |= {"text_encoder": load_model(source, dtype), "tokenizer": load_tokenizer(source)}
     if "guide" in paths:
-        components["guide"] = load_component(paths["guide"], use_ema, dtype)
+        components["guide"] = load_component(find_transformer(paths["guide"]), use_ema, dtype)
     return components
 
 

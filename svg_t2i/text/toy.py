@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autoencoder.common.config import UserError
+from autoencoder.common.weights import share_weights
 from svg_t2i.text.encoder import SYSTEM_PROMPTS
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def make_toy_text_encoder(
                 nn.init.zeros_(weight)  # Gemma scales by 1 + weight; transformers 4 starts at 1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_weights(Path(folder), Path(folder, "config.json"))
     return Path(folder)
 
 

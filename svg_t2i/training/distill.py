@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoencoder.common.config import UserError, locate
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from svg_t2i.checkpoints import weights
 from svg_t2i.features.frozen import FrozenNetworks, MicroBatch
@@ -65,7 +65,7 @@ def load_teacher(
     if settings is None:
         return None, {}
     recorded = {} if newest is None else weights.read_meta(newest).get(RECORD, {})
-    folder = find_transformer(locate(settings.teacher)).resolve()
+    folder = find_transformer(settings.teacher).resolve()
     model, digest = weights.load_base(folder, recorded.get("digest"))
     if model.config.guidance_embed:
         raise UserError(f"distill.teacher = {settings.teacher}: it is distilled already, and has no second branch")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from svg_t2i.data.feature_cache import FeatureBatch
 from svg_t2i.data.sources import TrainBatch
 from svg_t2i.features.frozen import MicroBatch
 from svg_t2i.flow.paths import LossBins
+from svg_t2i.rendering.arguments import quiet_imports
+from svg_t2i.text.loading import set_loading_bars
 from svg_t2i.training.optimizer import ema_decay
 from svg_t2i.training.settings import TrainConfig
 from svg_t2i.training.sharding import compiled_graphs
@@ -35,6 +38,16 @@ from svg_t2i.transformer.flops import peak_tflops, training_flops
 log = logging.getLogger("svg_t2i")
 
 TERA = 1e12
+
+
+def start_logging(world: World) -> None:
+    """Plain lines on standard output; what is worth a warning, from every rank, and nothing that libraries say."""
+    quiet_imports(verbose=False)
+    set_loading_bars(False)
+    level = logging.INFO if world.is_main else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+    for chatty in ("httpx", "transformers", "torch.distributed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 class Phases:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from autoencoder.common.config import UserError, locate
+from autoencoder.common.config import UserError
 from autoencoder.common.processes import World
 from autoencoder.sources.source import ImageSource
 from svg_t2i.checkpoints import weights
@@ -63,7 +63,7 @@ def make_transformer(
     if first is None and config.distill is not None:
         first, averaged = config.distill.teacher, True  # a student starts as its teacher
     if newest is None and first is not None:
-        source = find_transformer(locate(first))
+        source = find_transformer(first)
         weights.init_from(transformer, source, averaged)
         if weights.read_meta(source).get("fingerprints", frozen.fingerprints) != frozen.fingerprints:
             log.warning("%s was trained with another autoencoder, statistics or text encoder than this run", source)
@@ -82,7 +82,7 @@ def adapted_transformer(
             networks.
     """
     recorded = {} if newest is None else weights.read_meta(newest).get(weights.BASE, {})
-    folder = Path(recorded.get("folder") or find_transformer(locate(config.init_from or "")).resolve())
+    folder = Path(recorded.get("folder") or find_transformer(config.init_from or "").resolve())
     transformer, digest = weights.load_base(folder, recorded.get("digest"))
     sizes = config.model_config(frozen.autoencoder.channels, frozen.captions.encoder.hidden_size)
     if sizes != transformer.config:

@@ -17,7 +17,7 @@ from svg_t2i import train
 
 config = load_config(TrainConfig, sys.argv[2], sys.argv[3:])
 with start_world() as world:
-    train.start_logging(world)
+    start_logging(world)
     fill_caches(config, world, batch_size=32, shard_size=2, latent_dtype=torch.float32)
     train.run(config, world)
 """

@@ -54,6 +54,7 @@ def test_one_gpu_for_test_from_inside_svg_t2i(repo_root, tiny, tmp_path):
     code, output = bash(command, repo_root / "svg_t2i")
     assert code == 0, output
     assert "step 2/2" in output
+    assert "Loading weights" not in output  # a bar of transformers
     assert load_transformer(tmp_path / "run").config.dim == 64
     code, output = bash(f"{command} train.max_steps=3", repo_root / "svg_t2i")  # and goes on
     assert code == 0, output

@@ -176,6 +176,7 @@ def test_other_shapes_are_refused_by_name(tmp_path, state, meta):
 def test_export_round_trip(tmp_path, state, meta):
     folder = save_checkpoint(tmp_path / "checkpoints", 1, state.tensors(), meta)
     out = export(tmp_path, tmp_path / "out")
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # safetensors would keep them to their owner
     assert_equal(load_transformer(out).state_dict(), state.ema)
     assert read_meta(out)["fingerprints"] == FINGERPRINTS
     raw = export(folder, tmp_path / "raw", ema=False)

@@ -66,6 +66,8 @@ def test_weights_in_shards_are_read_by_everyone(pipeline, tmp_path):
     folder = tmp_path / "transformer"
     assert len(list(folder.glob("*.safetensors"))) > 1
     torch.testing.assert_close(pixels(SVGT2IPipeline.from_pretrained(tmp_path)), pixels(pipeline), atol=1e-3, rtol=0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "model_index.json").stat().st_mode}
     state, read = pipeline.transformer.state_dict(), load_transformer(folder).state_dict()
     assert all(torch.equal(state[name], read[name]) for name in state)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"

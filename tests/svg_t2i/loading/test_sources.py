@@ -12,6 +12,8 @@ from diffusers.utils import hub_utils
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import read_state_dict
 from svg_t2i.checkpoints.published import export_published
+from svg_t2i.checkpoints.weights import load_transformer
+from svg_t2i.export import main as export
 from svg_t2i.flow.paths import shift_time
 from svg_t2i.loading.sources import find_sources
 from svg_t2i.pipeline import SVGT2IPipeline
@@ -69,6 +71,17 @@ def test_the_published_folder_is_enough(published, monkeypatch):
     assert first.options == PRESETS["stage1"]
     given = find_sources(published, subfolder="svg-t2i/stage1-256", autoencoder="a.yaml", text_encoder="t")
     assert (given.autoencoder.config, given.text_encoder.path) == ("a.yaml", "t")
+
+
+def test_the_published_folder_stands_for_its_transformer(published, monkeypatch, tmp_path):
+    root = shutil.copytree(published, tmp_path / "pre-trained", ignore=shutil.ignore_patterns("svg-t2i"))
+    folder = root / "svg-t2i" / "stage1-256"
+    add_transformer(folder, monkeypatch)
+    export([str(root), str(tmp_path / "exported")])
+    exported, original = load_transformer(tmp_path / "exported").state_dict(), load_transformer(folder).state_dict()
+    assert all(torch.equal(exported[name], weight) for name, weight in original.items())
+    pipeline = SVGT2IPipeline.from_pretrained(root, guide=root)
+    assert torch.equal(pipeline.guide.x_embedder.weight, original["x_embedder.weight"])
 
 
 def test_a_training_run_knows_its_parts_and_its_resolution(toy_parts, tmp_path):
