@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=DEFAULT, choices=MODELS)
     parser.add_argument("--folder", help="where the files are made, and removed after (default: a temporary folder)")
     options = parser.parse_args(argv)
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         cases = write_all(options.model, Path(folder))
         seconds = {}

@@ -35,6 +35,13 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """A test that begins a pool of threads would break those after it which fork, in another file."""
+    yield
+    assert torch.get_num_threads() == 1, "this test changed the number of threads of the whole process"
+
+
+@pytest.fixture(autouse=True)
 def _no_logging_of_earlier_tests():
     """Commands log to the streams of the test that called them, which are closed after it."""
 

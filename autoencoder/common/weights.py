@@ -229,8 +229,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def share_weights(folder: Path, like: Path) -> None:
     """Let the weights below a folder be read by whom `like`, a file there, is: safetensors allows their owner alone."""
+    wanted = like.stat()
     for path in folder.rglob("*.safetensors"):
-        path.chmod(like.stat().st_mode)
+        if path.stat().st_uid == wanted.st_uid:
+            path.chmod(wanted.st_mode)
 
 
 def write_json(content: Any, path: Path) -> None:

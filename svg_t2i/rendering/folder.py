@@ -70,12 +70,10 @@ def plan_jobs(
     """
     jobs: list[Job] = []
     for prompt, settings in prompts:
-        own = {name: value for name, value in settings.items() if name != "seed"}
-        first = settings.get("seed", seed)
-        jobs += [
-            Job(len(jobs) + number, prompt, size, first + i, own)
-            for number, (size, i) in enumerate(itertools.product(sizes, range(images_per_prompt)))
-        ]
+        own = dict(settings)
+        first = own.pop("seed", seed)
+        for size, i in itertools.product(sizes, range(images_per_prompt)):
+            jobs.append(Job(len(jobs), prompt, size, first + i, own))
     return jobs
 
 
