@@ -16,7 +16,7 @@ from autoencoder.training.batches import DATA, FolderParams
 from autoencoder.training.losses import AutoencoderLoss, build_loss
 from autoencoder.training.settings import AutoencoderTrainConfig
 from svg_t2i.planning.gpus import GPU, own_share
-from svg_t2i.planning.memory import META, kernels_of_a_gpu, measure_pass
+from svg_t2i.planning.memory import META, measure_pass
 from svg_t2i.planning.networks import autoencoder_of, count, size
 from svg_t2i.planning.training import GB
 
@@ -113,9 +113,7 @@ def _step(
         return loss.discriminator_loss([batch()], [batch()], step)[0]
 
     turns = [decoder_turn] + [discriminator_turn] * (loss.discriminator is not None)
-    activations = max(measure_pass(players, turn, autocast=mixed).peak for turn in turns)
-    with kernels_of_a_gpu(), FlopCounterMode(display=False) as counted:
-        for turn in turns:
-            turn().backward()
+    with FlopCounterMode(display=False) as counted:
+        activations = max(measure_pass(players, turn, autocast=mixed).peak for turn in turns)
     encoding = 2 * count(autoencoder.encoder) * (side // LATENT_PIXELS) ** 2  # a multiply-add a weight and token
     return activations, counted.get_total_flops() / images + encoding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import LATENT_PIXELS
@@ -169,6 +170,7 @@ def memory_of(config: TrainConfig, counts: TransformerCounts, data_parallel: str
     }
 
 
+@lru_cache(maxsize=64)
 def measure_training(
     sizes: DiTConfig, grids: Sizes, lengths: Sequence[int], checkpointing: str, lora: LoraSettings | None = None
 ) -> PassBytes:
