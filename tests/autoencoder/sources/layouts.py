@@ -185,6 +185,24 @@ def dotted_tar(folder):
     return tar(folder / "d.tar", members)
 
 
+def texts_in_utf16(folder):
+    for name, text in zip(pictures(folder), CAPTIONS, strict=True):
+        put(folder / name.replace("png", "txt"), text.encode("utf-16"))
+    return folder
+
+
+def tar_in_utf16(folder):
+    members = zip(COLOURS, CAPTIONS, "012", strict=True)
+    return tar(
+        folder / "u.tar",
+        [
+            part
+            for colour, text, i in members
+            for part in ((f"{i}.png", png(colour)), (f"{i}.txt", text.encode("utf-16")))
+        ],
+    )
+
+
 def saved_dataset(folder):
     datasets = pytest.importorskip("datasets", reason="saved data sets need the datasets library")
     images = [{"bytes": png(colour), "path": None} for colour in COLOURS]
@@ -196,5 +214,5 @@ def saved_dataset(folder):
 LAYOUTS = (
     sidecars, captions_beside, objects_beside, img2dataset_files, imagefolder_lines, imagefolder_csv,
     imagefolder_parquet, json_list, json_lines, gzip_lines, llava, images_as_bytes, images_in_lines, parquet_folder,
-    shards, unsorted_tar, dotted_tar, saved_dataset,
+    shards, unsorted_tar, dotted_tar, texts_in_utf16, tar_in_utf16, saved_dataset,
 )  # fmt: skip
