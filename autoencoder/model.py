@@ -46,7 +46,8 @@ DROPPED = ("loss.", "norm_vit.", *(f"extra_vit.{name}" for name in RESIDUAL_DROP
 class ModelConfig:
     """`model.params` of the published YAML files.
 
-    ckpt_path: autoencoder checkpoint, relative to the working directory, the YAML file, the repository or its svg_t2i.
+    ckpt_path: autoencoder checkpoint, relative to the YAML file or a folder around it, the working directory, the
+        repository or its svg_t2i.
     ddconfig, hyconfig: one of the two decoders. extra_vit_config: the residual branch of the "R" variants.
     num_layer: row of the published statistics. lossconfig and is_train concern training only. embed_dim is accepted and
     changes nothing: in the release it sizes a norm (`norm_vit`) that is never applied. use_ema (own): take the averaged
@@ -250,17 +251,16 @@ class SVGAutoencoder(nn.Module):
         `dinoconfig.weights`. stats: a file, or statistics. overrides: "model.params.ddconfig.ch=64", for files only.
         resolvers: whether the file may read the environment (`${oc.env:NAME}`); see `read_config`.
         """
-        source, base = "model config", Path()
+        source, file = "model config", None
         if not isinstance(config, Mapping):
-            source, base = str(config), find_config(config).parent
+            source, file = str(config), find_config(config)
             config = read_config(config, overrides, resolvers)
         model = config.get("model")
         if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
             raise ConfigError(f"{source}: there is no section model.params, which describes the autoencoder")
         params = build(ModelConfig, model["params"], source)
         if checkpoint is None and params.ckpt_path is not None:
-            beside = base / params.ckpt_path
-            checkpoint = beside if beside.is_file() else locate(params.ckpt_path)
+            checkpoint = _find_checkpoint(params.ckpt_path, file)
         state = {}
         if checkpoint is not None:
             checkpoint = locate(checkpoint)
@@ -335,3 +335,13 @@ class SVGAutoencoder(nn.Module):
                 f"model.params.extra_vit_config: its patches have {self.extra_vit.patch_size} px, the encoder's "
                 f"{self.encoder.patch_size}; make them equal"
             )
+
+
+def _find_checkpoint(path: str, config: Path | None) -> Path:
+    """The file that `ckpt_path` names: from the folder of its YAML file or one around it, as in the release, whose path
+    begins with pre-trained/; beside the YAML file; or where `locate` finds it."""
+    if config is None:
+        return locate(path)
+    around = (config.parent, *config.parent.resolve().parents[:2])
+    candidates = [*(folder / path for folder in around), config.with_name(Path(path).name)]
+    return next((candidate for candidate in candidates if candidate.is_file()), locate(path))

@@ -187,6 +187,16 @@ def test_yaml_finds_its_checkpoint_beside_it_and_takes_overrides(model, images, 
         SVGAutoencoder.from_config(tmp_path / "ae.yaml", overrides=["model.params.ddconfig.ch=64"])
 
 
+@pytest.mark.parametrize("place", ["pre-trained/autoencoder", "autoencoder", "."], ids=["release", "renamed", "alone"])
+def test_the_release_s_yaml_finds_its_checkpoint_wherever_the_folder_lies(model, images, tmp_path, place):
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    lightning_checkpoint(model, folder / "ae-P.ckpt")
+    config = published_config(ckpt_path="pre-trained/autoencoder/ae-P.ckpt")
+    (folder / "ae.yaml").write_text(yaml.safe_dump(config))
+    assert same(SVGAutoencoder.from_config(folder / "ae.yaml").eval(), model, images)
+
+
 def test_misfitting_checkpoints_name_keys_and_leave_the_model_alone(model, images, tmp_path):
     content = lightning_checkpoint(model, tmp_path / "good.ckpt")
     state = content["state_dict"]

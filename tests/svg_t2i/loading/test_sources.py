@@ -35,7 +35,12 @@ def published(toy_parts, tmp_path_factory):
     encoder = {"model_name": "dinov3_vits16plus", "overrides": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
     decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 32}
     for stage in ("P_stage1_256", "P_stage3_1024"):
-        params = {"embed_dim": 32, "ckpt_path": f"svg-{stage}.ckpt", "ddconfig": decoder, "dinoconfig": encoder}
+        params = {
+            "embed_dim": 32,
+            "ckpt_path": f"pre-trained/autoencoder/svg-{stage}.ckpt",
+            "ddconfig": decoder,
+            "dinoconfig": encoder,
+        }
         config = yaml.safe_dump({"model": {"params": params}})
         (root / "autoencoder" / f"svg_autoencoder_{stage}.yaml").write_text(config)
         torch.save({"state_dict": state}, root / "autoencoder" / f"svg-{stage}.ckpt")
@@ -71,6 +76,22 @@ def test_the_published_folder_is_enough(published, monkeypatch):
     assert first.options == PRESETS["stage1"]
     given = find_sources(published, subfolder="svg-t2i/stage1-256", autoencoder="a.yaml", text_encoder="t")
     assert (given.autoencoder.config, given.text_encoder.path) == ("a.yaml", "t")
+
+
+def test_the_release_is_a_name_of_the_hub(published, monkeypatch, tmp_path):
+    """As a snapshot of it lies in the cache: everything below pre-trained/, every file a link."""
+    snapshot = tmp_path / "snapshots" / "0123"
+    add_transformer(published / "svg-t2i" / "stage4-sft", monkeypatch)
+    for path in published.rglob("*"):
+        if path.is_file() and "stage1-256" not in path.parts and "other-stage4" not in path.parts:
+            link = snapshot / "pre-trained" / path.relative_to(published)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    pipeline = SVGT2IPipeline.from_pretrained("KlingTeam/SVG-T2I")
+    assert pipeline.options == PRESETS["stage4"]
+    assert pipeline("noise", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
 
 
 def test_the_published_folder_stands_for_its_transformer(published, monkeypatch, tmp_path):
