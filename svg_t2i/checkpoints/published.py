@@ -34,7 +34,13 @@ def read_published(folder: Path, ema: bool) -> tuple[DiTConfig, dict[str, Tensor
     name = arguments.get("model")
     if name not in MODELS:
         raise UserError(f"{folder / ARGUMENTS}: unknown model {name!r}; known: {', '.join(MODELS)}")
-    path = folder / WEIGHTS["ema" if ema else "model"]
+    path, other = (folder / WEIGHTS["ema" if average else "model"] for average in (ema, not ema))
+    if not path.is_file() and other.is_file():
+        asked, there = ("averaged", "raw") if ema else ("raw", "averaged")
+        raise UserError(
+            f"{folder} has no {asked} weights ({path.name}), only {there} ones ({other.name}): take those (use_ema, "
+            "--raw_weights), or link them under the other name, too"
+        )
     state = read_state_dict(path, "EMA weights of the DiT" if ema else "weights of the DiT")
     for key in ("x_embedder.weight", "cap_embedder.1.weight"):
         if key not in state:

@@ -302,7 +302,11 @@ def test_namespace_is_allowed_only_while_arguments_are_read(published):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "consolidated_ema.00-of-01.pth").unlink(), r"there is no file .*consolidated_ema"),
+        (
+            lambda f: (f / "consolidated_ema.00-of-01.pth").unlink(),
+            r"no averaged weights \(consolidated_ema.*\), only raw ones \(consolidated\.00.*--raw_weights",
+        ),
+        (lambda f: [path.unlink() for path in f.glob("consolidated*")], r"there is no file .*consolidated_ema"),
         (lambda f: (f / "model_args.pth").write_bytes(b"\x80\x02"), r"model_args.pth"),
         (
             lambda f: torch.save(argparse.Namespace(model="NextDiT_9B"), f / "model_args.pth"),
@@ -320,6 +324,12 @@ def test_spoilt_published_folders_are_named(published, spoil, message):
     spoil(published)
     with pytest.raises(UserError, match=message):
         load_transformer(published)
+
+
+def test_averaged_weights_alone_are_not_taken_for_raw_ones(published):
+    (published / "consolidated.00-of-01.pth").unlink()
+    with pytest.raises(UserError, match="has no raw weights .* only averaged ones"):
+        load_transformer(published, ema=False)
 
 
 # --------------------------------------------------------------------------------------------------- init_from
