@@ -162,7 +162,8 @@ class SVGT2IPipeline(DiffusionPipeline, Lumina2LoraLoaderMixin):
             UserError: anything missing, or networks whose fingerprints show that they do not belong together.
         """
         dtype = saved.as_dtype(torch_dtype if dtype is None else dtype)
-        folder = sources.fetch(pretrained_model_name_or_path, **sources.download_arguments(kwargs))
+        download = sources.download_arguments(kwargs)
+        folder = sources.fetch(pretrained_model_name_or_path, subfolder, use_ema, **download)
         folder = folder / subfolder if subfolder else folder
         parts = {
             "autoencoder": autoencoder, "autoencoder_checkpoint": autoencoder_checkpoint, "latent_stats": latent_stats,

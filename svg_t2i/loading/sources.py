@@ -12,10 +12,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from svg_t2i.sampling.memory import memory_stage
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
 from svg_t2i.text.encoder import TextEncoder
 from svg_t2i.text.loading import checked_source, load_model, load_tokenizer
+
+P = TypeVar("P", bound=PurePath)
 
 DEFAULT_AUTOENCODER = "P_stage3_1024"
 AUTOENCODER_OF_STAGE = {"stage1": "P_stage1_256", "stage2": "P_stage2_512"}
@@ -64,13 +66,15 @@ def download_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments.pop(name) for name in names if arguments.get(name) is not None}
 
 
-def fetch(name: str | os.PathLike, **download: Any) -> Path:
+def fetch(name: str | os.PathLike, subfolder: str | None = None, use_ema: bool = True, **download: Any) -> Path:
     """`name` as a local folder; a Hub id `owner/name` that is no folder here is downloaded (or found in the cache).
+
+    Of a release with several DiTs only the one that `find_transformer` would take is downloaded, averaged or raw.
 
     download: revision, token, cache_dir, local_files_only, force_download, as everywhere.
 
     Raises:
-        UserError: there is no such folder, and the Hub has it neither.
+        UserError: there is no such folder, and the Hub has it neither; or it has several DiTs.
     """
     wanted = "a folder that holds a DiT, or the name of one on the Hugging Face Hub (owner/name)"
     source = folder_or_hub_name(name, "checkpoint", wanted)
@@ -82,6 +86,8 @@ def fetch(name: str | os.PathLike, **download: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     announce(source)
+    if unused := unused_files(_files_on_hub(source, download), source, subfolder, use_ema):
+        download = {**download, "ignore_patterns": unused}
     try:
         return Path(snapshot_download(source, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -89,6 +95,39 @@ def fetch(name: str | os.PathLike, **download: Any) -> Path:
             f"checkpoint = {source!r}: no such folder here{nearest(source)}, and the Hugging Face Hub did not give it: "
             f"{first_line(error)}"
         ) from error
+
+
+def _files_on_hub(name: str, download: Mapping[str, Any]) -> list[str]:
+    """The names of the files of a repository; none where it cannot be asked."""
+    if download.get("local_files_only"):
+        return []
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(name, revision=download.get("revision"), token=download.get("token"))
+    except Exception:  # every HTTP client has its own; the download that follows says it, or finds all in the cache
+        return []
+
+
+def unused_files(files: Iterable[str], where: object, subfolder: str | None, use_ema: bool) -> list[str]:
+    """Patterns of those of a release's files that a pipeline does not read, 10 GB and more each: other DiTs than the
+    one it takes, its weights of the other kind, and what an optimiser keeps.
+
+    Raises:
+        UserError: as `find_transformer`.
+    """
+    paths = [PurePosixPath(file) for file in files]
+    transformers = [path.parent for path in paths if path.name == published.ARGUMENTS]
+    inside = [path for path in transformers if subfolder is None or path.is_relative_to(subfolder)]
+    if not transformers:
+        return []
+    if not inside:
+        names = ", ".join(map(str, sorted(transformers)))
+        raise UserError(f"{where} has no DiT in subfolder = {subfolder!r}; it has {names}")
+    chosen = _choose(sorted(inside), where)
+    patterns = [f"{path}/*" for path in transformers if not chosen.is_relative_to(path)]
+    taken, other = (published.WEIGHTS["ema" if average else "model"] for average in (use_ema, not use_ema))
+    return [*patterns, f"{chosen}/optimizer*", *([f"{chosen}/{other}"] if chosen / taken in paths else [])]
 
 
 def find_sources(
@@ -155,18 +194,23 @@ def find_transformer(folder: str | os.PathLike) -> Path:
     try:
         return checkpoints.find_checkpoint(folder if read_index(folder) is None else folder / "transformer")
     except UserError:
-        below = sorted(path.parent for path in folder.glob(f"**/{published.ARGUMENTS}"))
+        below = sorted(path.parent.relative_to(folder) for path in folder.glob(f"**/{published.ARGUMENTS}"))
         if not below:
             raise
-    final = [path for path in below if "stage4" in path.name.lower() or "sft" in path.name.lower()]
+    return folder / _choose(below, folder)
+
+
+def _choose(transformers: Sequence[P], where: object) -> P:
+    """The fine-tuned DiT of stage 4 among the folders of several, or the only one. UserError where that is neither."""
+    final = [path for path in transformers if "stage4" in path.name.lower() or "sft" in path.name.lower()]
     if len(final) == 1:
         return final[0]
-    if len(below) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in below)
+    if len(transformers) > 1:
+        names = ", ".join(map(str, transformers))
         raise UserError(
-            f"{folder} holds several DiTs ({names}); choose one: give its folder, or its name as --subfolder"
+            f"{where} holds several DiTs ({names}); choose one: give its folder, or its name as --subfolder"
         )
-    return below[0]
+    return transformers[0]
 
 
 def _still_there(recorded: str, transformer: Path) -> str:

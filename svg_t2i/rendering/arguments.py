@@ -98,7 +98,8 @@ def chosen_options(arguments: argparse.Namespace, world: World) -> SamplingOptio
     """
     changes = sampling_changes(arguments)
     with world.main_first():  # one process downloads, the others find the files
-        sources = find_sources(fetch(arguments.checkpoint), **parts_of(arguments))
+        folder = fetch(arguments.checkpoint, arguments.subfolder, not arguments.raw_weights)
+        sources = find_sources(folder, **parts_of(arguments))
     sources.check()
     return changed(_preset(arguments, sources.options), changes)
 

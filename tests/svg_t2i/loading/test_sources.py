@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from diffusers.utils import hub_utils
+from huggingface_hub.utils import filter_repo_objects
 
 from autoencoder.common.config import UserError
 from autoencoder.common.weights import read_state_dict
@@ -15,7 +16,7 @@ from svg_t2i.checkpoints.published import export_published
 from svg_t2i.checkpoints.weights import load_transformer
 from svg_t2i.export import main as export
 from svg_t2i.flow.paths import shift_time
-from svg_t2i.loading.sources import find_sources
+from svg_t2i.loading.sources import find_sources, unused_files
 from svg_t2i.pipeline import SVGT2IPipeline
 from svg_t2i.sampling import options
 from svg_t2i.sampling.options import PRESETS, SamplingOptions, trained_options
@@ -23,6 +24,14 @@ from svg_t2i.train import main as train
 from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.model import SVGDiT
 
+RELEASE = [
+    "README.md", "pre-trained/autoencoder/svg_autoencoder_P_stage3_1024.yaml",
+    "pre-trained/autoencoder/svg_autoencoder-P-stage3.ckpt", "pre-trained/dinov3_s16p_layer_patchtoken_stats_dist.pt",
+    "pre-trained/svg-t2i/stage1-256/consolidated.00-of-01.pth", "pre-trained/svg-t2i/stage1-256/model_args.pth",
+    "pre-trained/svg-t2i/stage4-sft/consolidated.00-of-01.pth", "pre-trained/svg-t2i/stage4-sft/model_args.pth",
+    "pre-trained/svg-t2i/stage4-sft/consolidated_ema.00-of-01.pth",
+    "pre-trained/svg-t2i/stage4-sft/optimizer.00-of-08.pth",
+]  # fmt: skip
 NAME = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 
 
@@ -87,11 +96,47 @@ def test_the_release_is_a_name_of_the_hub(published, monkeypatch, tmp_path):
             link = snapshot / "pre-trained" / path.relative_to(published)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(snapshot))
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append(how) or str(snapshot))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: RELEASE)
     monkeypatch.chdir(tmp_path)
     pipeline = SVGT2IPipeline.from_pretrained("KlingTeam/SVG-T2I")
+    assert "pre-trained/svg-t2i/stage1-256/*" in asked[0]["ignore_patterns"]
     assert pipeline.options == PRESETS["stage4"]
     assert pipeline("noise", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
+
+
+def left(**choice):
+    """The files of `RELEASE` that are downloaded, as the Hub's client chooses them."""
+    patterns = unused_files(RELEASE, "the Hub", **{"subfolder": None, "use_ema": True, **choice})
+    return set(filter_repo_objects(RELEASE, ignore_patterns=patterns))
+
+
+@pytest.mark.parametrize(
+    ("choice", "transformer"),
+    [
+        ({}, {"stage4-sft/consolidated_ema.00-of-01.pth", "stage4-sft/model_args.pth"}),
+        ({"use_ema": False}, {"stage4-sft/consolidated.00-of-01.pth", "stage4-sft/model_args.pth"}),
+        (
+            {"subfolder": "pre-trained/svg-t2i/stage1-256"},  # which has raw weights only
+            {"stage1-256/consolidated.00-of-01.pth", "stage1-256/model_args.pth"},
+        ),
+    ],
+)
+def test_of_several_transformers_one_is_downloaded(choice, transformer):
+    others = {file for file in RELEASE if "/svg-t2i/" not in file}
+    assert left(**choice) == others | {f"pre-trained/svg-t2i/{file}" for file in transformer}
+
+
+def test_what_cannot_be_chosen_is_told_before_the_download():
+    with pytest.raises(
+        UserError, match="the Hub has no DiT in subfolder = 'stage2'; it has pre-trained/svg-t2i/stage1"
+    ):
+        left(subfolder="stage2")
+    two = [file.replace("stage4-sft", "stage2-512") for file in RELEASE]
+    with pytest.raises(UserError, match="the Hub holds several DiTs .pre-trained/svg-t2i/stage1-256, .*choose one"):
+        unused_files(two, "the Hub", None, use_ema=True)
+    assert unused_files(["model_index.json", "transformer/config.json"], "the Hub", None, use_ema=True) == []
 
 
 def test_the_published_folder_stands_for_its_transformer(published, monkeypatch, tmp_path):
