@@ -125,9 +125,12 @@ def unused_files(files: Iterable[str], where: object, subfolder: str | None, use
         names = ", ".join(map(str, sorted(transformers)))
         raise UserError(f"{where} has no DiT in subfolder = {subfolder!r}; it has {names}")
     chosen = _choose(sorted(inside), where)
-    patterns = [f"{path}/*" for path in transformers if not chosen.is_relative_to(path)]
     taken, other = (published.WEIGHTS["ema" if average else "model"] for average in (use_ema, not use_ema))
-    return [*patterns, f"{chosen}/optimizer*", *([f"{chosen}/{other}"] if chosen / taken in paths else [])]
+    unused = [path / "*" for path in transformers if not chosen.is_relative_to(path)]
+    unused.append(chosen / "optimizer*")
+    if chosen / taken in paths:
+        unused.append(chosen / other)
+    return list(map(str, unused))
 
 
 def find_sources(

@@ -136,6 +136,13 @@ def test_what_cannot_be_chosen_is_told_before_the_download():
     two = [file.replace("stage4-sft", "stage2-512") for file in RELEASE]
     with pytest.raises(UserError, match="the Hub holds several DiTs .pre-trained/svg-t2i/stage1-256, .*choose one"):
         unused_files(two, "the Hub", None, use_ema=True)
+    at_the_top = [
+        "model_args.pth",
+        "consolidated_ema.00-of-01.pth",
+        "consolidated.00-of-01.pth",
+        "optimizer.00-of-01.pth",
+    ]
+    assert unused_files(at_the_top, "the Hub", None, use_ema=True) == ["optimizer*", "consolidated.00-of-01.pth"]
     assert unused_files(["model_index.json", "transformer/config.json"], "the Hub", None, use_ema=True) == []
 
 
