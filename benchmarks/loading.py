@@ -30,10 +30,9 @@ from benchmarks.forward import lumina2_peer, randomise, timings
 from svg_t2i.checkpoints import published
 from svg_t2i.checkpoints.run import save_checkpoint
 from svg_t2i.checkpoints.weights import load_transformer, save_transformer
-from svg_t2i.transformer.config import MODELS
+from svg_t2i.transformer.config import MODELS, PUBLISHED
 from svg_t2i.transformer.model import build_model, published_state_dict
 
-DEFAULT = "NextDiT_2B_GQA_patch1_Adaln_Refiner"
 PEER = "Lumina2Transformer2DModel"
 
 
@@ -88,7 +87,7 @@ def write_all(name: str, folder: Path) -> dict[str, Callable[[], nn.Module]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT, choices=MODELS)
+    parser.add_argument("--model", default=PUBLISHED, choices=MODELS)
     parser.add_argument("--folder", help="where the files are made, and removed after (default: a temporary folder)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

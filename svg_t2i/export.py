@@ -13,7 +13,6 @@ from autoencoder.common.commands import Parser, command
 from autoencoder.common.config import UserError
 from svg_t2i.checkpoints.card import read_metrics
 from svg_t2i.checkpoints.weights import export, export_as_published
-from svg_t2i.loading.sources import find_transformer
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -39,6 +38,8 @@ def main(argv: list[str]) -> None:
     if arguments.published and (arguments.license or arguments.metrics):
         raise UserError("--license and --metrics are for the model card, which --published does not write")
     metrics = None if arguments.metrics is None else read_metrics(arguments.metrics)
+    from svg_t2i.loading.sources import find_transformer  # imports transformers, which --help need not wait for
+
     folder = find_transformer(arguments.folder)
     average = not arguments.raw if arguments.ema_decay is None else arguments.ema_decay
     if arguments.published:

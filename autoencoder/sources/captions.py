@@ -24,6 +24,11 @@ def clean_text(text: str) -> str:
     return text.removeprefix("\ufeff")
 
 
+def read_caption(content: bytes) -> str:
+    """The text of a file beside an image, cleaned and without the blanks around it. ValueError as `decode_text`."""
+    return clean_text(decode_text(content)).strip()
+
+
 def parse_captions(fields: Mapping[str, Any], name: str, image_field: str, required: bool) -> tuple[str, ...]:
     """The text, or list of texts, in field `name`, cleaned; of several, those that are empty are left out.
 

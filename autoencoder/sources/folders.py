@@ -14,7 +14,7 @@ import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
-from autoencoder.sources.captions import clean_text, decode_text
+from autoencoder.sources.captions import read_caption
 from autoencoder.sources.entries import captions_beside, size_of, tags_of
 from autoencoder.sources.source import (
     IMAGE_SUFFIXES,
@@ -151,15 +151,10 @@ def _described(path: Path, sidecar: Path, reading: Reading) -> Sample:
         fields = json.loads(sidecar.read_bytes())
         captions, kind = captions_beside(fields, None, path.name, reading)
         return Sample(path, captions, kind, size_of(fields), tags_of(fields))
-    text = read_text(sidecar)
+    text = read_caption(sidecar.read_bytes())
     if not text and reading.require_captions:
         raise ValueError("holds an empty caption")
     return Sample(path, (text,) if text else (), "base")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, cleaned and without the blanks around it. ValueError if it is neither UTF-8 nor UTF-16."""
-    return clean_text(decode_text(path.read_bytes())).strip()
 
 
 class FileList(ImageSource):

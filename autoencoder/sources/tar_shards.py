@@ -35,7 +35,7 @@ import numpy as np
 
 from autoencoder.common.config import UserError
 from autoencoder.images.files import Size
-from autoencoder.sources.captions import clean_text, decode_text
+from autoencoder.sources.captions import read_caption
 from autoencoder.sources.entries import captions_beside, size_of, tags_of
 from autoencoder.sources.source import (
     ImageSource,
@@ -144,7 +144,7 @@ def parse_record(record: bytes, shard: str, reading: Reading) -> tuple[bytes, Sa
 
         image = tar.extractfile(members[name]).read()
         fields, texts = json.loads(content(".json") or b"{}"), [content(".txt"), content(".caption")]
-    text = next((clean_text(decode_text(text)).strip() for text in texts if text is not None), None)
+    text = next((read_caption(text) for text in texts if text is not None), None)
     captions, kind = captions_beside(fields, text, name, reading)
     return image, Sample(Path(shard, name), captions, kind, size_of(fields), tags_of(fields))
 
