@@ -1,8 +1,8 @@
 """Time the attention back ends on the packed sequences of training, forward and backward, in one process.
 
-The model's own choice (`svg_t2i.transformer.attention.attention`) beside one padded call of each back end of torch's
-scaled_dot_product_attention, with key/value heads shared (`enable_gqa`) and repeated. Padded calls have samples of one
-length, so nothing is computed on padding: it is the kernels that are compared.
+The model's own choice (`svg_t2i.transformer.attention.attention`) and each variable-length kernel there is, beside one
+padded call of each back end of torch's scaled_dot_product_attention, with key/value heads shared (`enable_gqa`) and
+repeated. Padded calls have samples of one length, so nothing is computed on padding: the kernels are compared.
 
     python -m benchmarks.attention [--device cuda]
 """
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         owner = torch.arange(samples, dtype=torch.int32, device=device).repeat_interleave(length)
         segments = Segments.build((length,) * samples, offsets, owner)
         runs: dict[str, Callable[..., Tensor]] = {"ours": partial(attention, segments=segments)}
+        for name in segments.packed_kernels if device.type == "cuda" else ():
+            runs[f"packed {name}"] = partial(attention, segments=segments, backend=name)
         for name, backend in BACKENDS.items():
             for ending, repeat in (("", False), (", repeated", True)):
                 runs[name + ending] = partial(dense, backend, repeat, samples)

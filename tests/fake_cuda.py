@@ -198,7 +198,8 @@ class FakeCuda(TorchDispatchMode):
         phase: what is going on; set it.
         peaks: most bytes on the device by phase. now: bytes on the device.
         down: copies to the host, with where they come from. waiting: copies from it that wait.
-        kernels: how often operators whose name has "attention" or "attn" in it ran.
+        kernels: how often operators whose name has "attention" or "attn" in it ran; "own heads" are calls of the
+            variable-length kernel with a key/value head for each query head.
     """
 
     def __init__(self) -> None:
@@ -256,6 +257,8 @@ class FakeCuda(TorchDispatchMode):
         name = func._schema.name
         if "attention" in name or "attn" in name:
             self.kernels[name] += 1
+        if name.endswith("_varlen_attn"):
+            self.kernels["own heads"] += tensors[0].shape[1] == tensors[1].shape[1]
         if name == "aten::_to_copy":
             source, target = tensors[0], kwargs.get("device") or tensors[0].device
             direct = kwargs.get("non_blocking", False)

@@ -89,14 +89,16 @@ class _FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
-    """Inside, networks on the meta device keep what they keep on a GPU."""
-    plain, chosen = F.rms_norm, attention.has_varlen_kernel
+    """Inside, networks on the meta device keep what they keep on a GPU; of its kernels the one that keeps most."""
+    plain, half, kernels = F.rms_norm, attention.has_varlen_kernel, attention.packed_kernels
     F.rms_norm = lambda x, shape, weight=None, eps=None: _FusedNorm.apply(x, weight)
     attention.has_varlen_kernel = lambda q: True
+    cudnn_from = min(attention.CUDNN_FROM.values())
+    attention.packed_kernels = lambda device, longest: ("cudnn",) if longest >= cudnn_from else ("flash",)
     try:
         yield
     finally:
-        F.rms_norm, attention.has_varlen_kernel = plain, chosen
+        F.rms_norm, attention.has_varlen_kernel, attention.packed_kernels = plain, half, kernels
 
 
 class _Autocast(TorchFunctionMode):

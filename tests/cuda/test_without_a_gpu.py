@@ -62,6 +62,10 @@ def test_a_step_of_a_shipped_config(steps, stage):
     calls = 2 * (26 + 2 + 2)  # two micro-batches, each block once, and when it is recomputed as a whole
     assert result["kernels"]["torch_attn::_varlen_attn"] == calls * (2 if again else 1)
     assert result["kernels"]["torch_attn::_varlen_attn_backward"] == 60
+    height, width = result["grids"][0][0]
+    long = height * width > 2048  # at 1024 px and on an H100: cuDNN, which wants heads of its own
+    assert result["kernels"]["own heads"] >= (2 * 26 if long else 0)
+    assert long or not result["kernels"]["own heads"]
     assert result["peak"] < FINETUNING.get(stage, 80) - OVERHEAD  # "fits … GB" says the config
 
 
@@ -106,6 +110,7 @@ def test_sampling_at_1024_with_guidance(stubs, how, most):
     assert tensors_within(planned) == pytest.approx(result["peak"] * GB, rel=0.03)
     assert result["down"] == {}  # while denoising
     assert result["kernels"]["torch_attn::_varlen_attn"] >= 2 * 28
+    assert result["kernels"]["own heads"] >= 2 * 26
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

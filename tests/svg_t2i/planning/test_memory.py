@@ -53,9 +53,9 @@ def test_the_norm_keeps_its_input_and_a_number_for_each_row():
 
 
 def test_the_stand_ins_are_gone_afterwards():
-    before = F.rms_norm, F.group_norm, F.conv2d, attention.has_varlen_kernel
+    before = F.rms_norm, F.group_norm, F.conv2d, attention.has_varlen_kernel, attention.packed_kernels
     with kernels_of_a_gpu():
         assert F.rms_norm is not before[0]
     with pytest.raises(RuntimeError, match="reduction dim|shape|size"), kernels_of_a_gpu():
         torch.empty(2, 3, device=META) @ torch.empty(4, 5, device=META)
-    assert (F.rms_norm, F.group_norm, F.conv2d, attention.has_varlen_kernel) == before
+    assert (F.rms_norm, F.group_norm, F.conv2d, attention.has_varlen_kernel, attention.packed_kernels) == before

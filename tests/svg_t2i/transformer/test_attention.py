@@ -73,12 +73,13 @@ def test_samples_do_not_see_each_other():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "flash", "cudnn"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_variable_length_kernel_matches_plain_attention(dtype, heads, kv_heads):
+def test_variable_length_kernel_matches_plain_attention(dtype, heads, kv_heads, backend):
     lengths = [1, 17, 130, 17, 300]
     qkv = random_qkv(sum(lengths), heads, kv_heads, head_dim=32, dtype=dtype, device="cuda")
     segments = make_segments(lengths, "cuda")
-    actual, by_runs = attention(*qkv, segments), attention_by_runs(*qkv, segments)
+    actual, by_runs = attention(*qkv, segments, backend), attention_by_runs(*qkv, segments)
     expected = plain_attention(*qkv, lengths)
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
@@ -163,3 +164,59 @@ def test_key_heads_are_shared_by_the_kernel_or_repeated_for_it(monkeypatch, know
     kept = k if knows_gqa else k[:, [0, 0, 0, 1, 1, 1]]
     assert torch.equal(tensors[1], kept)
     assert torch.equal(tensors[2], v if knows_gqa else v[:, [0, 0, 0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("generation", "longest", "expected"),
+    [
+        (9, 2047, ("flash", "cudnn")),
+        (9, 2048, ("cudnn", "flash")),
+        (10, 4224, ("flash", "cudnn")),  # not measured there
+        (None, 4224, ("flash",)),  # torch has no such kernel for the GPU, or at all
+    ],
+)
+def test_kernels_are_ordered_by_the_measured_table(monkeypatch, generation, longest, expected):
+    monkeypatch.setattr(attention_module, "_has_packed_cudnn", lambda device: generation is not None)
+    monkeypatch.setattr(attention_module, "_generation", lambda device: generation)
+    assert attention_module.packed_kernels(torch.device("cuda", 0), longest) == expected
+
+
+def test_torch_is_asked_whether_it_has_the_kernel_of_cudnn(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_module.varlen, "_should_use_cudnn", lambda index: asked.append(index) or True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert attention_module.packed_kernels(torch.device("cpu"), 5000) == ("flash",)
+    assert attention_module.packed_kernels(torch.device("cuda", 3), 5000) == ("cudnn", "flash")
+    monkeypatch.delattr(attention_module.varlen, "_should_use_cudnn")
+    assert attention_module.packed_kernels(torch.device("cuda", 3), 5000) == ("flash",)
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernels", "shared", "told"),
+    [
+        ("auto", ("flash", "cudnn"), True, 5),
+        ("auto", ("cudnn", "flash"), False, 128),
+        ("cudnn", ("flash", "cudnn"), False, 128),
+        ("flash", ("cudnn", "flash"), True, 5),
+        ("cudnn", ("flash",), None, None),  # one dense call per run of samples instead
+    ],
+)
+def test_cudnn_is_given_heads_of_its_own_and_rounded_lengths(monkeypatch, backend, kernels, shared, told):
+    given, dense = [], []
+    monkeypatch.setattr(attention_module, "packed_kernels", lambda device, longest: kernels)
+    monkeypatch.setattr(attention_module, "VARLEN_KNOWS_GQA", True)
+    monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(attention_module, "attention_by_runs", lambda *_: dense.append(True))
+    monkeypatch.setattr(attention_module, "varlen_attn", lambda *tensors, **options: given.append((tensors, options)))
+    q, k, v = (x.detach() for x in random_qkv(8, 6, 2, 8))
+    attention(q, k, v, make_segments([3, 5]), backend)
+    if shared is None:
+        assert dense == [True]
+        assert given == []
+        return
+    ((tensors, options),) = given
+    assert options == ({"enable_gqa": True} if shared else {})
+    assert torch.equal(tensors[1], k if shared else k[:, [0, 0, 0, 1, 1, 1]])
+    assert torch.equal(tensors[2], v if shared else v[:, [0, 0, 0, 1, 1, 1]])
+    assert tensors[5:] == (told, told)

@@ -9,6 +9,7 @@ from autoencoder.common.config import UserError
 from benchmarks.forward import lumina2_peer, randomise
 from benchmarks.forward import main as run_benchmark
 from svg_t2i.transformer import attention as attention_module
+from svg_t2i.transformer import model as model_module
 from svg_t2i.transformer.attention import BACKENDS
 from svg_t2i.transformer.model import (
     MODELS,
@@ -19,7 +20,7 @@ from svg_t2i.transformer.model import (
     load_published_state_dict,
     published_state_dict,
 )
-from svg_t2i.transformer.packing import TextFeatures
+from svg_t2i.transformer.packing import TextFeatures, plan_packing
 
 SIZES = {"dim": 48, "n_layers": 2, "n_heads": 3, "n_kv_heads": 1, "n_refiner_layers": 1, "axes_dims": (4, 6, 6)}
 SMALL = DiTConfig(**SIZES, in_channels=5, cap_feat_dim=12, multiple_of=32, axes_lens=(32, 16, 16))
@@ -145,14 +146,16 @@ def test_bfloat16_stays_close_to_float32(model):
         assert 1e-4 < error < 3e-2
 
 
-@pytest.mark.parametrize("knows_gqa", [True, False])
-def test_compiled_block_serves_all_lengths_with_one_graph(model, monkeypatch, knows_gqa):
+@pytest.mark.parametrize(("knows_gqa", "kernel"), [(True, "flash"), (False, "flash"), (True, "cudnn")])
+def test_compiled_block_serves_all_lengths_with_one_graph(model, monkeypatch, knows_gqa, kernel):
     """With a variable-length kernel, here played by an operator of our own, a block is one graph for all batches."""
-    operator = torch.library.custom_op(f"svg_t2i_test::varlen_{knows_gqa}", _varlen_on_cpu, mutates_args=())
+    operator = torch.library.custom_op(f"svg_t2i_test::varlen_{knows_gqa}_{kernel}", _varlen_on_cpu, mutates_args=())
     operator.register_fake(lambda q, *_: torch.empty_like(q))
     monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
     monkeypatch.setattr(attention_module, "VARLEN_KNOWS_GQA", knows_gqa)
-    options = ["enable_gqa"] if knows_gqa else []
+    monkeypatch.setattr(attention_module, "packed_kernels", lambda device, longest: (kernel,))
+    monkeypatch.setattr(model_module, "plan_packing", plan_packing.__wrapped__)  # without the kernels of other tests
+    options = ["enable_gqa"] if knows_gqa and kernel == "flash" else []
 
     def varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **given):
         assert list(given) == options or q.shape[1] == k.shape[1]
@@ -199,7 +202,7 @@ def _varlen_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int
 ) -> torch.Tensor:
     lengths = cu_seqlens.diff().tolist()
-    assert max(lengths) == longest
+    assert longest in (max(lengths), attention_module.CUDNN_STEP)
     owner = torch.repeat_interleave(cu_seqlens.diff())
     return attention_module.attention_by_runs(q, k, v, attention_module.Segments.build(lengths, cu_seqlens, owner))
 
