@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from autoencoder.common.config import UserError, first_line
 from autoencoder.common.weights import load_strictly
-from svg_t2i.transformer.attention import BACKENDS, Segments, attention
+from svg_t2i.transformer.attention import BACKENDS, CUDNN_STEP, Segments, attention
 from svg_t2i.transformer.config import MODELS, DiTConfig
 from svg_t2i.transformer.cpu_kernels import (
     attended_heads,
@@ -313,10 +313,11 @@ class SVGDiT(nn.Module):
         device, dtype = device or self.x_embedder.weight.device, self.x_embedder.weight.dtype
         first = next(module for module in self.modules() if isinstance(module, Attention))
         head_dim = self.config.dim // first.heads[0]
-        q, k, v = (torch.zeros(2, heads, head_dim, device=device, dtype=dtype) for heads in first.heads)
-        two = torch.tensor([0, 2], dtype=torch.int32, device=device)
+        length = 2 * CUDNN_STEP  # for a few tokens torch would take another kernel
+        q, k, v = (torch.zeros(length, heads, head_dim, device=device, dtype=dtype) for heads in first.heads)
+        ends = torch.tensor([0, length], dtype=torch.int32, device=device)
         try:
-            attention(q, k, v, Segments.build((2,), two, two.new_zeros(2)), backend)
+            attention(q, k, v, Segments.build((length,), ends, ends.new_zeros(length)), backend)
         except RuntimeError as error:
             raise UserError(
                 f"attention = {backend!r} cannot compute {dtype} with {head_dim} channels a head on "
