@@ -28,7 +28,7 @@ def save_image(image: Image.Image, path: Path, parameters: Mapping[str, Any]) ->
         save_png(image, path, {"parameters": text})
         return
     exif = Image.Exif()
-    exif.get_ifd(IFD.Exif)[Base.UserComment] = UNICODE + text.encode("utf-16-be")
+    exif[IFD.Exif] = {Base.UserComment: UNICODE + text.encode("utf-16-be")}
     with replacing(path) as partial:
         image.save(partial, format=FORMATS[path.suffix[1:]], quality=QUALITY, exif=exif)
 

@@ -44,7 +44,8 @@ def test_parity(vector_file, precision, request):
         pytest.skip(f"{component} is computed on the host")
     vectors = Vectors.load(vector_file, device, precision)
     if vectors.tensors:
-        half = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+        # torch 2.10 would keep the halved weights of a pass without gradients for one with them
+        half = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
         with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False), half:
             check.check(vectors)
         vectors.finish()

@@ -179,6 +179,7 @@ def test_compiled_blocks_are_two_graphs_without_a_break_over_ten_batches(model, 
     """Forward and backward: one for batches, one for a single sample, whose gains are not looked up by token."""
     operator = torch.library.custom_op("svg_t2i_test::varlen_ten", _varlen_on_cpu, mutates_args=())
     operator.register_fake(lambda q, *_: torch.empty_like(q))
+    monkeypatch.setattr(attention_module, "VARLEN_KNOWS_GQA", True)
     operator.register_autograd(lambda ctx, grad: (grad, grad[:, :1], grad[:, :1], None, None))  # of the right shapes
     monkeypatch.setattr(attention_module, "has_varlen_kernel", lambda q: True)
     monkeypatch.setattr(
