@@ -170,8 +170,9 @@ def test_batch_moves_and_the_dataset_pickles(dataset):
     batch = dataset.collate([dataset[0, 0], dataset[1, 1]])
     moved = batch.to("meta")
     assert {tensor.device.type for tensor in (*moved.images, moved.positions, moved.resolutions)} == {"meta"}
-    tensors = {name: getattr(batch, name) for name in ("images", "positions", "resolutions")}
-    assert dataclasses.replace(moved, **tensors) == batch
+    others = {field.name for field in dataclasses.fields(batch)} - {"images", "positions", "resolutions"}
+    assert "captions" in others
+    assert all(getattr(moved, name) == getattr(batch, name) for name in others)
     copy = pickle.loads(pickle.dumps(dataset))  # worker processes may be spawned instead of forked
     assert torch.equal(copy[3, 3].image, dataset[3, 3].image)
 

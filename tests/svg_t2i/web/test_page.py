@@ -95,8 +95,12 @@ def test_no_file_outlives_the_page(saved_pipeline, tmp_path, ending):
     command = [sys.executable, "-m", "svg_t2i.app", "--checkpoint", str(saved_pipeline), "--port", port]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     environment.pop("GRADIO_TEMP_DIR", None)
+
+    def at_a_terminal() -> None:  # what runs in the background of a script ignores Ctrl-C, and so do its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     with open(tmp_path / "log", "w") as log:
-        page = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        page = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=at_a_terminal)
     try:
         wait_for(lambda: "Running on" in (tmp_path / "log").read_text(), "the page", 60)
         assert "event: complete" in call(f"http://127.0.0.1:{port}/", "draw", ["x", "", 32, 32, 4, 2.0, 0, 1, "dpm"])
