@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoencoder.common.config import UserError, require
+from autoencoder.common.config import UserError, first_line, require
 from autoencoder.common.weights import replacing
 from svg_t2i.transformer.model import SVGDiT
 
@@ -68,7 +68,7 @@ def add_adapter(transformer: SVGDiT, settings: LoraSettings) -> None:
     """Put a fresh adapter on a transformer, in place, fp32: its weights alone are trained from here on.
 
     Raises:
-        UserError: a target that is no linear layer of the model.
+        UserError: a target that is no linear layer of the model, or a library beside peft that it cannot work with.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -80,8 +80,11 @@ def add_adapter(transformer: SVGDiT, settings: LoraSettings) -> None:
                 f"lora.target_modules: {target!r} is no linear layer of this model; give the end of a name, such as "
                 f"{', '.join(TARGETS)}"
             )
-    with torch.no_grad():  # DoRA takes the norms of the weights
-        inject_adapter_in_model(settings.peft_config(), transformer, NAME)
+    try:
+        with torch.no_grad():  # DoRA takes the norms of the weights
+            inject_adapter_in_model(settings.peft_config(), transformer, NAME)
+    except ImportError as error:  # it looks at the versions of libraries that are not used here, such as torchao
+        raise UserError(f"lora: peft cannot work here: {first_line(error)}; install what it names") from error
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast chooses; a copy in fp32 would be made for each layer

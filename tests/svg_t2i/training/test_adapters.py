@@ -206,6 +206,18 @@ def test_mistakes_are_told(train, settings, message):
         train("lora", *settings)
 
 
+def test_a_library_that_peft_refuses_is_named(monkeypatch):
+    """As torchao 0.14 beside peft 0.19, though no weight is quantised."""
+
+    def refuse(*_):
+        raise ImportError("Found an incompatible version of torchao. Found version 0.14.0")
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
+    transformer = SVGDiT(DiTConfig(dim=32, n_layers=1, n_heads=2, axes_dims=(4, 6, 6), axes_lens=(32, 16, 16)))
+    with pytest.raises(UserError, match="lora: peft cannot work here: Found an incompatible version of torchao"):
+        add_adapter(transformer, LoraSettings(2))
+
+
 def test_a_model_that_is_gone_or_changed(train, base, tmp_path):
     moved, folder = tmp_path / "moved", train("lora")
     base.rename(moved)
