@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
     try:
         from svg_t2i.web.page import launch
     except ImportError as error:
-        raise UserError(f"the page needs Gradio ({error}): pip install 'gradio>=6,<7'") from error
+        raise UserError(f"the page needs Gradio ({error}): pip install 'gradio>=6.17,<7'") from error
     if arguments.queue < 1:
         raise UserError(f"--queue {arguments.queue}: must be at least 1")
     if arguments.port is not None:

@@ -12,7 +12,7 @@ from svg_t2i.transformer.config import DiTConfig
 from tests.docs.documents import DOCUMENTS, REPO_ROOT, commands
 from tests.test_commands import parsers
 
-FOREIGN = ("conda", "python3 -m venv", "ruff", "pip", "hf", "python geneval", "(cd ELLA", "source", "pytest")
+FOREIGN = ("conda", "python3 -m venv", "ruff", "pip", "uv", "hf", "python geneval", "(cd ELLA", "source", "pytest")
 
 
 def check(folder: str, command: str) -> None:

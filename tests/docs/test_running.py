@@ -75,6 +75,7 @@ ELSEWHERE = {
     "conda": "the environment of the tests is such a one",
     "hf download": "a download",
     "pip": "the same",
+    "uv": "the same",
     "bash scripts/quickstart.sh": "`--short` runs in .ci/run, its steps in the fixture `place`",
     "bash scripts/quickstart_lora.sh": "`--short` runs in .ci/run",
     "python -m benchmarks.ablation": "tests/scripts/test_ablation.py; its runs take minutes each",
